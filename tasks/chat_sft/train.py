@@ -1,0 +1,330 @@
+"""Fine-tunes a chat model on conversations and shows whether it got better.
+
+    accelerate launch tasks/chat_sft/train.py
+    accelerate launch tasks/chat_sft/train.py --dataset ./my_chats.jsonl --columns prompt=question completion=reply
+    accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes 8 tasks/chat_sft/train.py --method full
+
+The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub. `--dry_run` shows the plan first.
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shared import UserError, assets
+from shared.run import hardware, log, matmul_flops, peak_memory_gb, run, setup
+
+# Torch is imported inside the functions: a misspelt key or --help is answered before it.
+
+
+@dataclass
+class ScriptArguments:
+    """Fine-tune a chat model on conversations: only the assistant's words are trained, conversations never see each other."""
+
+    method: Literal["full", "lora", "qlora", "p_tuning"] = field(
+        default="lora",
+        metadata={
+            "help": "What is trained: all weights (full), a LoRA adapter, a LoRA adapter on a 4-bit base (qlora), or virtual "
+            "tokens in front of the prompt (p_tuning)."
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices: more learns more and takes more memory."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
+    virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
+    max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
+    save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
+
+
+def load_tokenizer(source: str, revision: dict):
+    """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
+    from transformers import AutoTokenizer
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    from chats import PLAIN_TEMPLATE, spare_token
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    tokenizer.pad_token = spare_token(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    elif not has_generation_markers(tokenizer.chat_template):
+        try:
+            tokenizer.chat_template = get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} ... {{% endgeneration %}} "
+                "around the reply and its end token, and save the tokenizer."
+            ) from error
+    return tokenizer
+
+
+def load_rows(run_args, seed: int) -> tuple[dict, str]:
+    """Conversations of the three splits, and the cleaning report as one line."""
+    from datasets import Dataset, DatasetDict
+
+    from chats import find_format, text_of, to_messages
+    from shared.cleaning import CleaningReport, clean_rows
+    from shared.sources import load_data
+    from shared.splits import split_dataset
+
+    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    chat_format, places = find_format(next(iter(data.values())).column_names, run_args.columns)
+    cleaned = DatasetDict()
+    for name, rows in data.items():
+        kept = list(clean_rows(rows, lambda row: to_messages(row, chat_format, places), report))
+        cleaned[name] = Dataset.from_list(kept) if kept else Dataset.from_dict({"messages": []})
+    report.check(run_args.dataset)
+    log.info("%s as %s: %s", run_args.dataset, chat_format, report)
+    if not report.kept:
+        raise UserError(f"{run_args.dataset}: no conversation is left after cleaning ({report}).")
+    return split_dataset(cleaned, text_of, seed), str(report)
+
+
+def load_model(source: str, revision: dict, method: str, args):
+    """The base model, in fp32 (4-bit NF4 for qlora), with attention that keeps packed conversations apart."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32,
+    )
+    packs = AutoConfig.from_pretrained(source, **revision).model_type not in ("falcon",)  # has attention code of its own
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        **revision,
+        dtype=torch.float32,
+        use_safetensors=True,
+        attn_implementation="packed" if packs and method != "p_tuning" else "sdpa",
+        quantization_config=quantized if method == "qlora" else None,
+    )
+
+
+def add_adapter(model, script_args, args):
+    """Freezes the base and adds what `--method` trains."""
+    from peft import LoraConfig, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if script_args.method == "full":
+        return model
+    if script_args.method == "p_tuning":
+        tokens = script_args.virtual_tokens
+        return get_peft_model(model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128))
+    if script_args.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        lora_dropout=script_args.lora_dropout,
+        target_modules="all-linear",
+    )
+    return get_peft_model(model, config)
+
+
+def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
+    """Loss, perplexity and token accuracy over all trained tokens of a split, with 95 % bootstrap intervals over rows."""
+    from shared import metrics
+
+    found = metrics.load("perplexity").compute(predictions=rows["nll"], references=[int(count) for count in rows["tokens"]])
+    found["accuracy"] = sum(rows["correct"]) / sum(rows["tokens"])
+    found["accuracy_ci95"] = metrics.ci95(metrics.bootstrap_ratio(rows["correct"], rows["tokens"]))
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:
+    """Greedy replies, one batch for all prompts."""
+    import torch
+
+    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+    with torch.no_grad():
+        out = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+    new = out if out.shape[1] <= max_new_tokens else out[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def print_plan(facts: dict, model, args, run_args) -> None:
+    """What `--dry_run` shows: the resolved configuration, and what the run would take on this machine (estimates)."""
+    import yaml
+
+    total, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(facts["rows"] / per_step * args.num_train_epochs)
+    tokens = steps * per_step * facts["tokens"] / facts["rows"]
+    batch, config = args.per_device_train_batch_size * facts["tokens"] / facts["rows"], model.config
+    activations = batch * config.num_hidden_layers * config.hidden_size * 34 * 4 + batch * facts["supervised_share"] * config.vocab_size * 12
+    memory = 0.8 + (4 * total + 12 * trained + activations) / 1e9
+    seconds = tokens * total * (4 if trained < total else 6) / (0.45 * matmul_flops())
+    print(yaml.safe_dump(run_args.resolved, allow_unicode=True), end="")
+    print(f"rows {facts['rows']:,}  tokens {tokens:,.0f}  steps {steps:,}  parameters trained {trained:,} of {total:,}")
+    print(f"about {memory:.1f} GB memory, {12e-9 * trained * ((args.save_total_limit or 3) + 1):.2f} GB disk, {seconds / 60:.0f} minutes of training")
+
+
+def main(script_args, args, run_args) -> None:
+    """The whole task, from data to card."""
+    # Setup
+    from contextlib import nullcontext
+
+    from datasets import Dataset
+    from transformers.trainer_utils import set_seed
+
+    from chats import preflight, show, tokenize
+    from packing import PackedSFTTrainer, RowCollator, score_rows
+    from shared import report
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint
+    from shared.sources import resolve_model
+
+    started, output = setup(args, run_args), Path(args.output_dir)
+    args.dataset_kwargs, args.remove_unused_columns, args.logging_nan_inf_filter = {"skip_prepare_dataset": True}, True, False
+    if script_args.save_merged and script_args.method in ("full", "p_tuning"):
+        raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
+
+    # Data
+    source, revision = resolve_model(run_args.model_name_or_path)
+    tokenizer = load_tokenizer(source, revision)
+    splits, cleaning = load_rows(run_args, args.seed)
+    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
+    tokenized = {}
+    for name, most in limits.items():
+        chosen = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        rows = [tokenize(messages, tokenizer, args.max_length) for messages in chosen["messages"]]
+        if name == "train":
+            facts = preflight(rows, tokenizer.eos_token_id)
+        useful = [{**row, "row": i} for i, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
+        tokenized[name] = Dataset.from_list(useful)
+    log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
+    log.info("first row, trained part marked:\n%s", show(tokenized["train"][0], tokenizer, sys.stdout.isatty()))
+
+    # Model
+    set_seed(args.seed)
+    model = add_adapter(load_model(source, revision, script_args.method, args), script_args, args)
+    for configured in (model.config, model.generation_config):
+        configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if run_args.dry_run:
+        return print_plan(facts, model, args, run_args)
+    if args.should_save:
+        report.write_json(output / "preflight.json", {**facts, "cleaning": cleaning})
+
+    # Train
+    settings = (args.learning_rate, args.lr_scheduler_type, args.max_steps, args.num_train_epochs, args.per_device_train_batch_size)
+    settings += (args.gradient_accumulation_steps, args.world_size, args.seed, args.weight_decay, script_args.lora_r)
+    identity = {
+        "data": hashlib.sha256(json.dumps(tokenized["train"]["input_ids"]).encode()).hexdigest(),
+        "chat template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "model": run_args.model_name_or_path,
+        "method": script_args.method,
+        "settings": hashlib.sha256(repr(settings).encode()).hexdigest(),
+    }
+    push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not each checkpoint
+    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    stopper = StopOnSignal()
+    collator = RowCollator(pad_token_id=tokenizer.pad_token_id, padding_free=script_args.method != "p_tuning")
+    trainer = PackedSFTTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized["validation"],
+        processing_class=tokenizer,
+        callbacks=[CompleteCheckpoints(args, identity), stopper],
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # trl casts QLoRA adapters to bf16, which a T4 and a CPU emulate
+    train_started, first_step = time.time(), int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stopper.exit_if_stopped(trainer.state)
+    train_seconds = time.time() - train_started
+
+    # Evaluate
+    trained_rows = score_rows(trainer.model, tokenized["test"], collator, args, "test, trained model")
+    talks = [messages for messages in splits["test"]["messages"][:200] if len(messages) > 1][:20]
+    prompts = [messages[:-1] for messages in talks]
+    trainer.model.eval()
+    after = reply(trainer.model, tokenizer, prompts)
+    adapted = script_args.method != "full"
+    with trainer.model.disable_adapter() if adapted else nullcontext():
+        base = trainer.model.get_base_model() if adapted else load_model(source, revision, "full", args).to(args.device).eval()
+        base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
+        before = reply(base, tokenizer, prompts)
+    helped = report.did_it_help(base_rows, trained_rows)
+    metrics = {**compute_metrics(trained_rows, "test"), **compute_metrics(base_rows, "base"), **helped, "test_rows": len(base_rows["nll"])}
+
+    # Export
+    if not args.should_save:
+        return
+    trainer.save_model(str(output))
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    samples = [
+        {"prompt": p[-1]["content"], "base": b, "trained": t, "reference": talk[-1]["content"], "messages": p}
+        for p, b, t, talk in zip(prompts, before, after, talks, strict=True)
+    ]
+    report.write_samples(output / "samples.jsonl", samples)
+    report.plot_loss(trainer.state.log_history, output / "loss.png")
+    supervised_per_row = facts["tokens"] * facts["supervised_share"] / facts["rows"]
+    rows_seen = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    metrics |= {
+        "train_seconds": round(train_seconds, 1),
+        "supervised_tokens_per_second": round(rows_seen * supervised_per_row / train_seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+        "run_seconds": round(time.time() - started, 1),
+    }
+    report.write_json(output / "all_results.json", metrics)
+    asset = assets.ASSETS.get(run_args.model_name_or_path.removeprefix("pypi:"))
+    repo = args.hub_model_id or f"outputs/{output.name}"
+    loader = "AutoPeftModelForCausalLM" if adapted else "AutoModelForCausalLM"
+    report.write_card(
+        output,
+        title=output.name,
+        base_model=run_args.model_name_or_path,
+        hub_base=asset.hub_id if asset else None if Path(source).exists() else source,
+        dataset=run_args.dataset,
+        license=asset.license if asset else None,
+        library="peft" if adapted else "transformers",
+        pipeline="text-generation",
+        metrics=metrics,
+        line=helped["line"],
+        training={
+            "command": run_args.command,
+            "method": script_args.method,
+            "steps": trainer.state.global_step,
+            "learning_rate": args.learning_rate,
+            "time": f"{train_seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
+            "data": cleaning,
+        },
+        preflight=facts,
+        samples=samples[:5],
+        usage=f"from {'peft' if adapted else 'transformers'} import {loader}\nfrom transformers import AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("{repo}")\ntokenizer = AutoTokenizer.from_pretrained("{repo}")',
+        limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it predicts "
+        "such conversations, not how useful its replies are.",
+    )
+    if script_args.save_merged:
+        from peft import PeftModel
+
+        whole = load_model(source, revision, "full", args)  # never the 4-bit weights: merging would round twice
+        PeftModel.from_pretrained(whole, str(output)).merge_and_unload().save_pretrained(output / "merged")
+        tokenizer.save_pretrained(output / "merged")
+    log.info("%s", helped["line"])
+    log.info("report: %s, replies: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
+    if push:
+        from huggingface_hub import HfApi
+
+        api, repo_id = HfApi(), args.hub_model_id or output.name
+        url = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=output, ignore_patterns=["checkpoint-*", "training_args.bin", ".*"])
+        log.info("pushed to %s", url)
+
+
+if __name__ == "__main__":
+    run(main, ScriptArguments, "trl.trainer.sft_config:SFTConfig")
