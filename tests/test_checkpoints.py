@@ -62,7 +62,7 @@ def die(*args):
 
 def collate(features: list[dict]) -> dict:
     """Hides random labels, as masking does."""
-    ids = torch.tensor([f["input_ids"] for f in features])
+    ids = torch.stack([torch.as_tensor(f["input_ids"]) for f in features])
     return {"input_ids": ids, "labels": ids.masked_fill(torch.rand(ids.shape) < 0.2, -100)}
 
 
@@ -173,10 +173,12 @@ def test_a_run_that_dies_everywhere_ends_like_one_that_does_not(tmp_path, start)
     for what, step, code, valid in ACCIDENTS:
         assert finish(start(out, what, step, 0)) == code, f"{what}: {(out / 'log.txt').read_text()}"
         assert newest_valid(out) == valid, what
+        if what == "half deleted":  # what remains of it must not look complete
+            assert os.listdir(out / "checkpoint-6") and not (out / "checkpoint-6" / "manifest.json").exists()
     text = (out / "log.txt").read_text()
     assert "Passed over" in text and "no manifest.json, it is half-written" in text
     assert "stopped by SIGTERM at step 10, checkpoint saved; the same command goes on from there." in text
-    assert "checkpoint-14 could not be written: disk full" in text and "Intact: checkpoint-12." in text
+    assert "checkpoint-14 could not be written, the disk is full" in text and "Intact: checkpoint-12." in text
     assert not (out / "checkpoint-14").exists()
 
     assert finish(start(out)) == 0 and finish(undisturbed) == 0
@@ -191,11 +193,11 @@ def test_a_run_that_dies_everywhere_ends_like_one_that_does_not(tmp_path, start)
 
 
 def test_the_log_and_the_mean_loss_do_not_depend_on_where_a_run_stopped(tmp_path, start):
-    settings = {"logging_steps": 5, "max_steps": 10, "train_sampling_strategy": "group_by_length"}
-    runs = [start(tmp_path / "whole", **settings), start(tmp_path / "killed", "between saves", 8, 0, **settings)]
+    settings = {"logging_steps": 5, "save_steps": 4, "max_steps": 11, "train_sampling_strategy": "group_by_length"}
+    runs = [start(tmp_path / "whole", **settings), start(tmp_path / "killed", "between saves", 9, 0, **settings)]
     assert [finish(run) for run in runs] == [0, -9]
     assert finish(start(tmp_path / "killed", **settings)) == 0
-    assert [step for step, *_ in result(tmp_path / "whole")["losses"]] == [3, 5, 6, 9, 10]
+    assert [step for step, *_ in result(tmp_path / "whole")["losses"]] == [4, 5, 8, 10, 11]
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
@@ -340,6 +342,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), UserError),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"), UserError),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), UserError),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), UserError),
         (RuntimeError("CUDA out of memory"), RuntimeError),
     ],
 )
@@ -368,6 +371,17 @@ def test_a_second_interrupt_is_immediate_but_the_launchers_copy_is_not():
     with pytest.raises(SystemExit) as end:
         stopper.exit_if_stopped()
     assert end.value.code == 130
+
+
+def test_the_end_of_the_launcher_counts_as_sigterm(monkeypatch):
+    args, state = SimpleNamespace(world_size=1), SimpleNamespace(global_step=4)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    stopper, control = checkpoints.StopOnSignal(), transformers.TrainerControl()
+    stopper.on_step_end(args, state, control)
+    assert not control.should_training_stop
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    stopper.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop and stopper.received == signal.SIGTERM
 
 
 def test_seeded_collator_depends_on_the_batch_only():

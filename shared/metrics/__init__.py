@@ -1,36 +1,121 @@
-"""Local `evaluate` modules, loaded by folder so that nothing is fetched, and bootstrap intervals for them."""
+"""Bootstrap intervals over the rows of a split, and the local `evaluate` modules that lie beside this file.
+
+Called by the modules, the tasks and `shared.report`. Rows are the unit that is drawn: the tokens of one conversation
+depend on each other, so intervals over tokens would be far too narrow.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
+from shared import UserError
+
 
 def load(name: str):
-    """`evaluate.load` of the module in the folder `name` beside this file; works offline."""
-    import evaluate
+    """`evaluate.load` of the folder `name` beside this file; sends no request and runs no code but the file there.
 
-    return evaluate.load(str(Path(__file__).parent / name))
+    Raises:
+        ValueError: there is no such module; the message lists those there are.
+    """
+    folder = Path(__file__).resolve().parent / name
+    if not (folder / f"{name}.py").is_file():
+        known = ", ".join(sorted(path.stem for path in folder.parent.glob("*/*.py") if path.stem == path.parent.name))
+        raise ValueError(f"No metric {name!r} in {folder.parent.name}/. Known: {known}.")
+    import evaluate  # takes seconds
+
+    # In memory: evaluate's default is one Arrow file for all processes of a user, and two runs would meet in it.
+    return evaluate.load(str(folder), keep_in_memory=True)
 
 
-def bootstrap_ratio(numerators, denominators, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Ratio of sums over rows drawn with replacement (Efron & Tibshirani 1993): mean loss, accuracy, ...
+def bootstrap_ratio(numerators, denominators=None, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Sum of numerators / sum of denominators, over rows drawn with replacement (Efron & Tibshirani 1993, ch. 6).
+
+    One statistic serves three: loss (summed nll / tokens), accuracy (correct / tokens) and, without denominators,
+    means.
 
     Args:
-        numerators: (rows,) or (rows, systems) when several systems are compared on the same rows (paired, Koehn 2004).
-        denominators: (rows,).
+        numerators: (rows,).
+        denominators: (rows,), 0 or more; rows with 0 hold nothing to measure and are left out. None: 1 for each row.
+        resamples: how many times `rows` rows are drawn.
+        seed: the same seed and number of rows draw the same rows.
 
     Returns:
-        (resamples,) or (resamples, systems). Memory does not grow with rows times resamples.
+        (resamples,) ratios. Memory grows with rows, not with rows times resamples.
+
+    Raises:
+        UserError: no row, or a value that is not finite.
+        ValueError: different lengths, a negative denominator, or a score in a row whose denominator is 0.
     """
-    rng = np.random.default_rng(seed)
-    numerators, denominators = np.asarray(numerators, float), np.asarray(denominators, float)
-    rows, ratios = len(denominators), []
-    for _ in range(resamples):
-        counts = rng.multinomial(rows, np.full(rows, 1 / rows))
-        ratios.append(counts @ numerators / (counts @ denominators))
-    return np.array(ratios)
+    columns = _columns(numerators, denominators)
+    random, rows, sums = np.random.default_rng(seed), len(columns), np.empty((resamples, 2))
+    for i in range(resamples):
+        counts = np.bincount(random.integers(rows, size=rows), minlength=rows)
+        sums[i] = counts @ columns
+    return sums[:, 0] / sums[:, 1]
 
 
 def ci95(samples) -> list[float]:
-    """2.5 and 97.5 percentiles of bootstrap samples."""
+    """2.5 and 97.5 percentiles of bootstrap samples: the percentile interval (Efron & Tibshirani 1993, ch. 13)."""
     return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
+
+
+def paired_difference(
+    base, trained, denominators=None, higher_is_better: bool = False, resamples: int = 1000, seed: int = 0
+) -> dict:
+    """Compares two systems on the same rows by the paired bootstrap (Koehn 2004): both are scored on the same draws.
+
+    Args:
+        base, trained: (rows,) numerators of each system, in the same order.
+        denominators, resamples, seed: as in `bootstrap_ratio`; the denominators hold for both systems.
+        higher_is_better: True for accuracy, ROUGE, F1; False for losses.
+
+    Returns:
+        `difference` (trained - base), its `difference_ci95`, `p_value` (two-sided: twice the share of draws on the
+        other side of zero, never below 1 / resamples), `better_rows` (share of rows where trained is strictly better),
+        `rows` (how many were compared).
+
+    Raises:
+        UserError, ValueError: as `bootstrap_ratio`.
+    """
+    old, new = _columns(base, denominators), _columns(trained, denominators)
+    if old.shape != new.shape:
+        raise ValueError(f"Not the same rows: {len(old):,} of the base and {len(new):,} of the trained model.")
+    # Resampling the difference, not each system, gives exactly 0 for equal rows.
+    change, weights = new[:, 0] - old[:, 0], new[:, 1]
+    draws = bootstrap_ratio(change, weights, resamples, seed)
+    other_side = min(np.mean(draws <= 0), np.mean(draws >= 0))
+    return {
+        "difference": float(change.sum() / weights.sum()),
+        "difference_ci95": ci95(draws),
+        "p_value": float(min(1, max(2 * other_side, 1 / resamples))),
+        "better_rows": float(np.mean(change > 0 if higher_is_better else change < 0)),
+        "rows": len(change),
+    }
+
+
+def _columns(numerators, denominators) -> np.ndarray:
+    """(rows, 2) of float64, checked, without the rows that have a denominator of 0."""
+    numerators = np.asarray(numerators, dtype=np.float64)
+    denominators = np.ones_like(numerators) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if numerators.ndim != 1 or numerators.shape != denominators.shape:
+        raise ValueError(f"Expected two lists of equal length, found {numerators.shape} and {denominators.shape}.")
+    columns = np.stack([numerators, denominators], axis=1)
+    finite = np.isfinite(columns).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise UserError(
+            f"Row {row} of the split scores {numerators[row]} over {denominators[row]}: training diverged, or fp16 "
+            "overflowed. Lower --learning_rate, or train without --fp16."
+        )
+    if (denominators < 0).any():
+        raise ValueError(f"Row {int(np.argmin(denominators))} has a negative denominator: {denominators.min()}.")
+    if (numerators[denominators == 0] != 0).any():
+        raise ValueError(
+            "A row scores something over a denominator of 0: nll and token counts are not of the same rows."
+        )
+    columns = columns[denominators > 0]
+    if not len(columns):
+        raise UserError(
+            f"Nothing to measure: {len(numerators)} rows, none with a token to predict. Is the split empty?"
+        )
+    return columns

@@ -13,16 +13,26 @@ FORMATS = {
     "instruction/input/output": ("instruction", "output"),
     "question/answer": ("question", "answer"),
 }
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system"}
-GREETING = re.compile(r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+", re.I)
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+GREETING = re.compile(
+    r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+",
+    re.I,
+)
 
-# For models without a template, such as GPT-2. Plain words, since such a tokenizer has no tokens for roles; the end token of
-# each reply is trained, and it is what stops a reply.
+# For models without a template, such as GPT-2: plain words, since such a tokenizer has no tokens for roles. Each reply starts on
+# a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'Assistant: ' }}{% generation %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'Assistant:\n' }}{% generation %}"
     "{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% else %}"
-    "{{ ('System: ' if message['role'] == 'system' else 'User: ') + message['content'] + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{{ ('System:\n' if message['role'] == 'system' else 'User:\n') + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
 
@@ -86,7 +96,7 @@ def to_messages(row: dict, chat_format: str, places: dict[str, str]) -> dict | s
     roles = ROLES | dict(zip(people, ("user", "assistant"), strict=False))
     messages = []
     for who, text in pairs:
-        text = clean_text(text)
+        text = clean_text(text).strip()
         if not text:
             continue
         if messages and messages[-1]["role"] == roles[who]:
@@ -117,7 +127,9 @@ def spare_token(tokenizer) -> str:
     for token in candidates:
         if token and token in vocabulary and token not in (tokenizer.eos_token, tokenizer.bos_token):
             return token
-    raise UserError("the tokenizer has no token to pad with besides its end token: give it a pad_token and save it again.")
+    raise UserError(
+        "the tokenizer has no token to pad with besides its end token: give it a pad_token and save it again."
+    )
 
 
 def tokenize(messages: list[dict], tokenizer, max_length: int) -> dict:
@@ -126,7 +138,9 @@ def tokenize(messages: list[dict], tokenizer, max_length: int) -> dict:
     Only the assistant's turns are trained, each with its end token. A row that is too long is cut after the last whole reply
     that fits; where not even one fits, in its middle.
     """
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     truncated = len(ids) > max_length
     if truncated:
@@ -152,9 +166,13 @@ def preflight(rows: list[dict], eos_token_id: int) -> dict:
     tokens = sum(len(row["input_ids"]) for row in useful)
     supervised = sum(label != -100 for row in useful for label in row["labels"][1:])
     if not useful:
-        raise UserError(f"preflight: none of {len(rows):,} rows has a token to learn after truncation. Raise --max_length.")
+        raise UserError(
+            f"preflight: none of {len(rows):,} rows has a token to learn after truncation. Raise --max_length."
+        )
     if not ended:
-        raise UserError("preflight: no turn's end token is trained, so the model would never stop: see the chat template.")
+        raise UserError(
+            "preflight: no turn's end token is trained, so the model would never stop: see the chat template."
+        )
     return {
         "rows": len(useful),
         "rows_with_nothing_to_learn": len(rows) - len(useful),

@@ -94,7 +94,9 @@ class PackedSFTTrainer(SFTTrainer):
         nll, _, _ = token_losses(model, inputs)
         loss = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is over all processes already
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # DDP averages gradients; the count is over all processes already
         if not torch.isfinite(loss):
             raise UserError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}, in rows {inputs['row'].tolist()} of the "
@@ -121,13 +123,17 @@ def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dic
     """
     was_training = model.training
     model.eval()
-    longest_first = sorted(range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"]))  # out of memory shows at once
+    longest_first = sorted(
+        range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"])
+    )  # out of memory shows at once
     mine = longest_first[args.process_index :: args.world_size]
     size, scores = args.per_device_eval_batch_size, {}
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     for rows in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
         batch = {name: value.to(model.device) for name, value in collator([dataset[i] for i in rows]).items()}
-        with torch.autocast(model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16):
+        with torch.autocast(
+            model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
+        ):
             nll, correct, conversation = token_losses(model, batch)
         sums = torch.zeros(3, len(rows), dtype=torch.float64, device=nll.device)
         sums.index_add_(1, conversation, torch.stack([nll.double(), torch.ones_like(nll).double(), correct.double()]))

@@ -33,7 +33,9 @@ class ScriptArguments:
             "tokens in front of the prompt (p_tuning)."
         },
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices: more learns more and takes more memory."})
+    lora_r: int = field(
+        default=16, metadata={"help": "Rank of the LoRA matrices: more learns more and takes more memory."}
+    )
     lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
     virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
@@ -43,10 +45,9 @@ class ScriptArguments:
 
 def load_tokenizer(source: str, revision: dict):
     """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
+    from chats import PLAIN_TEMPLATE, spare_token
     from transformers import AutoTokenizer
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    from chats import PLAIN_TEMPLATE, spare_token
 
     tokenizer = AutoTokenizer.from_pretrained(source, **revision)
     tokenizer.pad_token = spare_token(tokenizer)
@@ -57,17 +58,17 @@ def load_tokenizer(source: str, revision: dict):
             tokenizer.chat_template = get_training_chat_template(tokenizer)
         except ValueError as error:
             raise UserError(
-                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} ... {{% endgeneration %}} "
-                "around the reply and its end token, and save the tokenizer."
+                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} and "
+                "{{% endgeneration %}} around the reply and its end token, and save the tokenizer."
             ) from error
     return tokenizer
 
 
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Conversations of the three splits, and the cleaning report as one line."""
+    from chats import find_format, text_of, to_messages
     from datasets import Dataset, DatasetDict
 
-    from chats import find_format, text_of, to_messages
     from shared.cleaning import CleaningReport, clean_rows
     from shared.sources import load_data
     from shared.splits import split_dataset
@@ -96,7 +97,9 @@ def load_model(source: str, revision: dict, method: str, args):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32,
     )
-    packs = AutoConfig.from_pretrained(source, **revision).model_type not in ("falcon",)  # has attention code of its own
+    packs = AutoConfig.from_pretrained(source, **revision).model_type not in (
+        "falcon",
+    )  # has attention code of its own
     return AutoModelForCausalLM.from_pretrained(
         source,
         **revision,
@@ -115,7 +118,9 @@ def add_adapter(model, script_args, args):
         return model
     if script_args.method == "p_tuning":
         tokens = script_args.virtual_tokens
-        return get_peft_model(model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128))
+        return get_peft_model(
+            model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128)
+        )
     if script_args.method == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     config = LoraConfig(
@@ -132,7 +137,9 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     """Loss, perplexity and token accuracy over all trained tokens of a split, with 95 % bootstrap intervals over rows."""
     from shared import metrics
 
-    found = metrics.load("perplexity").compute(predictions=rows["nll"], references=[int(count) for count in rows["tokens"]])
+    found = metrics.load("perplexity").compute(
+        predictions=rows["nll"], references=[int(count) for count in rows["tokens"]]
+    )
     found["accuracy"] = sum(rows["correct"]) / sum(rows["tokens"])
     found["accuracy_ci95"] = metrics.ci95(metrics.bootstrap_ratio(rows["correct"], rows["tokens"]))
     return {f"{prefix}_{name}": value for name, value in found.items()}
@@ -142,11 +149,19 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
     """Greedy replies, one batch for all prompts."""
     import torch
 
-    texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(model.device)
+    texts = [
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+        model.device
+    )
     with torch.no_grad():
         out = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     new = out if out.shape[1] <= max_new_tokens else out[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -156,17 +171,24 @@ def print_plan(facts: dict, model, args, run_args) -> None:
     """What `--dry_run` shows: the resolved configuration, and what the run would take on this machine (estimates)."""
     import yaml
 
-    total, trained = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total, trained = (
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(facts["rows"] / per_step * args.num_train_epochs)
     tokens = steps * per_step * facts["tokens"] / facts["rows"]
     batch, config = args.per_device_train_batch_size * facts["tokens"] / facts["rows"], model.config
-    activations = batch * config.num_hidden_layers * config.hidden_size * 34 * 4 + batch * facts["supervised_share"] * config.vocab_size * 12
+    activations = (
+        batch * config.num_hidden_layers * config.hidden_size * 34 * 4
+        + batch * facts["supervised_share"] * config.vocab_size * 12
+    )
     memory = 0.8 + (4 * total + 12 * trained + activations) / 1e9
     seconds = tokens * total * (4 if trained < total else 6) / (0.45 * matmul_flops())
     print(yaml.safe_dump(run_args.resolved, allow_unicode=True), end="")
     print(f"rows {facts['rows']:,}  tokens {tokens:,.0f}  steps {steps:,}  parameters trained {trained:,} of {total:,}")
-    print(f"about {memory:.1f} GB memory, {12e-9 * trained * ((args.save_total_limit or 3) + 1):.2f} GB disk, {seconds / 60:.0f} minutes of training")
+    disk = 12e-9 * trained * ((args.save_total_limit or 3) + 1)
+    print(f"about {memory:.1f} GB memory, {disk:.2f} GB disk, {seconds / 60:.0f} minutes of training")
 
 
 def main(script_args, args, run_args) -> None:
@@ -174,17 +196,21 @@ def main(script_args, args, run_args) -> None:
     # Setup
     from contextlib import nullcontext
 
+    from chats import preflight, show, tokenize
     from datasets import Dataset
+    from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
-    from chats import preflight, show, tokenize
-    from packing import PackedSFTTrainer, RowCollator, score_rows
     from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint, train
     from shared.sources import resolve_model
 
     started, output = setup(args, run_args), Path(args.output_dir)
-    args.dataset_kwargs, args.remove_unused_columns, args.logging_nan_inf_filter = {"skip_prepare_dataset": True}, True, False
+    args.dataset_kwargs, args.remove_unused_columns, args.logging_nan_inf_filter = (
+        {"skip_prepare_dataset": True},
+        True,
+        False,
+    )
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
 
@@ -192,7 +218,11 @@ def main(script_args, args, run_args) -> None:
     source, revision = resolve_model(run_args.model_name_or_path)
     tokenizer = load_tokenizer(source, revision)
     splits, cleaning = load_rows(run_args, args.seed)
-    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
+    limits = {
+        "train": run_args.max_train_rows,
+        "validation": script_args.max_validation_rows,
+        "test": run_args.max_test_rows,
+    }
     tokenized = {}
     for name, most in limits.items():
         chosen = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
@@ -202,7 +232,7 @@ def main(script_args, args, run_args) -> None:
         useful = [{**row, "row": i} for i, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
         tokenized[name] = Dataset.from_list(useful)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
-    log.info("first row, trained part marked:\n%s", show(tokenized["train"][0], tokenizer, sys.stdout.isatty()))
+    log.info("first row, trained part marked:\n%s", show(tokenized["train"][0], tokenizer, sys.stdout.isatty())[:1500])
 
     # Model
     set_seed(args.seed)
@@ -215,10 +245,16 @@ def main(script_args, args, run_args) -> None:
         report.write_json(output / "preflight.json", {**facts, "cleaning": cleaning})
 
     # Train
-    settings = (args.learning_rate, args.lr_scheduler_type, args.max_steps, args.num_train_epochs, args.per_device_train_batch_size)
+    settings = (
+        args.learning_rate,
+        args.lr_scheduler_type,
+        args.max_steps,
+        args.num_train_epochs,
+        args.per_device_train_batch_size,
+    )
     settings += (args.gradient_accumulation_steps, args.world_size, args.seed, args.weight_decay, script_args.lora_r)
     identity = {
-        "data": hashlib.sha256(json.dumps(tokenized["train"]["input_ids"]).encode()).hexdigest(),
+        "data": hashlib.sha256(json.dumps(list(tokenized["train"]["input_ids"])).encode()).hexdigest(),
         "chat template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "model": run_args.model_name_or_path,
         "method": script_args.method,
@@ -235,14 +271,14 @@ def main(script_args, args, run_args) -> None:
         train_dataset=tokenized["train"],
         eval_dataset=tokenized["validation"],
         processing_class=tokenizer,
-        callbacks=[CompleteCheckpoints(args, identity), stopper],
+        callbacks=[CompleteCheckpoints(identity), stopper],
     )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # trl casts QLoRA adapters to bf16, which a T4 and a CPU emulate
     train_started, first_step = time.time(), int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    stopper.exit_if_stopped(trainer.state)
+    train(trainer, checkpoint)
+    stopper.exit_if_stopped()
     train_seconds = time.time() - train_started
 
     # Evaluate
@@ -253,11 +289,20 @@ def main(script_args, args, run_args) -> None:
     after = reply(trainer.model, tokenizer, prompts)
     adapted = script_args.method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
-        base = trainer.model.get_base_model() if adapted else load_model(source, revision, "full", args).to(args.device).eval()
+        base = (
+            trainer.model.get_base_model()
+            if adapted
+            else load_model(source, revision, "full", args).to(args.device).eval()
+        )
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before = reply(base, tokenizer, prompts)
     helped = report.did_it_help(base_rows, trained_rows)
-    metrics = {**compute_metrics(trained_rows, "test"), **compute_metrics(base_rows, "base"), **helped, "test_rows": len(base_rows["nll"])}
+    metrics = {
+        **compute_metrics(trained_rows, "test"),
+        **compute_metrics(base_rows, "base"),
+        **helped,
+        "test_rows": len(base_rows["nll"]),
+    }
 
     # Export
     if not args.should_save:
@@ -272,7 +317,12 @@ def main(script_args, args, run_args) -> None:
     report.write_samples(output / "samples.jsonl", samples)
     report.plot_loss(trainer.state.log_history, output / "loss.png")
     supervised_per_row = facts["tokens"] * facts["supervised_share"] / facts["rows"]
-    rows_seen = (trainer.state.global_step - first_step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows_seen = (
+        (trainer.state.global_step - first_step)
+        * args.train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size
+    )
     metrics |= {
         "train_seconds": round(train_seconds, 1),
         "supervised_tokens_per_second": round(rows_seen * supervised_per_row / train_seconds, 1),
@@ -306,8 +356,8 @@ def main(script_args, args, run_args) -> None:
         samples=samples[:5],
         usage=f"from {'peft' if adapted else 'transformers'} import {loader}\nfrom transformers import AutoTokenizer\n\n"
         f'model = {loader}.from_pretrained("{repo}")\ntokenizer = AutoTokenizer.from_pretrained("{repo}")',
-        limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it predicts "
-        "such conversations, not how useful its replies are.",
+        limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
+        "predicts such conversations, not how useful its replies are.",
     )
     if script_args.save_merged:
         from peft import PeftModel
@@ -322,7 +372,9 @@ def main(script_args, args, run_args) -> None:
 
         api, repo_id = HfApi(), args.hub_model_id or output.name
         url = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=output, ignore_patterns=["checkpoint-*", "training_args.bin", ".*"])
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=output, ignore_patterns=["checkpoint-*", "training_args.bin", ".*"]
+        )
         log.info("pushed to %s", url)
 
 

@@ -1,0 +1,41 @@
+# What one types: `make` lists it. Everything runs from .venv, which `make setup` builds.
+
+PYTHON ?= python3
+ARGS ?=
+TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint new-task clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.installed ## build .venv with everything that training and tests need; does nothing when it is up to date
+
+# The stamp is written last, so an interrupted installation goes on with the next `make`.
+.venv/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv; the first time takes a few minutes."
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# --quiet: an error is our one line, without a traceback of the launcher below it.
+demo: setup ## train, evaluate and compare a chat model on this machine: no GPU, no account
+	.venv/bin/accelerate launch --quiet tasks/chat_sft/train.py $(ARGS)
+
+# `pytest`, not `python -m pytest`: the latter would find `shared` in this directory and hide a broken installation.
+test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py -k arrows"
+	.venv/bin/pytest $(ARGS)
+
+lint: setup ## check style and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+new-task: ## start your own task as a copy: make new-task NAME=my_task FROM=chat_sft
+	@$(TOOL) tools/new_task.py "$(NAME)" "$(FROM)"
+
+clean: ## remove .venv and caches; your results in outputs/ stay
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	find . -path ./outputs -prune -o -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
