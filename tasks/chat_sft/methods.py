@@ -1,0 +1,122 @@
+"""The model and what is trained of it: full, LoRA, QLoRA, P-tuning; its tokenizer and its replies. Used by train.py."""
+
+import torch
+from chats import PLAIN_TEMPLATE, spare_token
+from peft import LoraConfig, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from shared import UserError
+
+
+def load_tokenizer(source: str, revision: dict):
+    """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
+    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    tokenizer.pad_token = spare_token(tokenizer)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    elif not has_generation_markers(tokenizer.chat_template):
+        try:
+            tokenizer.chat_template = get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise UserError(
+                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} and "
+                "{{% endgeneration %}} around the reply and its end token, and save the tokenizer."
+            ) from error
+    return tokenizer
+
+
+def four_bit(args) -> BitsAndBytesConfig:
+    """NF4 with double quantization (Dettmers et al. 2023); computes in the precision of the run."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32,
+    )
+
+
+def load_model(source: str, revision: dict, method: str, args):
+    """The base model, in fp32 (4-bit NF4 for qlora).
+
+    Its `config._attn_implementation` is `packed` (packing.py) where conversations may share a row. Not with virtual tokens in
+    front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
+    that conversations in one row would see each other (transformers 5.23).
+    """
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source, **revision))]
+    packs = architecture._supports_attention_backend and method != "p_tuning"
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        **revision,
+        dtype=torch.float32,
+        use_safetensors=True,
+        attn_implementation="packed" if packs else "sdpa",
+        quantization_config=four_bit(args) if method == "qlora" else None,
+    )
+
+
+def add_adapter(model, script_args, args):
+    """Freezes the base and adds what `--method` trains."""
+    if script_args.method == "full":
+        return model
+    if script_args.method == "p_tuning":
+        tokens = script_args.virtual_tokens
+        return get_peft_model(
+            model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128)
+        )
+    if script_args.method == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        lora_dropout=script_args.lora_dropout,
+        target_modules="all-linear",
+    )
+    return get_peft_model(model, config)
+
+
+def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:
+    """Greedy replies, one batch for all prompts."""
+    texts = [
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+        model.device
+    )
+    with torch.no_grad():
+        out = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    asked = batch["input_ids"].shape[1]
+    new = out[:, asked:] if torch.equal(out[:, :asked], batch["input_ids"]) else out  # P-tuning returns the reply alone
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def usage(repo: str, method: str) -> str:
+    """The lines of Python that load what a run has left; shown on the model card."""
+    loader, library = (
+        ("AutoModelForCausalLM", "transformers") if method == "full" else ("AutoPeftModelForCausalLM", "peft")
+    )
+    names, quantized = "AutoTokenizer", ""
+    if method == "qlora":
+        names += ", BitsAndBytesConfig"
+        quantized = ", quantization_config=four_bit"
+    return "\n".join(
+        [
+            f"from {library} import {loader}",
+            f"from transformers import {names}",
+            "",
+            *[
+                'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+            ]
+            * (method == "qlora"),
+            f'model = {loader}.from_pretrained("{repo}"{quantized})',
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+        ]
+    )
