@@ -79,6 +79,8 @@ def add_adapter(model, script_args, args):
 
 def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:
     """Greedy replies, one batch for all prompts."""
+    if not conversations:
+        return []
     texts = [
         tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations
     ]

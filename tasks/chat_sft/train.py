@@ -76,6 +76,19 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
+def sample_talks(conversations, most: int = 20) -> list[list[dict]]:
+    """Beginnings of conversations, each up to its second reply if it has one, short enough to be shown and answered quickly."""
+    talks = []
+    for messages in conversations:
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        talk = messages[: ends[:2][-1]] if ends else []
+        if talk and sum(len(message["content"]) for message in talk) <= 1000:
+            talks.append(talk)
+        if len(talks) == most:
+            break
+    return talks
+
+
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
@@ -168,8 +181,8 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     trained_rows = score_rows(trainer.model, tokenized["test"], collator, args, "test, trained model")
-    talks = [messages for messages in splits["test"]["messages"][:200] if len(messages) > 1][:20]
-    prompts = [messages[:-1] for messages in talks]
+    talks = sample_talks(splits["test"]["messages"])
+    prompts = [talk[:-1] for talk in talks]
     trainer.model.eval()
     after = reply(trainer.model, tokenizer, prompts)
     adapted = script_args.method != "full"
