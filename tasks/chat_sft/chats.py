@@ -117,6 +117,19 @@ def text_of(row: dict) -> str:
     return "\n".join(message["content"] for message in row["messages"])
 
 
+def sample_talks(conversations, most: int = 20) -> list[list[dict]]:
+    """Beginnings of conversations, each up to its second reply if it has one, short enough to be shown and answered quickly."""
+    talks = []
+    for messages in conversations:
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+        talk = messages[: ends[:2][-1]] if ends else []
+        if talk and sum(len(message["content"]) for message in talk) <= 1000:
+            talks.append(talk)
+        if len(talks) == most:
+            break
+    return talks
+
+
 def spare_token(tokenizer) -> str:
     """A token for padding that no text contains and that is not the end of a turn: padding must never teach a model to stop.
 

@@ -76,25 +76,12 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
-def sample_talks(conversations, most: int = 20) -> list[list[dict]]:
-    """Beginnings of conversations, each up to its second reply if it has one, short enough to be shown and answered quickly."""
-    talks = []
-    for messages in conversations:
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        talk = messages[: ends[:2][-1]] if ends else []
-        if talk and sum(len(message["content"]) for message in talk) <= 1000:
-            talks.append(talk)
-        if len(talks) == most:
-            break
-    return talks
-
-
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
     from contextlib import nullcontext
 
-    from chats import preflight, show, tokenize
+    from chats import preflight, sample_talks, show, tokenize
     from datasets import Dataset
     from methods import add_adapter, load_model, load_tokenizer, reply, usage
     from packing import PackedSFTTrainer, RowCollator, score_rows
@@ -149,7 +136,8 @@ def main(script_args, args, run_args) -> None:
         args.num_train_epochs,
         args.per_device_train_batch_size,
     )
-    settings += (args.gradient_accumulation_steps, args.world_size, args.seed, args.weight_decay, script_args.lora_r)
+    settings += (args.gradient_accumulation_steps, args.world_size, args.seed, args.weight_decay)
+    settings += (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
     identity = {
         "data": hashlib.sha256(json.dumps(list(tokenized["train"]["input_ids"])).encode()).hexdigest(),
         "chat template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
