@@ -5,6 +5,7 @@ Called by each `tasks/*/train.py`. Torch is not imported here before the configu
 
 import ast
 import difflib
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -149,7 +150,7 @@ def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
             pairs.append((name, value))
         elif name:
             pairs[-1] = (name, f"{pairs[-1][1]} {arg}".strip())
-    return [(name, value) for name, value in pairs if "token" not in name or name == "eos_token"]
+    return [(name, value) for name, value in pairs if name.replace("-", "_") != "hub_token"]
 
 
 def _config_path(argv: list[str], script: Path) -> Path | None:
@@ -297,7 +298,7 @@ def run(main, script_class: type, training: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != 28 or "--traceback" in sys.argv:  # ENOSPC
+        if error.errno != errno.ENOSPC or "--traceback" in sys.argv:
             raise
         print(
             "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",

@@ -48,7 +48,7 @@ class RowCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
-        # What a varlen kernel on a GPU reads; our attention splits by cu_seq_lens_q, Llama and GPT-2 by position_ids.
+        # For FlashAttention and linear attention; ours needs cu_seq_lens_q alone.
         for unused in ("seq_idx", "max_length_q", "max_length_k", "cu_seq_lens_k"):
             batch.pop(unused, None)
         batch["row"] = torch.tensor([example["row"] for example in examples])
@@ -92,9 +92,8 @@ class PackedSFTTrainer(SFTTrainer):
         nll, _, _ = token_losses(model, inputs)
         loss = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # DDP averages gradients; the count is over all processes already
+            # DDP averages gradients; the count is over all processes already
+            loss = loss * self.accelerator.num_processes
         if not torch.isfinite(loss):
             raise UserError(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}, in rows {inputs['row'].tolist()} of the "
@@ -121,9 +120,8 @@ def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dic
     """
     was_training = model.training
     model.eval()
-    longest_first = sorted(
-        range(len(dataset)), key=lambda i: -len(dataset[i]["input_ids"])
-    )  # out of memory shows at once
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    longest_first = sorted(range(len(dataset)), key=lambda i: -lengths[i])  # out of memory shows at once
     mine = longest_first[args.process_index :: args.world_size]
     size, scores = args.per_device_eval_batch_size, {}
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]

@@ -208,7 +208,7 @@ def main(script_args, args, run_args) -> None:
         "run_minutes": round((time.time() - started) / 60, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
     }
-    report.write_json(output / "all_results.json", metrics)
+    report.write_results(output, metrics)
     asset = assets.ASSETS.get(run_args.model_name_or_path.removeprefix("pypi:"))
     report.write_card(
         output,
