@@ -47,6 +47,40 @@ MANIFEST = "manifest.json"
 REPLACED = "checkpoint-replaced"
 
 
+def run_identity(args, run_args, **facts) -> dict:
+    """What must not change within a run, for `find_checkpoint` and `CompleteCheckpoints`: a resume with another is refused.
+
+    Args:
+        args: training arguments; the settings that the weights of each step depend on are taken from them.
+        run_args: model and data by name.
+        facts: by the name that the error shows, e.g. `rows=[...]`, `method="lora"`; whatever is long is hashed.
+    """
+
+    def short(value):
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        return text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
+
+    names = (
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "max_steps",
+        "num_train_epochs",
+    )
+    names += (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "seed",
+        "weight_decay",
+        "optim",
+    )
+    settings = {name: str(getattr(args, name)) for name in names}
+    facts = {"model": run_args.model_name_or_path or "from scratch", "dataset": run_args.dataset, **facts}
+    return {name.replace("_", " "): short(value) for name, value in {**facts, "settings": settings}.items()}
+
+
 def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None = None) -> Path | None:
     """The checkpoint to go on from; says in the log which one and why, and names each one that is passed over.
 

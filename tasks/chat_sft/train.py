@@ -7,16 +7,13 @@
 The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub. `--dry_run` shows the plan first.
 """
 
-import hashlib
-import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared import UserError, assets
-from shared.run import hardware, log, peak_memory_gb, print_plan, run, setup
+from shared import UserError
+from shared.run import begin, finish, log, print_plan, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -83,18 +80,16 @@ def main(script_args, args, run_args) -> None:
 
     from chats import preflight, sample_talks, show, tokenize
     from datasets import Dataset
-    from methods import add_adapter, load_model, load_tokenizer, reply, usage
+    from methods import add_adapter, load_model, load_tokenizer, reply, save_merged, usage
     from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
     from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, find_checkpoint, mean_train_loss, train
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.sources import resolve_model
 
-    started, output = setup(args, run_args), Path(args.output_dir)
+    setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
-    args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
-    push, args.push_to_hub = args.push_to_hub, False  # once, at the end, and not at each checkpoint
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
 
@@ -125,27 +120,19 @@ def main(script_args, args, run_args) -> None:
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
         return print_plan(model, args, run_args, **facts)
-    if args.should_save:
-        report.write_json(output / "preflight.json", {**facts, "cleaning": cleaning})
 
     # Train
-    settings = (
-        args.learning_rate,
-        args.lr_scheduler_type,
-        args.max_steps,
-        args.num_train_epochs,
-        args.per_device_train_batch_size,
+    method = script_args.method
+    lora = (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
+    identity = run_identity(
+        args,
+        run_args,
+        rows=list(tokenized["train"]["input_ids"]),
+        chat_template=tokenizer.chat_template,
+        method=method,
+        adapter=lora,
     )
-    settings += (args.gradient_accumulation_steps, args.world_size, args.seed, args.weight_decay)
-    settings += (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
-    identity = {
-        "data": hashlib.sha256(json.dumps(list(tokenized["train"]["input_ids"])).encode()).hexdigest(),
-        "chat template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "model": run_args.model_name_or_path,
-        "method": script_args.method,
-        "settings": hashlib.sha256(repr(settings).encode()).hexdigest(),
-    }
-    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = RowCollator(
         pad_token_id=tokenizer.pad_token_id, padding_free=model.config._attn_implementation == "packed"
@@ -162,10 +149,8 @@ def main(script_args, args, run_args) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # trl casts QLoRA adapters to bf16, which a T4 and a CPU emulate
-    train_started = time.time()
     train(trainer, checkpoint)
     stopper.exit_if_stopped()
-    train_minutes = (time.time() - train_started) / 60
 
     # Evaluate
     trained_rows = score_rows(trainer.model, tokenized["test"], collator, args, "test, trained model")
@@ -173,7 +158,7 @@ def main(script_args, args, run_args) -> None:
     prompts = [talk[:-1] for talk in talks]
     trainer.model.eval()
     after = reply(trainer.model, tokenizer, prompts)
-    adapted = script_args.method != "full"
+    adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
         base = (
             trainer.model.get_base_model()
@@ -191,70 +176,27 @@ def main(script_args, args, run_args) -> None:
     }
 
     # Export
-    if not args.should_save:
-        return
-    trainer.save_model(str(output))
-    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
-    trainer.state.save_to_json(str(output / "trainer_state.json"))
     samples = [
         {"prompt": p[-1]["content"], "base": b, "trained": t, "reference": talk[-1]["content"], "messages": p}
         for p, b, t, talk in zip(prompts, before, after, talks, strict=True)
     ]
-    report.write_samples(output / "samples.jsonl", samples)
-    report.plot_loss(trainer.state.log_history, output / "loss.png")
-    metrics |= {
-        "train_loss": mean_train_loss(trainer.state.log_history),
-        "train_minutes": round(train_minutes, 2),
-        "run_minutes": round((time.time() - started) / 60, 2),
-        "peak_memory_gb": round(peak_memory_gb(), 2),
-    }
-    report.write_results(output, metrics)
-    asset = assets.ASSETS.get(run_args.model_name_or_path.removeprefix("pypi:"))
-    report.write_card(
-        output,
-        title=output.name,
-        base_model=run_args.model_name_or_path,
-        hub_base=asset.hub_id if asset else None if Path(source).exists() else source,
-        dataset=run_args.dataset,
-        license=asset.license if asset else None,
+    if script_args.save_merged:
+        save_merged(trainer, load_model(source, revision, "full", args), tokenizer)  # never 4-bit: it would round twice
+    finish(
+        trainer,
+        args,
+        run_args,
+        metrics=metrics,
+        samples=samples,
+        preflight=facts,
+        line=helped["line"],
+        training={"method": method, "data": cleaning},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
-        metrics=metrics,
-        line=helped["line"],
-        training={
-            "command": run_args.command,
-            "method": script_args.method,
-            "steps": trainer.state.global_step,
-            "learning_rate": args.learning_rate,
-            "time": f"{train_minutes:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
-            "data": cleaning,
-        },
-        preflight=facts,
-        samples=samples[:5],
-        usage=usage(args.hub_model_id or f"outputs/{output.name}", script_args.method),
+        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method),
         limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
         "predicts such conversations, not how useful its replies are.",
     )
-    if script_args.save_merged:
-        from peft import PeftModel
-
-        whole = load_model(source, revision, "full", args)  # never the 4-bit weights: merging would round twice
-        PeftModel.from_pretrained(whole, str(output)).merge_and_unload().save_pretrained(output / "merged")
-        tokenizer.save_pretrained(output / "merged")
-    log.info("%s", helped["line"])
-    log.info("report: %s, replies: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
-    if push:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            repo = HfApi().create_repo(args.hub_model_id or output.name, private=args.hub_private_repo, exist_ok=True)
-            unwanted = ["checkpoint-*", "training_args.bin", ".*"]
-            HfApi().upload_folder(repo_id=repo.repo_id, folder_path=output, ignore_patterns=unwanted)
-        except (HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"Not pushed: {reason} Nothing is lost: the run is complete in {output}.") from error
-        log.info("pushed to %s", repo)
 
 
 if __name__ == "__main__":
