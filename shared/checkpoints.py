@@ -315,7 +315,8 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def restore(self) -> None:
+        """Gives both signals back to whoever had them before; `train` calls it however training ended."""
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
@@ -367,6 +368,9 @@ def train(trainer, checkpoint: Path | None):
     finally:
         if finished:
             del trainer.get_batch_samples
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal):
+                callback.restore()
 
 
 # torch.save does not say why: these are its words for a write that failed, in practice a full disk.

@@ -1,6 +1,7 @@
 """tasks/chat_sft: data formats, what is trained, isolation, each method end to end, resume, errors. Tiny models, real code."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -409,3 +410,10 @@ def test_dry_run_plans_and_writes_nothing(tiny, data, tmp_path):
     assert planned.returncode == 0, planned.stderr
     assert "steps 6" in planned.stdout and "minutes of training" in planned.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_the_unigram_baseline_is_the_smoothed_share_of_each_token():
+    found = chat_sft.unigram_scores([[-100, 1, 1, 2], [5, -100, 3]], [[9, 1, -100, 3], [0, -100, 2]], vocabulary=4)
+    # 4 trained tokens (1, 1, 2, 3) and 4 ids: shares (1, 3, 2, 2) / 8
+    assert found["nll"] == pytest.approx([math.log(8 / 3) + math.log(4), math.log(4)])
+    assert found["tokens"] == [2, 1] and found["correct"] == [1, 0]

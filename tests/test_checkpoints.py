@@ -354,9 +354,16 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     state = SimpleNamespace(global_step=6)
     write_checkpoint(tmp_path, 3)
     (tmp_path / "checkpoint-6").mkdir()
-    trainer = SimpleNamespace(args=args, state=state, train=fail, is_world_process_zero=lambda: True)
+    stopper, before = checkpoints.StopOnSignal(), signal.getsignal(signal.SIGTERM)
+    stopper.on_train_begin(args, state, None)
+    assert signal.getsignal(signal.SIGTERM) != before
+    handler = SimpleNamespace(callbacks=[stopper])
+    trainer = SimpleNamespace(
+        args=args, state=state, train=fail, is_world_process_zero=lambda: True, callback_handler=handler
+    )
     with pytest.raises(expected) as caught:
         checkpoints.train(trainer, None)
+    assert signal.getsignal(signal.SIGTERM) == before, "the handlers stay when training raises"
     assert (tmp_path / "checkpoint-6").exists() == (caught.type is not UserError)
 
 

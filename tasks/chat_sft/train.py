@@ -73,6 +73,28 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
+def unigram_scores(trained: list[list[int]], rows: list[list[int]], vocabulary: int) -> dict[str, list[float]]:
+    """The trivial baseline: each token by its share of the trained tokens of the training split, one added to each count.
+
+    Args:
+        trained, rows: labels of the training and of the scored rows, -100 where nothing is learned.
+        vocabulary: number of token ids.
+
+    Returns:
+        As `packing.score_rows`.
+    """
+    import numpy as np
+
+    counts = 1 + np.bincount([label for row in trained for label in row[1:] if label != -100], minlength=vocabulary)
+    nll, likeliest = np.log(counts.sum() / counts), counts.argmax()
+    scored = [np.array([label for label in row[1:] if label != -100]) for row in rows]
+    return {
+        "nll": [float(nll[row].sum()) for row in scored],
+        "tokens": [len(row) for row in scored],
+        "correct": [int((row == likeliest).sum()) for row in scored],
+    }
+
+
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
@@ -167,10 +189,12 @@ def main(script_args, args, run_args) -> None:
         )
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before = reply(base, tokenizer, prompts)
-    helped = report.did_it_help(base_rows, trained_rows)
+    unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
+    helped = report.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
     metrics = {
         **compute_metrics(trained_rows, "test"),
         **compute_metrics(base_rows, "base"),
+        **compute_metrics(unigram, "baseline"),
         **helped,
         "test_rows": len(base_rows["nll"]),
     }
