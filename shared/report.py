@@ -27,7 +27,9 @@ FEW_ROWS = 10  # the percentile interval of fewer rows is too narrow to call any
 METRICS = {
     "loss": ("loss", "Loss (nats per token), lower is better"),
     "perplexity": ("perplexity", "Perplexity, lower is better"),
-    "accuracy": ("accuracy", "Accuracy of the next token"),
+    "bits_per_byte": ("bits_per_byte", "Bits per byte, lower is better"),
+    "accuracy": ("accuracy", "Accuracy"),
+    "accuracy_top5": ("accuracy", "Accuracy of the five most likely"),
     "rouge1": ("rouge", "ROUGE-1"),
     "rouge2": ("rouge", "ROUGE-2"),
     "rougeL": ("rouge", "ROUGE-L"),
@@ -35,8 +37,15 @@ METRICS = {
     "bleu": ("bleu", "BLEU"),
     "exact_match": ("exact_match", "Exact match"),
     "f1": ("f1", "F1"),
+    "macro_f1": ("f1", "Macro-F1"),
+    "has_answer_exact_match": ("exact_match", "Exact match of questions with an answer"),
+    "has_answer_f1": ("f1", "F1 of questions with an answer"),
+    "no_answer_exact_match": ("exact_match", "Exact match of questions without an answer"),
+    "no_answer_f1": ("f1", "F1 of questions without an answer"),
+    "best_exact_match": ("exact_match", "Exact match at the best threshold for these rows"),
+    "best_f1": ("f1", "F1 at the best threshold for these rows"),
 }
-NOT_METRICS = ("_ci95", "_rows", "_tokens", "_samples", "_runtime", "_seconds", "_per_second", "_time")
+NOT_METRICS = ("_ci95", "_threshold", "_rows", "_tokens", "_samples", "_runtime", "_seconds", "_per_second", "_time")
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")
 SECRET_FLAG = re.compile(

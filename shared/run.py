@@ -412,7 +412,7 @@ def finish(
     Raises:
         UserError: a metric is not finite; the push failed (everything is written by then).
     """
-    from shared import assets, report
+    from shared import assets, hub, report
     from shared.checkpoints import mean_train_loss
 
     output = Path(args.output_dir)
@@ -439,7 +439,7 @@ def finish(
         base_model=base,
         hub_base=asset.hub_id if asset else None if base is None or Path(base).exists() else base,
         dataset=run_args.dataset,
-        license=asset.license if asset else None,
+        license=hub.licence(base),
         library=library,
         pipeline=pipeline,
         metrics=metrics,
@@ -459,21 +459,7 @@ def finish(
     log.info("%s", line)
     log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
     if run_args.push:
-        _push(output, args)
-
-
-def _push(output: Path, args) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        repo = HfApi().create_repo(args.hub_model_id or output.name, private=args.hub_private_repo, exist_ok=True)
-        unwanted = ["checkpoint-*", "training_args.bin", ".*"]
-        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=output, ignore_patterns=unwanted)
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"Not pushed: {reason} Nothing is lost: the run is complete in {output}.") from error
-    log.info("pushed to %s", repo)
+        log.info("pushed: %s", hub.publish(output, args.hub_model_id, args.hub_private_repo))
 
 
 def hardware() -> str:
@@ -485,12 +471,14 @@ def hardware() -> str:
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
 
 
-def matmul_flops(seconds: float = 1.0) -> float:
-    """Floating-point operations per second of a float32 1024 x 1024 matrix product here: the peak that a plan can count on."""
+def matmul_flops(seconds: float = 1.0, half: bool = False) -> float:
+    """Floating-point operations per second of a 1024 x 1024 matrix product here, float32 or float16: the peak that a plan can
+    count on.
+    """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, out = torch.randn(1024, 1024, device=device), torch.empty(1024, 1024, device=device)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.float16 if half else torch.float32
+    a, out = (torch.ones(1024, 1024, device=device, dtype=dtype) for _ in range(2))
     torch.matmul(a, a, out=out)[0, 0].item()
     count, start = 0, time.time()
     while time.time() - start < seconds:

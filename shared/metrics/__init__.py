@@ -4,6 +4,7 @@ Called by the modules, the tasks and `shared.report`. Rows are the unit that is 
 depend on each other, so intervals over tokens would be far too narrow.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +48,43 @@ def bootstrap_ratio(numerators, denominators=None, resamples: int = 1000, seed: 
         ValueError: different lengths, a negative denominator, or a score in a row whose denominator is 0.
     """
     columns = _columns(numerators, denominators)
-    random, rows, sums = np.random.default_rng(seed), len(columns), np.empty((resamples, 2))
-    for i in range(resamples):
-        counts = np.bincount(random.integers(rows, size=rows), minlength=rows)
-        sums[i] = counts @ columns
+    sums = np.array([counts @ columns for counts in resampled_counts(len(columns), resamples, seed)])
     return sums[:, 0] / sums[:, 1]
+
+
+def resampled_counts(rows: int, resamples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Draws `rows` rows with replacement, `resamples` times: (rows,) how often each row was drawn."""
+    random = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(random.integers(rows, size=rows), minlength=rows)
 
 
 def ci95(samples) -> list[float]:
     """2.5 and 97.5 percentiles of bootstrap samples: the percentile interval (Efron & Tibshirani 1993, ch. 13)."""
     return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
+
+
+def means(rows: dict) -> dict:
+    """The mean over rows of each list of scores, under its name, and its interval under `<name>_ci95`."""
+    found = {}
+    for name, scores in rows.items():
+        draws = bootstrap_ratio(scores)  # checks the rows, so it comes first
+        found |= {name: float(np.mean(scores)), f"{name}_ci95": ci95(draws)}
+    return found
+
+
+def as_lists(references) -> list[list[str]]:
+    """References as a list a row, whether a row gives one string or several.
+
+    Raises:
+        UserError: no row, or a row without a reference.
+    """
+    lists = [[row] if isinstance(row, str) else list(row) for row in references]
+    if not lists:
+        raise UserError("Nothing to measure: no row. Is the split empty?")
+    if [] in lists:
+        raise UserError(f"Row {lists.index([])} has no reference to compare with: remove it, or give it one.")
+    return lists
 
 
 def paired_difference(

@@ -1,0 +1,265 @@
+"""Fine-tunes an encoder (BERT) to sort texts into classes, on any file with a text and a label.
+
+    accelerate launch tasks/classify_bert/train.py
+    accelerate launch tasks/classify_bert/train.py --dataset ./reviews.csv --columns text=review label=stars
+    accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes 8 tasks/classify_bert/train.py
+
+The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub. `--dry_run` shows the plan first.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared import UserError
+from shared.run import begin, finish, log, print_plan, run, setup
+
+# Torch is imported inside the functions: a misspelt key or --help is answered before it.
+
+
+@dataclass
+class ScriptArguments:
+    """Fine-tune an encoder to sort texts into classes: accuracy and macro-F1 beside a linear classifier on it as it was."""
+
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text; what is longer is cut."})
+    label_until: str | None = field(
+        default=None,
+        metadata={"help": "The label ends before this text: with `/`, a column that holds `torch/nn` gives `torch`."},
+    )
+    min_label_rows: int = field(
+        default=10,
+        metadata={"help": "Rows of labels that fewer training rows have are left out: they cannot be learned."},
+    )
+    max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
+
+
+def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
+    """Where `text` and `label` are found, those two names unless `--columns text=... label=...` says otherwise.
+
+    Raises:
+        UserError: found / expected / how to map.
+    """
+    places = {"text": "text", "label": "label"} | dict(pair.partition("=")[::2] for pair in mapping)
+    if set(places) != {"text", "label"} or not set(places.values()) <= set(columns):
+        raise UserError(
+            f"no columns {' and '.join(map(str, places.values()))}: found {', '.join(columns)}; expected text and label. "
+            f"Map yours, for example --columns text={columns[0]} label={columns[-1]}."
+        )
+    return places
+
+
+def to_row(row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None) -> dict | str:
+    """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.cleaning.clean_rows`).
+
+    Args:
+        names: of the classes, where the data set stores numbers and knows their names.
+    """
+    from shared.cleaning import clean_text, malformed
+
+    text, label = row[places["text"]], row[places["label"]]
+    if reason := malformed(text):
+        return f"bad: {reason}"
+    if label is None or label == -1:  # what the Hub's data sets put in test splits whose labels are kept secret
+        return "no label"
+    label = names[label] if names else str(label).strip()
+    label = label.partition(until)[0].strip() if until else label
+    return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
+
+
+def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
+    """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
+    from datasets import ClassLabel, Dataset, DatasetDict
+
+    from shared.cleaning import CleaningReport, clean_rows
+    from shared.sources import load_data
+    from shared.splits import split_dataset
+
+    data, report, found = load_data(run_args.dataset, run_args.dataset_config), CleaningReport(), DatasetDict()
+    for split, rows in data.items():
+        places = find_columns(rows.column_names, run_args.columns)
+        feature = rows.features[places["label"]]
+        names = feature.names if isinstance(feature, ClassLabel) else None
+        kept = list(clean_rows(rows, lambda row: to_row(row, places, names, script_args.label_until), report))  # noqa: B023
+        if kept or split in ("train", "validation", "test"):
+            found[split] = Dataset.from_list(kept) if kept else Dataset.from_dict({"text": [], "label": []})
+    report.check(run_args.dataset)
+    if not report.kept:
+        raise UserError(f"{run_args.dataset}: no row is left after cleaning ({report}).")
+    found = DatasetDict({split: rows for split, rows in found.items() if len(rows)})  # a test split without labels
+    splits = split_dataset(found, lambda row: row["text"], seed)
+    if run_args.max_train_rows:
+        splits["train"] = splits["train"].select(range(min(run_args.max_train_rows, len(splits["train"]))))
+    counts = Counter(splits["train"]["label"])
+    classes = sorted(label for label, count in counts.items() if count >= script_args.min_label_rows)
+    if len(classes) < 2:
+        raise UserError(
+            f"{run_args.dataset}: {len(counts):,} labels, {len(classes)} of them with {script_args.min_label_rows} training rows "
+            "or more; at least two are needed. Is --columns label=... the right column? Lower --min_label_rows?"
+        )
+    number = {label: i for i, label in enumerate(classes)}
+    for split, rows in splits.items():
+        kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
+        if not kept:
+            raise UserError(f"{run_args.dataset}: no row of the {split} split has a label of the training split.")
+        splits[split] = Dataset.from_list(kept)
+    rare = sum(count for label, count in counts.items() if label not in number)
+    cleaning = (
+        f"{report}; {len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
+    )
+    log.info("%s: %s", run_args.dataset, cleaning)
+    return splits, classes, cleaning
+
+
+def macro_f1(predicted, labels, weights=None) -> float:
+    """Mean over the classes of F1 = 2 tp / (2 tp + fp + fn); classes that neither occur nor are predicted are left out.
+
+    Args:
+        predicted, labels: (rows,) numbers of classes.
+        weights: (rows,) how often each row counts; 1 where not given.
+    """
+    import numpy as np
+
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    size, hit = int(max(predicted.max(), labels.max())) + 1, predicted == labels
+    true = np.bincount(labels[hit], weights[hit], size)
+    both = np.bincount(predicted, weights, size) + np.bincount(labels, weights, size)
+    return float(np.mean(2 * true[both > 0] / both[both > 0]))
+
+
+def compute_metrics(predicted, labels, prefix: str) -> dict:
+    """Accuracy and macro-F1 of (rows,) predicted classes, with 95 % bootstrap intervals over rows."""
+    import numpy as np
+
+    from shared.metrics import bootstrap_ratio, ci95, resampled_counts
+
+    hits = (np.asarray(predicted) == np.asarray(labels)).astype(float)
+    draws = [macro_f1(predicted, labels, counts) for counts in resampled_counts(len(hits))]
+    return {
+        f"{prefix}_accuracy": float(hits.mean()),
+        f"{prefix}_accuracy_ci95": ci95(bootstrap_ratio(hits)),
+        f"{prefix}_macro_f1": macro_f1(predicted, labels),
+        f"{prefix}_macro_f1_ci95": ci95(draws),
+    }
+
+
+def main(script_args, args, run_args) -> None:
+    """The whole task, from texts to card."""
+    # Setup
+    import numpy as np
+    from linear_probe import CheckedTrainer, fit_linear, predict_linear
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        set_seed,
+    )
+
+    from shared import report
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
+    from shared.sources import resolve_model
+
+    setup(args, run_args)
+
+    # Data
+    source, revision = resolve_model(run_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    longest = min(AutoConfig.from_pretrained(source, **revision).max_position_embeddings, tokenizer.model_max_length)
+    if script_args.max_length > longest:
+        raise UserError(f"--max_length {script_args.max_length}: this model reads {longest} tokens at most.")
+    splits, classes, cleaning = load_rows(script_args, run_args, args.seed)
+    limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
+
+    def tokenize(batch):
+        ids = tokenizer(batch["text"], truncation=True, max_length=script_args.max_length)["input_ids"]
+        return {"input_ids": ids, "length": list(map(len, ids))}
+
+    rows = {}
+    for name, most in limits.items():
+        chosen = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        rows[name] = chosen.map(tokenize, batched=True, remove_columns=["text"], load_from_cache_file=False)
+    labels, counts = rows["test"]["label"], Counter(rows["train"]["label"])
+    majority = counts.most_common(1)[0][0]
+    lengths = rows["train"]["length"]
+    facts = {
+        "rows": len(lengths),
+        "tokens": sum(lengths),
+        "longest_row": max(lengths),
+        "truncated_share": round(sum(n == script_args.max_length for n in lengths) / len(lengths), 4),
+        "labels": len(classes),
+        "largest_label": f"{classes[majority]}, {counts[majority] / len(lengths):.1%}",
+        "smallest_label": f"{classes[counts.most_common()[-1][0]]}, {counts.most_common()[-1][1]} rows",
+    }
+    log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))
+
+    # Model
+    set_seed(args.seed)  # the new head
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names, **revision)
+    if run_args.dry_run:
+        return print_plan(model, args, run_args, supervised_share=0.0, **facts)
+
+    # Train
+    identity = run_identity(args, run_args, rows=list(rows["train"]["input_ids"]), labels=classes)
+    checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
+    stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
+    trainer = CheckedTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        processing_class=tokenizer,
+        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        callbacks=[CompleteCheckpoints(identity), stopper],
+    )
+    train(trainer, checkpoint)
+    stopper.exit_if_stopped()
+
+    # Evaluate
+    predicted = trainer.predict(rows["test"]).predictions.argmax(-1)
+    encoder = AutoModel.from_pretrained(source, dtype="float32", **revision).to(args.device).eval()
+    weights = fit_linear(encoder, rows["train"], collator, len(classes), args.per_device_eval_batch_size)
+    probed = predict_linear(encoder, weights, rows["test"], collator, args.per_device_eval_batch_size)
+    scored = {
+        name: {"correct": (np.asarray(found) == labels).astype(float), "tokens": np.ones(len(labels))}
+        for name, found in (("test", predicted), ("base", probed), ("baseline", np.full(len(labels), majority)))
+    }
+    helped = report.did_it_help(
+        scored["base"], scored["test"], "accuracy", baselines={"most frequent label": scored["baseline"]}
+    )
+    metrics = {
+        **compute_metrics(predicted, labels, "test"),
+        **compute_metrics(probed, labels, "base"),
+        **compute_metrics(np.full(len(labels), majority), labels, "baseline"),
+        **helped,
+        "test_rows": len(labels),
+    }
+
+    # Export
+    samples = [
+        {"prompt": text, "base": classes[b], "trained": classes[t], "reference": classes[r]}
+        for text, b, t, r in zip(splits["test"]["text"][:20], probed, predicted, labels, strict=False)
+    ]
+    folder = args.hub_model_id or f"outputs/{Path(args.output_dir).name}"
+    finish(
+        trainer,
+        args,
+        run_args,
+        metrics=metrics,
+        samples=samples,
+        preflight=facts,
+        line=helped["line"],
+        training={"labels": ", ".join(classes[:30]), "data": cleaning},
+        pipeline="text-classification",
+        usage=f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="{folder}")\n'
+        'print(classify("A text to sort."))',
+        limits="It always answers with one of its labels, also for a text that belongs to none. Before training: a linear "
+        "classifier (ridge regression) on the mean token vectors of the same encoder, frozen, on the same rows.",
+    )
+
+
+if __name__ == "__main__":
+    run(main, ScriptArguments, "transformers.training_args:TrainingArguments")

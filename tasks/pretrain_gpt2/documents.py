@@ -1,0 +1,121 @@
+"""Documents of the three splits: all of a corpus that fits into memory, or a stream that is never held. Used by train.py.
+
+Of a stream only the held-out documents are kept in memory. A hash of its text decides which side a document is on, so
+nothing has to be loaded first, and the answer is the same in each pass and after a resume.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blocks import side
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from shared import UserError
+from shared.cleaning import CleaningReport, clean_rows, document_cleaner
+from shared.run import log
+from shared.sources import load_data, load_stream
+from shared.splits import split_dataset
+
+LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
+
+
+def text_column(names: list[str], mapping: list[str], source: str) -> str:
+    """The column that holds the documents: `text`, or the one that `--columns text=name` names."""
+    chosen = next((entry.partition("=")[2] for entry in mapping if entry.startswith("text=")), "text")
+    if chosen not in names:
+        raise UserError(f"{source}: found {', '.join(names)}; expected text. Map yours: --columns text={names[0]}")
+    return chosen
+
+
+def load_documents(run_args, seed: int) -> tuple[dict, str]:
+    """Texts of the three splits, and the cleaning report as one line."""
+    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    clean = document_cleaner(text_column(next(iter(data.values())).column_names, run_args.columns, run_args.dataset))
+    cleaned = DatasetDict()
+    for name, rows in data.items():
+        texts = [row["text"] for row in clean_rows(rows, clean, report)]
+        cleaned[name] = Dataset.from_dict({"text": texts})
+    report.check(run_args.dataset)
+    log.info("%s: %s", run_args.dataset, report)
+    if not report.kept:
+        raise UserError(f"{run_args.dataset}: no document is left after cleaning ({report}).")
+    splits = split_dataset(cleaned, lambda row: row["text"], seed)
+    return {name: list(rows["text"]) for name, rows in splits.items()}, str(report)
+
+
+@dataclass
+class Corpus:
+    """What `open_stream` finds: held-out texts, and training rows with the function that turns a row into a text."""
+
+    rows: IterableDataset
+    held_out: dict[str, list[str]]
+    missing: tuple[str, ...]  # splits that are taken out of the training rows
+    column: str
+    seed: int
+    cleaning: str
+
+    def __post_init__(self):
+        self.clean = document_cleaner(self.column)
+
+    def text(self, row: dict) -> str | None:
+        """The clean text of a training row; None if it is unusable or held out."""
+        found = self.clean(row)
+        if isinstance(found, str) or side(found["text"], self.seed, self.missing) != "train":
+            return None
+        return found["text"]
+
+    def encode(self, tokenizer, row: dict) -> list[int] | None:
+        """Token ids of a training row, None if it is none."""
+        text = self.text(row)
+        return None if text is None else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def texts(self) -> Iterator[str]:
+        """All training texts, from the beginning."""
+        self.rows.load_state_dict(None)
+        return (text for row in self.rows if (text := self.text(row)) is not None)
+
+
+def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
+    """Opens the corpus and collects at most `most[split]` (2,000 where that is None) documents of validation and test.
+
+    Official splits are kept, as in `shared.splits.split_dataset`: validation stands in for a test split that is missing.
+
+    Raises:
+        UserError: no training split, no documents, or none that is held out.
+    """
+    data = load_stream(run_args.dataset, run_args.dataset_config)
+    if "train" not in data:
+        raise UserError(
+            f"{run_args.dataset}: no train split, found {', '.join(data)}. Rename the one to learn from to train."
+        )
+    names = data["train"].column_names or list(next(iter(data["train"]), {}))
+    if not names:
+        raise UserError(f"{run_args.dataset}: the stream has no rows.")
+    column = text_column(names, run_args.columns, run_args.dataset)
+    official = {name: data[name] for name in ("test", "validation") if name in data}
+    if "test" not in official and "validation" in official:
+        official["test"] = official.pop("validation")
+    missing = tuple(name for name in ("test", "validation") if name not in official)
+    clean, report = document_cleaner(column), CleaningReport()
+    held_out = {name: [] for name in ("validation", "test")}
+    wanted = {name: most[name] or 2000 for name in held_out}
+    for name, rows in official.items():
+        for row in clean_rows(rows, clean, CleaningReport()):
+            if len(held_out[name]) == wanted[name]:
+                break
+            held_out[name].append(row["text"])
+    for row in clean_rows(data["train"], clean, report):
+        chosen = side(row["text"], seed, missing)
+        if chosen != "train" and len(held_out[chosen]) < wanted[chosen]:
+            held_out[chosen].append(row["text"])
+        enough = all(len(held_out[name]) == wanted[name] for name in missing) and report.read >= 1000
+        if enough or report.read == LOOK_FOR_HELD_OUT:
+            break
+    report.check(run_args.dataset)
+    for name, texts in held_out.items():
+        if not texts:
+            raise UserError(
+                f"The {name} split is empty: of {report.read:,} rows none fell to it. Give one, or more rows."
+            )
+    cleaning = f"first {report.read:,} rows of the stream: {report}"
+    return Corpus(data["train"], held_out, missing, column, seed, cleaning)

@@ -1,0 +1,144 @@
+"""The tokenizer, the model of one size, and what it writes. Used by train.py."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from shared import UserError
+from shared.sources import resolve_model
+
+END = "<|endoftext|>"
+SIZES = {"nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}  # layers, width
+HEAD = 64  # width of an attention head, as in GPT-2
+TOKENIZER_CHARACTERS = 50_000_000  # the merges of a sample this large are those of the corpus
+
+
+def load_tokenizer(name: str | None, texts: Iterator[str], vocab_size: int):
+    """An existing tokenizer, or byte-level BPE (as GPT-2's) trained on the texts; either has an end-of-text token.
+
+    Raises:
+        UserError: an existing tokenizer without an end token, or a vocabulary too small for the 256 bytes.
+    """
+    if name:
+        source, revision = resolve_model(name)
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{name}: this tokenizer has no end token to put between documents. Choose another.")
+        tokenizer.model_max_length = int(1e30)  # documents may be of any length: they are cut into blocks
+        return tokenizer
+    if vocab_size < 300:
+        raise UserError(f"--vocab_size {vocab_size}: 256 bytes and the end token need a place. Take 300 or more.")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    def sample():
+        left = TOKENIZER_CHARACTERS
+        for text in texts:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder, bpe.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(sample(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, bos_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(model_name: str | None, size: str, tokenizer, block_length: int, isolate: bool):
+    """A GPT-2 with random weights, or the model to continue from, in fp32. Dropout is off: a token is seen a few times only.
+
+    Raises:
+        UserError: blocks longer than the model, or a tokenizer with more tokens than it has embeddings.
+    """
+    attention = "isolated" if isolate else "sdpa"
+    if model_name is None:
+        layers, width = SIZES[size]
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=block_length,
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // HEAD,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one operation
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        model = GPT2LMHeadModel(config)
+        model.set_attn_implementation(attention)
+        return model
+    source, revision = resolve_model(model_name)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, **revision, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
+    )
+    longest = getattr(model.config, "max_position_embeddings", block_length)
+    if block_length > longest:
+        raise UserError(f"--block_length {block_length}: {model_name} has {longest} positions. Take at most that many.")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"{model_name} has fewer embeddings than the tokenizer tokens: leave --tokenizer out.")
+    return model
+
+
+TEMPERATURES = (0.5, 0.8, 1.1)
+PROMPT, NEW = 16, 64  # tokens of a sample
+
+
+@torch.no_grad()
+def write_samples(base, trained, tokenizer, documents: list[list[int]], block_length: int, seed: int) -> list[dict]:
+    """How both models go on from the beginnings of three documents, at each temperature; for `shared.report.write_samples`."""
+    prompt_length = min(PROMPT, block_length // 2)
+    chosen = [ids for ids in documents if len(ids) > prompt_length][:3]
+    if not chosen:
+        return []
+    prompts = torch.tensor([[tokenizer.eos_token_id, *ids[:prompt_length]] for ids in chosen])
+    most = min(NEW, block_length - prompts.shape[1])
+
+    def go_on(model, temperature):
+        torch.manual_seed(seed)
+        output = model.generate(
+            prompts.to(model.device),
+            attention_mask=torch.ones_like(prompts).to(model.device),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,  # the whole distribution
+            top_p=1.0,
+            max_new_tokens=most,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        return tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
+
+    written = {t: (go_on(base, t), go_on(trained, t)) for t in TEMPERATURES}
+    return [
+        {
+            "prompt": tokenizer.decode(ids[:prompt_length]),
+            "base": written[temperature][0][number],
+            "trained": written[temperature][1][number],
+            "reference": tokenizer.decode(ids[prompt_length : prompt_length + most]),
+            "temperature": temperature,
+        }
+        for number, ids in enumerate(chosen)
+        for temperature in TEMPERATURES
+    ]
+
+
+def usage(repo: str) -> str:
+    """Lines that load the model and let it write, for the card."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
+        'prompt = tokenizer(tokenizer.eos_token + "Returns the", return_tensors="pt", return_token_type_ids=False)\n'
+        "output = model.generate(**prompt, do_sample=True, temperature=0.8, max_new_tokens=60)\n"
+        "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
+    )

@@ -1,0 +1,230 @@
+"""Trainer with a fused loss, Muon, tokens per second and MFU in its log, and an evaluation by document. Used by train.py."""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from blocks import NOTHING, document_positions, example
+from muon import MuonAdamW, parameter_groups
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainerCallback
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from shared import UserError
+from shared.run import matmul_flops
+
+CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
+NO_LOGITS = torch.empty(0, dtype=torch.long)
+
+
+def isolated_attention(module, query, key, value, attention_mask, cu_seq_lens=None, **kwargs):
+    """Causal attention inside each document of a flattened batch; plain attention where no boundaries are given (generation).
+
+    Args:
+        query, key, value: (1, heads, tokens, head_dim).
+        cu_seq_lens: (documents + 1,), where each document begins.
+    """
+    if cu_seq_lens is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
+    lengths = cu_seq_lens.diff().tolist()
+    parts = [
+        sdpa_attention_forward(module, q, k, v, None, is_causal=q.shape[2] > 1, **kwargs)[0]
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register("isolated", isolated_attention)
+AttentionMaskInterface.register("isolated", sdpa_mask)
+
+
+def hidden_states(model, input_ids: torch.Tensor, end: int) -> torch.Tensor:
+    """Last hidden states, after the final norm, (rows * length, width); no logits are computed.
+
+    They come through the model's own forward, so that DistributedDataParallel sees it.
+    """
+    inputs = {"input_ids": input_ids}
+    if getattr(model, "module", model).config._attn_implementation == "isolated":
+        positions, starts = document_positions(input_ids, end)
+        inputs = {"input_ids": input_ids.flatten()[None], "position_ids": positions, "cu_seq_lens": starts}
+    keep = NO_LOGITS.to(input_ids.device)
+    return (
+        model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=keep).hidden_states[-1].flatten(0, 1)
+    )
+
+
+def loss_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy in nats without ever holding all logits.
+
+    Args:
+        hidden: (n, width). head: (vocabulary, width). targets: (n,), -100 counts nothing.
+
+    torch's fused operation computes gradients chunk by chunk on the way forward; under autocast, and in a torch older than
+    2.13, each chunk is computed twice instead.
+    """
+    if hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(hidden.device.type):
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+        return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+
+    def chunk_loss(rows, goals):
+        return F.cross_entropy(F.linear(rows, head).float(), goals, reduction="sum")
+
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return sum(torch.utils.checkpoint.checkpoint(chunk_loss, *part, use_reentrant=False) for part in parts)
+
+
+class Clock(TrainerCallback):
+    """Seconds of training since the last log; evaluations and saves are left out."""
+
+    def __init__(self):
+        self.seconds, self.steps, self.mark = 0.0, 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    on_evaluate = on_save = on_train_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self.steps, self.mark = self.seconds + now - self.mark, self.steps + 1, now
+
+
+class PretrainTrainer(Trainer):
+    """`Trainer` with Muon or AdamW, the loss above, checked before each step, and speed in the log.
+
+    Args:
+        muon: whether hidden matrices are trained by Muon.
+        block_length: tokens of a block.
+    """
+
+    def __init__(self, *args, muon: bool, block_length: int, end: int, **kwargs):
+        self.muon, self.block_length, self.end, self.clock = muon, block_length, end, Clock()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.clock)
+        self.flops_per_token = flops_per_token(self.model, block_length)
+        self.peak = matmul_flops(half=self.args.fp16 or self.args.bf16) * self.args.world_size
+
+    def create_optimizer(self, model=None):
+        """AdamW with betas from the training arguments, Muon for the hidden matrices if asked."""
+        if self.optimizer is None:
+            if self.muon and self.is_fsdp_enabled:
+                raise UserError("--optimizer muon needs whole matrices and FSDP shards them: use --optimizer adamw.")
+            self.optimizer = MuonAdamW(
+                parameter_groups(self.model if model is None else model, self.muon, self.args.weight_decay),
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean nats a token over the whole optimizer step (`num_items_in_batch` tokens).
+
+        Raises:
+            UserError: the loss is not finite; the step is not made.
+        """
+        targets = inputs["shift_labels"].flatten()
+        hidden = hidden_states(model, inputs["input_ids"], self.end)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        total = loss_sum(hidden, head, targets)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # DDP averages gradients; the count is over all processes already
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}; this optimizer step was not made. "
+                "Lower --learning_rate, or train without --fp16."
+            )
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        """Adds tokens per second, MFU and minutes left to each training loss."""
+        if "loss" in logs and self.clock.steps:
+            step_tokens = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            speed = self.clock.steps * step_tokens * self.block_length / self.clock.seconds
+            left = (self.state.max_steps - self.state.global_step) * self.clock.seconds / self.clock.steps / 60
+            logs |= {
+                "tokens_per_second": round(speed),
+                "mfu": round(speed * self.flops_per_token / self.peak, 3),
+                "minutes_left": round(left, 1),
+            }
+            self.clock.seconds, self.clock.steps = 0.0, 0
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss over all tokens of the validation documents."""
+        rows = score_documents(self.model, eval_dataset or self.eval_dataset, self.block_length, self.end, self.args)
+        loss = sum(rows["nll"]) / sum(rows["tokens"])
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def flops_per_token(model, length: int) -> float:
+    """Floating-point operations of training on a token: 6 a weight that multiplies, 12 x layers x width x length for
+    attention (Chowdhery et al. 2022, appendix B).
+    """
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in tables and p is not head) + head.numel()
+    return 6 * weights + 12 * model.config.num_hidden_layers * model.config.hidden_size * length
+
+
+def windows(ids: list[int], end: int, length: int) -> list[tuple[list[int], int]]:
+    """A document, with end-of-text tokens around it, as windows of `length` + 1 tokens that overlap by half.
+
+    Returns:
+        (tokens, how many targets at the front belong to the window before): so each target has at least half a window of
+        context where the document has that much, and is scored once.
+    """
+    row, overlap = [end, *ids, end], length - max(1, length // 2)
+    found, covered = [(row[: length + 1], 0)], length
+    while covered < len(row) - 1:
+        start = covered - overlap
+        found.append((row[start : start + length + 1], overlap))
+        covered = start + length
+    return found
+
+
+@torch.no_grad()
+def score_documents(model, documents: list[list[int]], length: int, end: int, args, title: str = "evaluating") -> dict:
+    """Scores every document by itself, after an end-of-text token and up to the one behind it. Processes share the work.
+
+    Returns:
+        `{"nll": summed nats, "tokens": predicted tokens}`, one entry a document, in their order.
+    """
+    was_training = model.training
+    model.eval()
+    work = [(number, *window) for number, ids in enumerate(documents) for window in windows(ids, end, length)]
+    work.sort(key=lambda window: -len(window[1]))  # out of memory shows at once, and little is padded
+    mine, nll = work[args.process_index :: args.world_size], [0.0] * len(documents)
+    size, half = args.per_device_eval_batch_size, torch.float16 if args.fp16 else torch.bfloat16
+    starts = range(0, len(mine), size)
+    for start in tqdm(starts, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+        chosen = mine[start : start + size]
+        longest = max(len(tokens) for _, tokens, _ in chosen)
+        # padding stands behind a document, where causal attention does not see it
+        padded = [example(tokens + [NOTHING] * (longest - len(tokens)), end) for _, tokens, _ in chosen]
+        for block, (_, _, scored) in zip(padded, chosen, strict=True):
+            block["shift_labels"][:scored] = -100
+        inputs, targets = (
+            torch.stack([p[key] for p in padded]).to(model.device) for key in ("input_ids", "shift_labels")
+        )
+        with torch.autocast(model.device.type, half, enabled=args.fp16 or args.bf16):
+            head = model.get_output_embeddings().weight
+            parts = zip(hidden_states(model, inputs, end).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+            losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in parts]
+        for (number, _, _), nats in zip(
+            chosen, torch.cat(losses).view(targets.shape).double().sum(1).tolist(), strict=True
+        ):
+            nll[number] += nats
+    model.train(was_training)
+    everyone = gather_object([nll]) if args.world_size > 1 else [nll]
+    return {"nll": [sum(parts) for parts in zip(*everyone, strict=True)], "tokens": [len(ids) + 1 for ids in documents]}

@@ -1,0 +1,212 @@
+"""The model that reads: windows of a batch in one row without padding, the loss over each, scores of windows. Used by train.py.
+
+What a plain Trainer loop wastes on a CPU: dropout inside attention, which keeps torch from its fused kernel and draws a random
+number for each pair of tokens, and padding.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForQuestionAnswering, Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from shared import UserError
+
+# Models whose attention takes further arguments and whose positions count from 0 (RoBERTa's do not); others are padded.
+PACKED = ("bert", "electra")
+
+
+def packed_attention(module, query, key, value, attention_mask, window_lengths=None, **kwargs):
+    """Attention inside each window of a packed row.
+
+    Args:
+        query, key, value: (1, heads, tokens, head_dim).
+        window_lengths: tokens of each window, a list; absent where rows are padded.
+    """
+    if window_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
+    parts = [
+        sdpa_attention_forward(module, q, k, v, None, is_causal=False, **kwargs)[0]
+        for q, k, v in zip(*(x.split(window_lengths, 2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register("packed_windows", packed_attention)
+AttentionMaskInterface.register("packed_windows", sdpa_mask)
+
+
+def load_model(source: str, revision: dict, dropout: float, device):
+    """An encoder with a head for two logits a token, in fp32; the head is new unless the model was trained to answer.
+
+    Args:
+        dropout: of hidden states while training. Inside attention there is none: see the top of this file.
+        device: where it will run. Windows are packed on a CPU only: on a GPU a call for each would cost more than padding.
+
+    Raises:
+        UserError: the architecture has no such head.
+    """
+    config = AutoConfig.from_pretrained(source, **revision)
+    changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    try:
+        return AutoModelForQuestionAnswering.from_pretrained(
+            source,
+            **revision,
+            **{name: value for name, value in changes.items() if hasattr(config, name)},
+            dtype=torch.float32,
+            use_safetensors=True,
+            attn_implementation="packed_windows" if config.model_type in PACKED and device.type == "cpu" else None,
+        )
+    except ValueError as error:  # no such head for this architecture
+        if "AutoModelForQuestionAnswering" not in str(error):
+            raise
+        raise UserError(
+            f"{source}: a {config.model_type} model cannot mark answers; take BERT or another encoder."
+        ) from error
+
+
+def is_packed(model) -> bool:
+    """Whether the model takes windows packed in one row."""
+    return model.config._attn_implementation == "packed_windows"
+
+
+class WindowCollator:
+    """Windows -> one packed row, or a padded batch, with the answers and which window each is."""
+
+    def __init__(self, tokenizer, packed: bool):
+        self.tokenizer, self.packed = tokenizer, packed
+        self.segments = "token_type_ids" in tokenizer.model_input_names
+
+    def __call__(self, windows: list[dict]) -> dict:
+        lengths = [len(window["input_ids"]) for window in windows]
+        columns = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0}
+        if self.packed:
+            batch = {name: np.concatenate([w[name] for w in windows])[None] for name in columns}
+            batch["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
+        else:
+            batch = {
+                name: np.stack(
+                    [np.pad(w[name], (0, max(lengths) - len(w[name])), constant_values=pad) for w in windows]
+                )
+                for name, pad in columns.items()
+            }
+            batch["attention_mask"] = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(int)
+        if not self.segments:
+            del batch["token_type_ids"]
+        batch = {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
+        batch["window_lengths"] = torch.tensor(lengths)
+        batch["answer"] = torch.from_numpy(np.stack([w["answer"] for w in windows]))
+        batch["window"] = torch.tensor([w["window"] for w in windows])
+        return batch
+
+
+def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start and end logits, each (windows, longest window) in fp32, -inf behind the end of a window."""
+    inputs = {k: v for k, v in batch.items() if k not in ("answer", "window", "window_lengths")}
+    lengths = batch["window_lengths"]
+    packed = {"window_lengths": lengths.tolist()} if "position_ids" in inputs else {}
+    found = model(**inputs, **packed)
+    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    logits = []
+    for values in (found.start_logits.float(), found.end_logits.float()):
+        if packed:
+            logits.append(values.new_full(real.shape, -torch.inf).masked_scatter(real, values[0]))
+        else:
+            logits.append(values.masked_fill(~real, -torch.inf))
+    return logits[0], logits[1]
+
+
+class WindowTrainer(Trainer):
+    """`Trainer` that takes packed windows, checks each loss before the optimizer may use it, and evaluates by answers."""
+
+    def __init__(self, *args, validate, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the windows of a batch
+        self.validate = validate
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["input_ids", "token_type_ids", "answer", "window"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean over windows of the cross-entropies of first and last token, in nats."""
+        answer = inputs["answer"]
+        start, end = forward(model, inputs)
+        loss = (F.cross_entropy(start, answer[:, 0]) + F.cross_entropy(end, answer[:, 1])) / 2
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, in windows {inputs['window'].tolist()} of "
+                "the training split; this optimizer step was not made. Lower --learning_rate, or look at these rows."
+            )
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """What `validate(model)` finds, by names that begin with `eval_`."""
+        metrics = self.validate(self.model)
+        self.log({name: value for name, value in metrics.items() if value is not None})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@torch.no_grad()
+def score_windows(model, windows, collator, args, title: str) -> dict[str, np.ndarray]:
+    """Scores every window; processes share the work.
+
+    Returns:
+        `start` and `end`: (tokens,) logits, flat as `windows.ids`; `nll`: (windows,) the loss of each, in nats.
+    """
+    was_training = model.training
+    model.eval()
+    lengths = np.diff(windows.starts)
+    longest_first = np.argsort(-lengths, kind="stable")  # out of memory shows at once, and padding is little
+    mine = longest_first[args.process_index :: args.world_size]
+    size, scored = args.per_device_eval_batch_size, []
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    for chosen in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+        batch = {name: value.to(model.device) for name, value in collator([windows[i] for i in chosen]).items()}
+        with torch.autocast(
+            model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
+        ):
+            logits = forward(model, batch)
+        nll = sum(F.cross_entropy(x, batch["answer"][:, i], reduction="none") for i, x in enumerate(logits)) / 2
+        start, end = (values.cpu().numpy() for values in logits)
+        scored += [
+            (i, a[: lengths[i]], b[: lengths[i]], loss)
+            for i, a, b, loss in zip(chosen, start, end, nll.tolist(), strict=True)
+        ]
+    model.train(was_training)
+    everyone = gather_object(scored) if args.world_size > 1 else scored
+    everyone = sorted({entry[0]: entry for entry in everyone}.values(), key=lambda entry: entry[0])
+    return {
+        "start": np.concatenate([entry[1] for entry in everyone]),
+        "end": np.concatenate([entry[2] for entry in everyone]),
+        "nll": np.array([entry[3] for entry in everyone]),
+    }
+
+
+def usage(repo: str, max_length: int) -> str:
+    """The lines of Python that answer a question with what a run has left; shown on the model card."""
+    return f'''import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+question, context = "Who signed the treaty?", "The treaty was signed by both kings in 1204."
+inputs = tokenizer(
+    question, context, truncation="only_second", max_length={max_length}, return_tensors="pt", return_offsets_mapping=True
+)
+places = inputs.pop("offset_mapping")[0]
+with torch.no_grad():
+    found = model(**inputs)
+scores = found.start_logits[0, :, None] + found.end_logits[0, None, :]
+null = found.start_logits[0, 0] + found.end_logits[0, 0]
+inside = torch.tensor([part == 1 for part in inputs.sequence_ids(0)])
+allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(model.config.max_answer_length - 1)
+scores[~(allowed & inside[:, None] & inside)] = -torch.inf
+first, last = divmod(int(scores.argmax()), len(inside))
+threshold = model.config.no_answer_threshold
+answer = context[places[first, 0] : places[last, 1]] if threshold is None or null - scores.max() <= threshold else ""
+print(answer)'''

@@ -1,0 +1,238 @@
+"""Trains a model to mark the answer to a question in a text, and shows how often it is right.
+
+    accelerate launch tasks/qa_squad/train.py
+    accelerate launch tasks/qa_squad/train.py --config tasks/qa_squad/configs/t4.yaml
+    accelerate launch tasks/qa_squad/train.py --dataset ./my_questions.csv --columns context=text answers=answer
+
+The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub. `--dry_run` shows the plan first.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared import UserError
+from shared.run import begin, finish, log, print_plan, run, setup
+
+# What the best threshold would give on the test split itself; the one that is used is chosen on validation.
+BEST = ("f1", "threshold", "exact_match", "exact_match_threshold")
+
+# Torch is imported inside the functions: a misspelt key or --help is answered before it.
+
+
+@dataclass
+class ScriptArguments:
+    """Extractive question answering: the answer is a span of the context, or there is none (SQuAD 1.1 and 2.0)."""
+
+    max_length: int = field(default=384, metadata={"help": "Most tokens of a window, question and context together."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens of the context that neighbouring windows share."})
+    max_answer_length: int = field(default=30, metadata={"help": "Most tokens of an answer that is given."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout on hidden states; inside attention there is none."})
+    max_validation_rows: int = field(
+        default=1000,
+        metadata={"help": "Rows of the validation split in each evaluation, and for the no-answer threshold."},
+    )
+
+
+def load_rows(run_args, seed: int) -> tuple[dict, str]:
+    """Questions of the three splits, and the cleaning report as one line."""
+    from datasets import Dataset, DatasetDict, Features, List, Value
+    from squad_features import find_columns, groups, read_official, to_question
+
+    from shared.cleaning import CleaningReport, clean_rows
+    from shared.sources import load_data
+    from shared.splits import split_dataset
+
+    official = read_official(run_args.dataset)
+    data = {"train": official} if official else load_data(run_args.dataset, run_args.dataset_config)
+    first = next(iter(data.values()))
+    places = find_columns(list(first[0]) if official else first.column_names, run_args.columns)
+    text, report = Value("string"), CleaningReport()
+    columns = dict.fromkeys(("id", "title", "context", "question"), text)
+    features = Features(columns | {"answers": {"text": List(text), "answer_start": List(Value("int64"))}})
+    cleaned = DatasetDict()
+    for name, rows in data.items():
+        kept = list(clean_rows(rows, lambda row: to_question(row, places), report))
+        cleaned[name] = Dataset.from_list(kept, features=features)
+    report.check(run_args.dataset)
+    log.info("%s: %s", run_args.dataset, report)
+    if not report.kept:
+        raise UserError(f"{run_args.dataset}: no question is left after cleaning ({report}).")
+
+    def split(by_title: bool):
+        grouped = {name: rows.add_column("group", groups(rows, by_title)) for name, rows in cleaned.items()}
+        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed)
+
+    try:
+        splits = split(by_title=True)
+    except UserError as error:
+        if len(set(cleaned["train"]["title"])) == 1 and not cleaned["train"]["title"][0]:
+            raise
+        log.warning("too few articles for three splits (%s): split by context", str(error).splitlines()[0])
+        splits = split(by_title=False)
+    splits = {name: rows.remove_columns("group").shuffle(seed) for name, rows in splits.items()}
+    for name, rows in splits.items():
+        none = sum(not answers["text"] for answers in rows["answers"])
+        log.info("%s: %s questions with and %s without an answer", name, f"{len(rows) - none:,}", f"{none:,}")
+    return splits, str(report)
+
+
+def compute_metrics(rows, answers: list[str], prefix: str, **no_answer) -> tuple[dict, dict]:
+    """Exact match and F1 in points with intervals, for SQuAD 2.0 also of the rows with and without an answer.
+
+    Args:
+        answers: (rows,) answers; "" says that there is none.
+        no_answer: `no_answer_scores` and `threshold` of shared/metrics/squad.
+
+    Returns:
+        The metrics, each named `<prefix>_<metric>`, and the scores of each row.
+    """
+    from shared import metrics
+
+    golds = [answers["text"] for answers in rows["answers"]]
+    found = metrics.load("squad").compute(predictions=answers, references=golds, per_row=True, **no_answer)
+    scores = found.pop("rows")
+    return {f"{prefix}_{name}": value for name, value in found.items()}, scores
+
+
+def main(script_args, args, run_args) -> None:
+    """The whole task, from data to card."""
+    # Setup
+    import hashlib
+
+    import reader
+    import squad_features as features
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import set_seed
+
+    from shared import report
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
+    from shared.sources import resolve_model
+
+    setup(args, run_args)
+
+    # Data
+    source, revision = resolve_model(run_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    splits, cleaning = load_rows(run_args, args.seed)
+    limits = {
+        "train": run_args.max_train_rows,
+        "validation": script_args.max_validation_rows,
+        "test": run_args.max_test_rows,
+    }
+    rows, windows = {}, {}
+    for name, most in limits.items():
+        rows[name] = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        windows[name] = features.make_windows(rows[name], tokenizer, script_args.max_length, script_args.doc_stride)
+    facts = features.preflight(rows["train"], windows["train"])
+    mismatches = facts.pop("span_mismatches")
+    log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
+    for wrong in mismatches[:5]:
+        log.info("%s: the answer %r is not whole tokens, learned is %r", wrong["id"], wrong["answer"], wrong["tokens"])
+
+    # Model
+    set_seed(args.seed)
+    model = reader.load_model(source, revision, script_args.dropout, args.device)
+    longest = getattr(model.config, "max_position_embeddings", script_args.max_length)
+    if longest < script_args.max_length:
+        raise UserError(
+            f"--max_length {script_args.max_length}: {run_args.model_name_or_path} reads at most {longest} tokens."
+        )
+    if run_args.dry_run:
+        plan = {"rows": facts["windows"], "tokens": facts["tokens"], "supervised_share": 0}
+        return print_plan(model, args, run_args, **plan)
+
+    # Train
+    digest = hashlib.sha256(windows["train"].ids.tobytes() + windows["train"].answer.tobytes()).hexdigest()
+    identity = run_identity(args, run_args, rows=digest, dropout=script_args.dropout)
+    checkpoint = begin(args, run_args, {**facts, "span_mismatches": mismatches, "cleaning": cleaning}, identity)
+    stopper = StopOnSignal()
+    collator = reader.WindowCollator(tokenizer, packed=reader.is_packed(model))
+
+    def answer(model, name: str, title: str) -> tuple[dict, list[str], float]:
+        """Best spans of a split with their scores, as text, and the mean loss of its windows."""
+        scores = reader.score_windows(model, windows[name], collator, args, f"{name}, {title}")
+        found = features.decode(
+            windows[name], scores["start"], scores["end"], max_answer_length=script_args.max_answer_length
+        )
+        return found, features.spans_of(rows[name], found), float(scores["nll"].mean())
+
+    def validate(model) -> dict:
+        """Loss of the validation split; F1 and the threshold that gives it, where some questions have no answer."""
+        found, texts, loss = answer(model, "validation", "evaluating")
+        no_answer = {"no_answer_scores": found["no_answer"]} if facts["unanswerable_rows"] else {}
+        metrics, _ = compute_metrics(rows["validation"], texts, "eval", **no_answer)
+        return {
+            "eval_loss": loss,
+            "eval_f1": metrics.get("eval_best_f1", metrics["eval_f1"]),
+            "eval_threshold": metrics.get("eval_best_threshold"),
+        }
+
+    trainer = reader.WindowTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=windows["train"],
+        eval_dataset=windows["validation"],
+        processing_class=tokenizer,
+        callbacks=[CompleteCheckpoints(identity), stopper],
+        validate=validate,
+    )
+    train(trainer, checkpoint)
+    stopper.exit_if_stopped()
+
+    # Evaluate
+    model = trainer.model
+    model.config.max_answer_length = script_args.max_answer_length
+    model.config.no_answer_threshold = validate(model)["eval_threshold"]  # None: each question has an answer
+    found, texts, loss = answer(model, "test", "trained model")
+    no_answer = {}
+    if facts["unanswerable_rows"]:
+        no_answer = {"no_answer_scores": found["no_answer"], "threshold": model.config.no_answer_threshold}
+    tested, trained_scores = compute_metrics(rows["test"], texts, "test", **no_answer)
+    set_seed(args.seed)  # the same new head as before training
+    base = reader.load_model(source, revision, script_args.dropout, args.device).to(args.device)
+    _, base_texts, base_loss = answer(base, "test", "untrained model")
+    base_metrics, base_scores = compute_metrics(rows["test"], base_texts, "base")
+    guesses = {"position": features.most_frequent_place(rows["train"], rows["test"])}
+    if no_answer:
+        guesses["no_answer"] = [""] * len(rows["test"])
+    baselines = {name: compute_metrics(rows["test"], texts, f"baseline_{name}") for name, texts in guesses.items()}
+    helped = report.did_it_help(
+        base_scores, trained_scores, "f1", {name.replace("_", " "): scores for name, (_, scores) in baselines.items()}
+    )
+    best = {f"best_{name}": tested.pop(f"test_best_{name}") for name in BEST if f"test_best_{name}" in tested}
+    metrics = {
+        **tested,
+        **base_metrics,
+        **{name: value for found_metrics, _ in baselines.values() for name, value in found_metrics.items()},
+        **best,
+        **helped,
+        "test_loss": loss,
+        "base_loss": base_loss,
+        "test_rows": len(rows["test"]),
+    }
+
+    # Export
+    given = [
+        "" if no_answer and score > no_answer["threshold"] else text
+        for text, score in zip(texts, found["no_answer"], strict=True)
+    ]
+    samples = features.samples(rows["test"], found, base_texts, given)
+    finish(
+        trainer,
+        args,
+        run_args,
+        metrics=metrics,
+        samples=samples,
+        preflight=facts,
+        line=helped["line"],
+        training={"data": cleaning, "no_answer_threshold": model.config.no_answer_threshold},
+        pipeline="question-answering",
+        usage=reader.usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", script_args.max_length),
+        limits="It marks a place in the text it is given and knows nothing else; the place can be wrong. Whether a question "
+        "has an answer at all is harder for it than where the answer stands.",
+    )
+
+
+if __name__ == "__main__":
+    run(main, ScriptArguments, "transformers.training_args:TrainingArguments")

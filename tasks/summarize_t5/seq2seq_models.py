@@ -1,0 +1,233 @@
+"""Encoder-decoder and tokenizer, from a name or from scratch; fp16 that T5 survives; loss, summaries. Used by train.py."""
+
+import string
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from articles import pieces
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+from shared import UserError
+
+T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
+
+
+def load_tokenizer(source: str | None, revision: dict, texts: Iterator[str], vocab_size: int):
+    """The model's tokenizer; without a model one of `vocab_size` tokens, learnt from `texts`, with T5's special tokens.
+
+    Byte-pair encoding (Sennrich et al. 2016) and not T5's unigrams: tokenizers 0.23 learns other unigrams each time, so that no
+    run could be repeated or resumed.
+    """
+    if source is not None:
+        return AutoTokenizer.from_pretrained(source, **revision)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=list(
+            string.ascii_letters + string.digits + string.punctuation
+        ),  # T5's prefix, whatever the texts
+        limit_alphabet=500,
+        max_token_length=20,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def load_model(source: str | None, revision: dict, tokenizer, script_args, args):
+    """The model in fp32, ready for the precision of the run, with the run's generation settings.
+
+    Without a source a T5 with random weights, the same ones for the same seed: `scratch_width` wide, 64 a head, a layer for
+    each head on both sides.
+
+    Raises:
+        UserError: not an encoder-decoder, documents longer than its positions, or a tokenizer of another model.
+    """
+    if source is None:
+        width = script_args.scratch_width
+        if width < 64 or width % 64:
+            raise UserError(f"--scratch_width {width}: give a multiple of 64, the width of an attention head.")
+        config = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_ff=4 * width,
+            num_layers=width // 64,
+            num_heads=width // 64,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            model = T5ForConditionalGeneration(config)
+    else:
+        config = AutoConfig.from_pretrained(source, **revision)
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise UserError(f"{source} is a {config.model_type} model; expected an encoder-decoder such as T5 or BART.")
+        # A name that older and newer configurations have in common; T5 has none, its positions are relative.
+        most = getattr(config, "max_position_embeddings", None)
+        if most and max(script_args.max_source_length, script_args.max_target_length) > most:
+            raise UserError(
+                f"{source} reads and writes at most {most} tokens: lower --max_source_length (now "
+                f"{script_args.max_source_length}) or --max_target_length (now {script_args.max_target_length})."
+            )
+        model = AutoModelForSeq2SeqLM.from_pretrained(source, **revision, dtype=torch.float32, use_safetensors=True)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer):,} tokens, the model {model.config.vocab_size:,}: they do not "
+            "belong together."
+        )
+    if model.config.decoder_start_token_id is None or tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its config names no decoder_start_token_id, or its tokenizer no padding token.")
+    if args.fp16 and model.config.model_type in T5_FAMILY:
+        keep_feed_forward_in_fp32(model, args.device.type)
+    if prefix_of(model):
+        model.config.task_specific_params = {"summarization": {"prefix": prefix_of(model)}}
+    model.generation_config.max_new_tokens = script_args.max_target_length
+    model.generation_config.max_length = None
+    model.generation_config.num_beams = args.generation_num_beams or 1
+    if model.generation_config.num_beams == 1:
+        model.generation_config.early_stopping = model.generation_config.length_penalty = None  # they mean beams only
+    return model
+
+
+def prefix_of(model) -> str:
+    """What a document begins with: T5 was pretrained on `summarize: ` (Raffel et al. 2020, appendix D), BART on none."""
+    return "summarize: " if model.config.model_type in T5_FAMILY else ""
+
+
+def keep_feed_forward_in_fp32(model, device: str) -> None:
+    """Runs the feed-forward layers of a T5 in fp32 inside fp16 autocast; weights and residual stream are fp32 there anyway.
+
+    T5 was trained in bf16, and its feed-forward outputs exceed 65,504, the largest fp16: infinity, then NaN. transformers
+    keeps the output projection of fp16 *weights* in fp32 (`_keep_in_fp32_modules`), but autocast rounds its inputs again. The
+    whole layer, since a gated one (v1.1) multiplies two large numbers before the projection. Attention and the head, whose
+    inputs are normalised, stay in fp16.
+    """
+
+    def in_fp32(forward):
+        def wrapped(hidden_states):
+            with torch.autocast(device, enabled=False):
+                return forward(hidden_states.float())
+
+        return wrapped
+
+    for name, module in model.named_modules():
+        if name.endswith("DenseReluDense"):
+            module.forward = in_fp32(module.forward)
+
+
+def token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float = 0.0):
+    """Mean nll in nats over the summary tokens of the whole optimizer step (`num_items_in_batch` of them).
+
+    T5 in transformers 5.23 takes that number and ignores it: with gradient accumulation each micro-batch would weigh the same.
+
+    Raises:
+        UserError: the loss is not finite, before the optimizer has used it.
+    """
+    logits = outputs["logits"].float().flatten(0, 1)
+    total = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    loss = total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+    if not torch.isfinite(loss):
+        raise UserError(
+            f"The loss became {loss.item()}; this optimizer step was not made. Lower --learning_rate, or leave out --fp16."
+        )
+    return loss
+
+
+@torch.no_grad()
+def score_rows(model, rows, collator, args) -> dict[str, list[float]]:
+    """`{"nll": summed nats, "tokens": summary tokens}` of each row, in the data set's order; no logits are kept."""
+    model.eval()
+    found = {}
+    for batch in _batches(rows["length"], args, "loss"):
+        inputs = collator([{name: rows[i][name] for name in ("input_ids", "attention_mask", "labels")} for i in batch])
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        labels = inputs.pop("labels")
+        with _precision(model, args):
+            logits = model(**inputs, use_cache=False).logits
+        nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").double().sum(1)
+        found |= dict(zip(batch, zip(nll.tolist(), labels.ne(-100).sum(1).tolist(), strict=True), strict=True))
+    return dict(zip(("nll", "tokens"), map(list, zip(*_everyone(found, args), strict=True)), strict=True))
+
+
+@torch.no_grad()
+def summarize(model, tokenizer, documents: list[str], script_args, args, title: str = "summaries") -> list[str]:
+    """Summaries by the model's own generation settings, one a document. Only texts are kept, whatever the number of rows.
+
+    With `--long_documents chunk` a document that is too long is summarized piece by piece (whole sentences), and the
+    summaries of the pieces, joined by blanks, are its summary.
+    """
+    model.eval()
+    prefix, most = prefix_of(model), script_args.max_source_length
+    owners, parts = list(range(len(documents))), list(documents)
+    if script_args.long_documents == "chunk":
+        room = most - len(tokenizer(prefix)["input_ids"])
+        split = [pieces(document, tokenizer, room) for document in documents]
+        owners = [i for i, found in enumerate(split) for _ in found]
+        parts = [part for found in split for part in found]
+    found = {}
+    for batch in _batches([len(part) for part in parts], args, title):
+        inputs = tokenizer(
+            [prefix + parts[i] for i in batch], truncation=True, max_length=most, padding=True, return_tensors="pt"
+        ).to(model.device)
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with _precision(model, args):
+            out = model.generate(**inputs, do_sample=False)
+        found |= dict(zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True))
+    texts: list[list[str]] = [[] for _ in documents]
+    for owner, text in zip(owners, _everyone(found, args), strict=True):
+        texts[owner] += [text.strip()]
+    return [" ".join(filter(None, each)) for each in texts]
+
+
+def _batches(lengths: list[int], args, title: str):
+    """Row numbers of this process in batches, longest first: little padding, and out of memory shows at once."""
+    mine = sorted(range(len(lengths)), key=lambda i: -lengths[i])[args.process_index :: args.world_size]
+    size = args.per_device_eval_batch_size
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False)
+
+
+def _everyone(found: dict[int, object], args) -> list:
+    """The results of all processes in the order of their row numbers."""
+    pairs = gather_object(list(found.items())) if args.world_size > 1 else found.items()
+    return [value for _, value in sorted(pairs)]
+
+
+def _precision(model, args):
+    return torch.autocast(
+        model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
+    )
+
+
+def usage(repo: str, prefix: str, max_source: int) -> str:
+    """The lines of Python that load what a run has left and summarize with it; shown on the model card."""
+    return "\n".join(
+        [
+            "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForSeq2SeqLM.from_pretrained("{repo}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+            'document = "..."',
+            f'batch = tokenizer("{prefix}" + document, truncation=True, max_length={max_source}, return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**batch)[0], skip_special_tokens=True))",
+        ]
+    )

@@ -1,0 +1,240 @@
+"""Fine-tunes T5 or BART to summarize and shows whether it got better than the first sentences of the document.
+
+    accelerate launch tasks/summarize_t5/train.py
+    accelerate launch tasks/summarize_t5/train.py --config tasks/summarize_t5/configs/t4.yaml
+    accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes 8 tasks/summarize_t5/train.py --dataset ./mine.csv
+
+The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub, and so a tiny T5 from scratch, which is no
+summarizer. `--model_name_or_path google-t5/t5-small` starts from a real one. `--dry_run` shows the plan first.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from shared import UserError
+from shared.run import begin, finish, log, print_plan, run, setup
+
+# Torch is imported inside the functions: a misspelt key or --help is answered before it.
+
+NO_SUMMARIZER = (
+    "This model is no summarizer: it was trained from scratch for minutes to show and test the whole path. Start from a "
+    "pretrained model, such as --model_name_or_path google-t5/t5-small, to get one."
+)
+
+
+@dataclass
+class ScriptArguments:
+    """Fine-tune T5 or BART on documents with summaries; evaluated by ROUGE and BLEU against lead sentences."""
+
+    max_source_length: int = field(default=512, metadata={"help": "Tokens of a document that the model reads at once."})
+    max_target_length: int = field(default=128, metadata={"help": "Tokens of a summary, learnt and generated."})
+    long_documents: Literal["cut", "chunk"] = field(
+        default="cut",
+        metadata={
+            "help": "What is done when summarizing a document longer than max_source_length: cut it, or summarize it in pieces "
+            "(chunk) and join their summaries. Training always cuts."
+        },
+    )
+    max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
+    scratch_width: int = field(
+        default=256,
+        metadata={
+            "help": "Width of the T5 that is built where no model is named, a multiple of 64; layers grow with it."
+        },
+    )
+    scratch_vocab_size: int = field(
+        default=4096, metadata={"help": "Tokens of the tokenizer that is trained where no model is named."}
+    )
+
+
+def load_rows(run_args, seed: int) -> tuple[dict, str]:
+    """Documents with summaries of the three splits, and the cleaning report as one line."""
+    from articles import find_columns, text_of, to_pair
+    from datasets import Dataset, DatasetDict
+
+    from shared.cleaning import CleaningReport, clean_rows
+    from shared.sources import load_data
+    from shared.splits import split_dataset
+
+    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    first = next(iter(data.values()))
+    document, summary = find_columns(first.column_names, run_args.columns, first[0] if len(first) else None)
+    cleaned = DatasetDict()
+    for name, rows in data.items():
+        rows = rows.select_columns([document, summary])
+        kept = list(clean_rows(rows, lambda row: to_pair(row, document, summary), report))
+        cleaned[name] = Dataset.from_list(kept) if kept else Dataset.from_dict({"document": [], "summaries": []})
+    report.check(run_args.dataset)
+    log.info("%s, %s summarized as %s: %s", run_args.dataset, document, summary, report)
+    if not report.kept:
+        raise UserError(f"{run_args.dataset}: no document with a summary is left after cleaning ({report}).")
+    return split_dataset(cleaned, text_of, seed), str(report)
+
+
+def compute_metrics(outputs: list[str], documents: list[str], references: list[list[str]]) -> tuple[dict, dict]:
+    """ROUGE and BLEU in points with 95 % bootstrap intervals over rows; how long, new and often empty the summaries are.
+
+    Returns:
+        Metrics by name, and the ROUGE scores of each row.
+    """
+    from articles import novel_bigrams
+
+    from shared import metrics
+
+    found = metrics.load("rouge").compute(predictions=outputs, references=references, per_row=True)
+    rows = found.pop("rows")
+    bleu = metrics.load("bleu").compute(predictions=outputs, references=references)
+    found |= {"bleu": bleu["bleu"], "bleu_ci95": bleu["bleu_ci95"], "bleu_signature": bleu["signature"]}
+    new, bigrams = map(sum, zip(*map(novel_bigrams, outputs, documents), strict=True))
+    found["summary_words"] = sum(len(text.split()) for text in outputs) / len(outputs)
+    found["novel_bigrams"] = new / bigrams if bigrams else None
+    found["empty_outputs"] = sum(not text.strip() for text in outputs) / len(outputs)
+    return found, rows
+
+
+def validation_metrics(prediction, tokenizer) -> dict:
+    """ROUGE of the validation split during training, for `--predict_with_generate` and `--metric_for_best_model rougeL`."""
+    from shared import metrics
+
+    texts = []
+    for ids in (prediction.predictions, prediction.label_ids):
+        texts.append(tokenizer.batch_decode((ids * (ids >= 0)).tolist(), skip_special_tokens=True))
+    found = metrics.load("rouge").compute(predictions=texts[0], references=texts[1])
+    return {name: value for name, value in found.items() if not name.endswith("_ci95")}
+
+
+def main(script_args, args, run_args) -> None:
+    """The whole task, from data to card."""
+    # Setup
+    from articles import lead, preflight, tokenize
+    from seq2seq_models import load_model, load_tokenizer, prefix_of, score_rows, summarize, token_loss, usage
+    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
+    from transformers.trainer_utils import set_seed
+
+    from shared import metrics as shared_metrics
+    from shared import report
+    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
+    from shared.sources import resolve_model
+
+    setup(args, run_args)
+    source, revision = resolve_model(run_args.model_name_or_path) if run_args.model_name_or_path else (None, {})
+    if source is None:
+        log.warning("%s", NO_SUMMARIZER)
+
+    # Data
+    splits, cleaning = load_rows(run_args, args.seed)
+    limits = {
+        "train": run_args.max_train_rows,
+        "validation": script_args.max_validation_rows,
+        "test": run_args.max_test_rows,
+    }
+    for name, most in limits.items():
+        rows = splits[name].shuffle(seed=args.seed)  # official splits can be sorted
+        splits[name] = rows.select(range(min(most or len(rows), len(rows))))
+    texts = (text for row in splits["train"] for text in (row["document"], row["summaries"][0]))
+    tokenizer = load_tokenizer(source, revision, texts, script_args.scratch_vocab_size)
+
+    # Model
+    model = load_model(source, revision, tokenizer, script_args, args)
+    prefix = prefix_of(model)
+    tokenized = {}
+    for name, rows in splits.items():
+        lengths = (script_args.max_source_length, script_args.max_target_length)
+        tokenized[name] = rows.map(
+            lambda batch, lengths=lengths: tokenize(batch, tokenizer, prefix, *lengths),
+            batched=True,
+            remove_columns=rows.column_names,
+        )
+    facts = preflight(tokenized["train"], args)
+    log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
+    first = tokenized["train"][0]
+    log.info("first row: %s\n -> %s", *(tokenizer.decode(first[key])[:1000] for key in ("input_ids", "labels")))
+    if run_args.dry_run:
+        return print_plan(model, args, run_args, **facts)
+
+    # Train
+    digest = hashlib.sha256()
+    for row in tokenized["train"]:
+        digest.update(repr((row["input_ids"], row["labels"])).encode())
+    identity = run_identity(args, run_args, rows=digest.hexdigest(), sampling=args.train_sampling_strategy)
+    checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
+    stopper = StopOnSignal()
+    collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None)
+    set_seed(args.seed)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=tokenized["train"],
+        eval_dataset=tokenized["validation"],
+        processing_class=tokenizer,
+        compute_loss_func=partial(token_loss, label_smoothing=args.label_smoothing_factor),
+        compute_metrics=partial(validation_metrics, tokenizer=tokenizer) if args.predict_with_generate else None,
+        callbacks=[CompleteCheckpoints(identity), stopper],
+    )
+    train(trainer, checkpoint)
+    stopper.exit_if_stopped()
+
+    # Evaluate
+    documents, references = list(splits["test"]["document"]), list(splits["test"]["summaries"])
+    base = load_model(source, revision, tokenizer, script_args, args).to(args.device)
+    outputs, losses = {}, {}
+    for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
+        losses[name] = score_rows(system, tokenized["test"], collator, args)
+        outputs[name] = summarize(system, tokenizer, documents, script_args, args, f"summaries, {name}")
+    outputs |= {f"baseline_lead{n}": [lead(document, n) for document in documents] for n in (1, 3)}
+    outputs["reference"] = [summaries[0] for summaries in references]
+    metrics, rouge = {"test_rows": len(documents)}, {}
+    for name, texts in outputs.items():
+        found, rouge[name] = compute_metrics(texts, documents, references)
+        keep = (
+            ("summary_words", "novel_bigrams") if name == "reference" else found
+        )  # its ROUGE with itself says nothing
+        metrics |= {f"{name}_{key}": found[key] for key in keep}
+    for name, scores in losses.items():
+        perplexity = shared_metrics.load("perplexity").compute(
+            predictions=scores["nll"], references=[int(count) for count in scores["tokens"]]
+        )
+        metrics |= {f"{name}_{key}": value for key, value in perplexity.items()}
+    baselines = {f"Lead-{n}": rouge[f"baseline_lead{n}"] for n in (1, 3)}
+    helped = report.did_it_help(rouge["base"], rouge["test"], "rougeL", baselines)
+    line = helped["line"] + (f" {NO_SUMMARIZER}" if source is None else "")
+
+    # Export
+    samples = [
+        {"prompt": document, "base": before, "trained": after, "reference": summaries[0]}
+        for document, before, after, summaries in zip(
+            documents[:20], outputs["base"], outputs["test"], references, strict=False
+        )
+    ]
+    decoding = f"{model.generation_config.num_beams} beams" if model.generation_config.num_beams > 1 else "greedy"
+    finish(
+        trainer,
+        args,
+        run_args,
+        metrics={**metrics, **helped},
+        samples=samples,
+        preflight=facts,
+        line=line,
+        training={
+            "data": cleaning,
+            "summaries": f"{decoding}, documents longer than {script_args.max_source_length} tokens: "
+            f"{script_args.long_documents}",
+            "references": f"{metrics['reference_summary_words']:.1f} words, "
+            f"{100 * (metrics['reference_novel_bigrams'] or 0):.0f} % novel bigrams",
+        },
+        pipeline="summarization",
+        usage=usage(
+            args.hub_model_id or f"outputs/{Path(args.output_dir).name}", prefix, script_args.max_source_length
+        ),
+        limits=("" if source else f"{NO_SUMMARIZER} ")
+        + "Summaries can leave out what matters and state what the document does not say. ROUGE counts words shared with a "
+        "reference, not truth.",
+    )
+
+
+if __name__ == "__main__":
+    run(main, ScriptArguments, "transformers.training_args_seq2seq:Seq2SeqTrainingArguments")
