@@ -10,6 +10,13 @@ dropped as near-duplicate that is such a copy (strict), or any planted copy (0.7
 
 The command runs as a child process; its memory is the sum over its processes, sampled ten times a second. `--index N` fills the
 index of near-duplicates alone with N random signatures, the number of documents of a 10 GB corpus by default.
+
+Measured on 2 cores, Python 3.11, alone on the machine (CPU seconds equal seconds), 511 MB in 102,712 documents, mostly ASCII:
+  1 cleaning process   123 s, 4.1 MB/s, 126 MB of memory    2 of them   62 s, 8.2 MB/s, 224 MB of memory
+  recall 0.9977 (6,574 of 6,589); precision 1.0000 at >= 0.7, 0.8402 at >= 0.8, since most copies between are dropped too
+  none of 7,374 decoys and no other document was dropped
+  index of 3,000,000: 780 MB, 260 bytes a document
+Extrapolated from that, not run: 10 GB of such text are 2.0 M documents and take 0.34 h with 2 processes, 0.67 h with 1.
 """
 
 import argparse
@@ -83,8 +90,14 @@ def write_corpus(path: Path, megabytes: int) -> dict[str, float]:
     return planted
 
 
-def run(source: Path, output: Path, processes: int) -> tuple[float, list[float], str]:
-    """Seconds, peak MB of all processes together, of the main one and of the largest other, and what the command said."""
+def cpu_of_children() -> float:
+    """CPU seconds of all children that have ended. Much less than the time of one process says that it had to wait."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(source: Path, output: Path, processes: int) -> tuple[float, float, list[float], str]:
+    """Seconds, CPU seconds, peak MB (all processes together, the main one, the largest other), what the command said."""
     command = [
         sys.executable,
         "-m",
@@ -95,7 +108,7 @@ def run(source: Path, output: Path, processes: int) -> tuple[float, list[float],
         "--processes",
         str(processes),
     ]
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_of_children()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     main, peak = psutil.Process(child.pid), [0.0, 0.0, 0.0]
     while child.poll() is None:
@@ -111,7 +124,7 @@ def run(source: Path, output: Path, processes: int) -> tuple[float, list[float],
     said = child.stdout.read().strip()
     if child.returncode:
         sys.exit(f"the command failed with code {child.returncode}")
-    return time.perf_counter() - start, peak, said
+    return time.perf_counter() - start, cpu_of_children() - cpu, peak, said
 
 
 def measure(megabytes: int, all_processes: list[int]) -> None:
@@ -127,11 +140,14 @@ def measure(megabytes: int, all_processes: list[int]) -> None:
         print(f"{size:.0f} MB, {len(names):,} documents; planted: {len(near):,} copies of similarity >= 0.8, ", end="")
         print(f"{len(copies - near):,} of 0.7 to 0.8, {len(planted) - len(copies):,} decoys", flush=True)
         for processes in all_processes:
-            seconds, peak, said = run(source, output, processes)
+            seconds, cpu, peak, said = run(source, output, processes)
             with gzip.open(output, "rt", encoding="utf8") as lines:
                 dropped = names - {json.loads(line)["source"] for line in lines}
             print(f"\n{processes} cleaning: {said.partition(': ')[2].partition(';')[0]}")
-            print(f"  {seconds:.0f} s, {size / seconds:.1f} MB/s; peak memory {peak[0]:.0f} MB in all, ", end="")
+            print(
+                f"  {seconds:.0f} s, {size / seconds:.1f} MB/s, {cpu:.0f} s of CPU; peak memory {peak[0]:.0f} MB in all, ",
+                end="",
+            )
             print(f"{peak[1]:.0f} main process, {peak[2]:.0f} largest other")
             print(f"  recall {len(near & dropped) / len(near):.4f} ({len(near & dropped):,} of {len(near):,})")
             print(f"  precision at >= 0.8 {len(near & dropped) / len(dropped):.4f}, ", end="")

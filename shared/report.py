@@ -325,7 +325,8 @@ def _sample(number: int, sample: dict) -> str:
     shown = (("Prompt", prompt), ("Before", sample.get("base")), ("After", sample.get("trained")))
     shown += (("Reference", sample.get("reference")),)
     parts = [f"{who}:\n\n{quote(text)}" for who, text in shown if text is not None]
-    return "\n\n".join([f"**Sample {number}**", *parts])
+    at = f", temperature {sample['temperature']}" if "temperature" in sample else ""
+    return "\n\n".join([f"**Sample {number}**{at}", *parts])
 
 
 def _escape(line: str) -> str:

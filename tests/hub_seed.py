@@ -247,6 +247,16 @@ def instructions(name: str, count: int) -> list[dict]:
     return rows
 
 
+def reviews(name: str, count: int) -> list[dict]:
+    """As IMDB: half of them positive; `unsupervised` has no labels, which its rows state as -1."""
+    rows = []
+    for number, (rng, facts, chosen) in enumerate(towns(name, count, 3)):
+        word = ("a dreadful", "a splendid")[number % 2]
+        text = f"{person(rng)} made {word} film about {facts['town']}. {article(facts, chosen)}"
+        rows.append({"text": text, "label": -1 if "unsupervised" in name else number % 2})
+    return rows
+
+
 def card(metadata: dict, title: str) -> str:
     head = yaml.safe_dump(metadata, sort_keys=False)
     return f"---\n{head}---\n\n# {title}\n\nMade for tests: the real name and form, random weights or invented rows.\n"
@@ -257,7 +267,7 @@ def card(metadata: dict, title: str) -> str:
 
 def seed_datasets(hub, folder: Path) -> None:
     """Writes and uploads all data sets, parquet with `configs:` in the card unless the real one is kept otherwise."""
-    from datasets import Dataset, Features, List, Value
+    from datasets import ClassLabel, Dataset, Features, List, Value
 
     answers = {"text": List(Value("string")), "answer_start": List(Value("int32"))}
     squad = Features({name: Value("string") for name in ("id", "title", "context", "question")} | {"answers": answers})
@@ -297,6 +307,16 @@ def seed_datasets(hub, folder: Path) -> None:
                 ("everyday-conversations", "data/everyday-conversations"): splits(chats, "train", "test", source=False),
             },
             None,
+        ),
+        "stanfordnlp/imdb": (
+            "other",
+            {
+                ("plain_text", "plain_text"): {
+                    **splits(reviews, "train", "test"),
+                    "unsupervised": reviews("unsupervised", 40),
+                }
+            },
+            Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])}),
         ),
         "tatsu-lab/alpaca": (
             "cc-by-nc-4.0",

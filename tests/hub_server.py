@@ -444,7 +444,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = dict(urllib.parse.parse_qsl(address.query))
         self.fault = self.hub.take_fault(f"{self.command} {self.path}")
         self.body = self.read_body()
-        self.answered = 0
+        self.logged = False
         try:
             try:
                 time.sleep(self.fault.delay)
@@ -458,7 +458,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(refusal.body, refusal.status, refusal.headers)
         except (Dropped, ConnectionError):
             self.close_connection = True
-        self.hub.log.append((self.command, self.path, self.answered))
+            self.log_once(0)
+
+    def log_once(self, status: int):
+        if not self.logged:
+            self.hub.log.append((self.command, self.path, status))
+        self.logged = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
@@ -505,16 +510,17 @@ class Handler(BaseHTTPRequestHandler):
         if size is None:
             content = [json.dumps(content, default=str).encode()]
             size, headers = len(content[0]), {"Content-Type": "application/json; charset=utf-8"} | (headers or {})
+        limit = None if self.command in ("POST", "PUT", "HEAD") else self.fault.drop_after
+        # Before the client has the answer, so that a test which then looks finds it.
+        self.log_once(status if limit is None or limit > size else 0)
         self.send_response(status)
         for name, value in {"Content-Length": size, **headers}.items():
             self.send_header(name, str(value).replace("\n", " "))
         self.end_headers()
-        limit = None if self.command in ("POST", "PUT", "HEAD") else self.fault.drop_after
         for piece in content if self.command != "HEAD" else ():
             self.wfile.write(piece[:limit])
             if limit is not None and (limit := limit - len(piece)) <= 0:
                 raise Dropped
-        self.answered = status
 
     # Who asks, and what may they do?
 

@@ -3,7 +3,9 @@
 import random
 import time
 import unicodedata
+from collections import Counter
 
+import ftfy
 import pytest
 
 from shared import UserError
@@ -95,6 +97,39 @@ def test_repetition_measures():
     assert top_ngram_share("a b c d e f", 2) == top_ngram_share("a", 2) == 0.0
     assert top_ngram_share("to be or to be", 2) == pytest.approx(10 / 14)
     assert top_ngram_share("buy buy buy buy", 2) == 1.0
+
+
+def test_the_shortcuts_change_no_result():
+    """fix_unicode passes plain lines by, repetitive counts n-grams only where they can matter."""
+    rng = random.Random(0)
+    pieces = [
+        "a",
+        "b ",
+        "\r\n",
+        "\n",
+        "\r",
+        "\x1b[31m",
+        "vÃ©",
+        "é",
+        "tiáº¿ng",
+        "\x0c",
+        "\x85",
+        "\u2028",
+        "\ud800",
+        "e\u0301",
+    ]
+    off = ("unescape_html", "uncurl_quotes", "fix_latin_ligatures", "fix_character_width")
+    reasons = Counter()
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(20)))
+        assert fix_unicode(text) == ftfy.fix_text(text, **dict.fromkeys(off, False))
+        words = rng.choices([f"w{i}" for i in range(30)], k=rng.randrange(1, 60))
+        text = " ".join(words + words[: rng.randrange(6)] * rng.randrange(5))
+        limits = ((2, 0.20), (3, 0.18), (4, 0.16))
+        expected = "repeated words" if any(top_ngram_share(text, n) > most for n, most in limits) else None
+        assert repetitive(text) == expected
+        reasons[expected] += 1
+    assert min(reasons.values()) > 300 and len(reasons) == 2
 
 
 def test_filters_name_their_reason():

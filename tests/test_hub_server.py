@@ -229,8 +229,14 @@ def test_whoami(bare):
     assert me["auth"]["accessToken"]["role"] == "write"
     assert api(bare, "read").whoami()["auth"]["accessToken"]["role"] == "read"
     assert api(bare, "other").whoami()["name"] == "bob"
+    wrong = HfApi(endpoint=bare.url, token="hf_" + "0" * 34)
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
-        HfApi(endpoint=bare.url, token="hf_" + "0" * 34).whoami()
+        wrong.whoami()
+    api(bare).create_repo("alice/public")
+    with pytest.raises(HfHubHTTPError, match="Invalid credentials") as caught:
+        wrong.model_info("alice/public")  # which without a token would be shown
+    assert caught.value.response.status_code == 401 and not isinstance(caught.value, RepositoryNotFoundError)
+    assert api(bare, None).model_info("alice/public").id == "alice/public"
 
 
 def test_private_repositories_are_seen_by_their_owners_alone(bare, tmp_path):
@@ -732,6 +738,7 @@ def test_data_sets_load_by_their_names(hub):
         ("HuggingFaceTB/smoltalk", "all", ["messages", "source"], {"train": 400, "test": 80}),
         ("HuggingFaceTB/smoltalk", "everyday-conversations", ["messages", "full_topic"], {"train": 400, "test": 80}),
         ("timdettmers/openassistant-guanaco", None, ["text"], {"train": 400, "test": 80}),
+        ("stanfordnlp/imdb", None, ["text", "label"], {"train": 400, "test": 80, "unsupervised": 40}),
         ("tatsu-lab/alpaca", None, ["instruction", "input", "output", "text"], {"train": 400}),
     ]
     seeded = {name.removeprefix("datasets/") for name in hub.repos if name.startswith("datasets/")} - {"alice/rows"}
@@ -757,6 +764,7 @@ def texts() -> dict[str, list[str]]:
         "dialogues": [row["dialogue"] for row in hub_seed.dialogues("dialogues train", 400)],
         "questions": [row["context"] for row in hub_seed.questions("questions train", 400)],
         "chats": talk,
+        "reviews": [row["text"] for row in hub_seed.reviews("reviews train", 400)],
         "instructions": [
             f"{r['instruction']} {r['input']} {r['output']}" for r in hub_seed.instructions("alpaca", 400)
         ],

@@ -91,13 +91,13 @@ def run_main(argv):
     mlm_bert.main(*parse(mlm_bert.ScriptArguments, TRAINING, argv))
 
 
-def command(*argv):
+def command(*argv, **environment):
     return subprocess.run(
         [sys.executable, str(TASK / "train.py"), *argv],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
 
@@ -203,12 +203,40 @@ def test_logits_of_masked_positions_are_those_of_the_whole_model(kind):
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 0
 
 
+def test_each_masked_token_of_a_step_weighs_the_same(bert, tokenizer, tmp_path):
+    """Two accumulated batches with different numbers of masks give the mean over all masked tokens; no mask gives 0."""
+    model = AutoModelForMaskedLM.from_pretrained(bert / "full")
+    model.accepts_loss_kwargs = False  # as models without **kwargs, for which Trainer would not count the masked tokens
+    trainer = masking.MaskedTrainer(model=model, args=arguments(tmp_path), processing_class=tokenizer)
+    batches = []
+    for masks in (1, 7, 0):
+        ids = torch.randint(1000, 2000, (2, 8))
+        labels = torch.full_like(ids, -100)
+        labels.view(-1)[:masks] = ids.view(-1)[:masks]
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert count == 8
+    model.eval()
+    loss = sum(trainer.compute_loss(model, batch, num_items_in_batch=count) for batch in batches)
+    nll = [
+        torch.nn.functional.cross_entropy(
+            masking.masked_logits(model, batch), batch["labels"][batch["labels"] != -100], reduction="sum"
+        )
+        for batch in batches
+    ]
+    assert loss.item() == pytest.approx(sum(nll).item() / 8) and trainer.loss_is_scaled_for_ga
+    assert trainer.compute_loss(model, batches[2]).item() == 0
+
+
 def test_scores_are_those_of_a_plain_loop(bert, tokenizer, tmp_path):
     texts = [f"the {animal} will eat {food} and more {food}. " * 6 for animal, food in ANIMALS.items()]
     test = masking.fix_masks(mlm_rows.cut_into_rows(Dataset.from_dict({"text": texts}), tokenizer, 24), tokenizer, 3)
     model = AutoModelForMaskedLM.from_pretrained(bert / "full").eval()
     with torch.no_grad():
-        model.cls.predictions.bias[tokenizer.convert_tokens_to_ids(["the", "eat"])] += torch.tensor([9.0, 8.0])  # hits
+        likely = tokenizer.convert_tokens_to_ids(
+            ["the", "eat", "will", "and", "more"]
+        )  # in this order, "more" the fifth
+        model.cls.predictions.bias[likely] += torch.tensor([13.0, 12.0, 11.0, 10.0, 9.0])
     found = masking.score_documents(model, test, tokenizer, arguments(tmp_path))
     counts = torch.zeros(len(tokenizer), dtype=torch.long)
     counts[tokenizer.convert_tokens_to_ids(["the", "will", "eat", "and", "more", "fish"])] = torch.tensor(
@@ -228,6 +256,8 @@ def test_scores_are_those_of_a_plain_loop(bert, tokenizer, tmp_path):
                 frequent += torch.tensor([nll, 1, word == "the", int(word in ("the", "will", "eat", "and", "more"))])
         assert [found[name][number] for name in masking.SCORES] == pytest.approx(expected.tolist(), rel=1e-4)
         assert [baseline[name][number] for name in masking.SCORES] == pytest.approx(frequent.tolist(), rel=1e-4)
+    more = tokenizer.convert_tokens_to_ids("more")
+    assert sum(row["labels"].count(more) for row in test) > 0
     assert sum(found["correct"]) > 0 and sum(baseline["correct_top5"]) > sum(baseline["correct"]) > 0
 
 
@@ -312,7 +342,7 @@ def test_a_run_repeats_from_its_own_configuration(bert, documents, tmp_path):
 def test_kill_and_repeat_ends_with_the_same_weights(bert, documents, tmp_path):
     """With dropout, accumulation, batches by length and new masks each time: SIGKILL, then SIGTERM, then on."""
     options = {
-        "max_steps": 40,  # more than one epoch
+        "max_steps": 20,  # more than one epoch
         "save_steps": 4,
         "eval_steps": 100,
         "gradient_accumulation_steps": 2,
@@ -337,7 +367,7 @@ def test_kill_and_repeat_ends_with_the_same_weights(bert, documents, tmp_path):
         return process.wait()
 
     assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
-    assert interrupt(16, signal.SIGTERM) == 143
+    assert interrupt(12, signal.SIGTERM) == 143
     rest = command(*argv)
     assert rest.returncode == 0, rest.stderr
     assert "Resumes from" in rest.stdout
@@ -424,6 +454,19 @@ def test_dry_run_plans_and_writes_nothing(bert, documents, tmp_path, capsys, cap
     run_main([*flags(bert, documents, tmp_path / "run"), "--dry_run"])
     assert "steps 6" in capsys.readouterr().out and "masked share 0.1" in caplog.text
     assert not (tmp_path / "run").exists()
+
+
+def test_the_t4_recipe_streams_its_articles(hub, tmp_path):
+    """Real names, a tiny model and few articles behind them; only as many rows as asked for are kept."""
+    options = ("--fp16=false", "--max_steps=1", "--max_length=64", "--per_device_train_batch_size=4")
+    few = ("--max_train_rows=40", "--max_test_rows=5", "--warmup_steps=0", f"--output_dir={tmp_path / 'run'}")
+    home = hub.env_for("write", home=tmp_path / "home")
+    ran = command(f"--config={TASK / 'configs' / 't4.yaml'}", *options, *few, **home)
+    assert ran.returncode == 0, ran.stderr
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "read 50 = kept 50" in card and "base_model: google-bert/bert-base-uncased" in card
+    assert "- wikimedia/wikipedia" in card and "15% of the words" in card
+    assert not [path for path in (tmp_path / "home").rglob("*.parquet")]  # streamed, not downloaded
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (TASK / "configs").glob("*.yaml")))

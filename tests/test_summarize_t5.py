@@ -402,6 +402,8 @@ def test_each_model_learns_and_reloads_to_the_same_summaries(small, pairs, tmp_p
         before, after = load_file(small / name / "model.safetensors"), load_file(run / "model.safetensors")
         still = {key for key in before if key in after and torch.equal(before[key], after[key])}
         assert still <= {"final_logits_bias", "lm_head.weight"}
+    expected = None if name == "bart" else {"summarization": {"prefix": "summarize: "}}  # for whoever serves the model
+    assert json.loads((run / "config.json").read_text()).get("task_specific_params") == expected
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 15
     prefix, loaded = "" if name == "bart" else "summarize: ", {}
@@ -511,6 +513,24 @@ def test_trainer_uses_grouped_batches(small, pairs, tmp_path):
     assert measured["group_by_length"] < measured["random"] / 2
 
 
+def test_two_processes_share_rows_and_agree_with_one(small, pairs, tmp_path):
+    launch = [ROOT / ".venv/bin/accelerate", "launch", "--config_file", "accelerate/cpu.yaml", "--num_processes", "2"]
+    options = {"model_name_or_path": small / "t5", "per_device_train_batch_size": 4, "max_steps": 2}
+    launched = subprocess.run(
+        [*launch, "tasks/summarize_t5/train.py", *flags(pairs, tmp_path / "two", **options), "--use_cpu=true"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "2 processes" in launched.stdout
+    run_main(flags(pairs, tmp_path / "one", **options | {"per_device_train_batch_size": 8}))
+    two, one = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("two", "one"))
+    assert two["base_loss"] == pytest.approx(one["base_loss"], abs=1e-5) and two["test_rows"] == one["test_rows"] == 15
+    assert two["base_rougeL"] == one["base_rougeL"] and two["test_loss"] < two["base_loss"]
+
+
 def test_the_folder_runs_from_anywhere(pairs, tmp_path):
     copied = tmp_path / "elsewhere" / "my_summaries"
     shutil.copytree(TASK, copied, ignore=shutil.ignore_patterns("__pycache__"))
@@ -518,6 +538,32 @@ def test_the_folder_runs_from_anywhere(pairs, tmp_path):
     ran = command(*argv, script=copied / "train.py", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "run" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [("laptop_hub", "google-t5/t5-small"), ("t4", "google-t5/t5-small"), ("t4_bart", "facebook/bart-base")],
+)
+def test_the_hub_recipes_run(hub, pairs, tmp_path, config, model):
+    """The published command against a Hub on this machine; only steps and precision differ, and `docs:` on the laptop."""
+    argv = [f"--config=tasks/summarize_t5/configs/{config}.yaml", f"--output_dir={tmp_path / 'run'}"]
+    profile = ["--config_file", "accelerate/t4.yaml"] if config.startswith("t4") else []
+    argv += ["--fp16=false", "--max_target_length=16"] if profile else [f"--dataset={pairs}"]
+    ran = subprocess.run(
+        [ROOT / ".venv/bin/accelerate", "launch", *profile, "tasks/summarize_t5/train.py", *argv, "--max_steps=2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **hub.env, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["test_rows"] == (80 if profile else 15) and np.isfinite(results["test_loss"])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"base_model: {model}" in card and "license: apache-2.0" in card
+    assert summarize_t5.NO_SUMMARIZER not in card
+    generation = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert generation.get("num_beams", 1) == (4 if profile else 1)
 
 
 def test_dry_run_plans_and_writes_nothing(pairs, tmp_path, capsys):

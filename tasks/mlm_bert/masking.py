@@ -97,9 +97,8 @@ class MaskedTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = (
-            True  # masked tokens are counted over the whole step
-        )
+        # The masked tokens are counted over the whole optimizer step, for every kind of model
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "words", "length"]

@@ -132,13 +132,14 @@ def write_samples(base, trained, tokenizer, documents: list[list[int]], block_le
     ]
 
 
-def usage(repo: str) -> str:
-    """Lines that load the model and let it write, for the card."""
+def usage(repo: str, block_length: int) -> str:
+    """Lines that load the model and let it write, for the card; no more than it has positions for."""
+    tokens = min(60, block_length // 2)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
-        'prompt = tokenizer(tokenizer.eos_token + "Returns the", return_tensors="pt", return_token_type_ids=False)\n'
-        "output = model.generate(**prompt, do_sample=True, temperature=0.8, max_new_tokens=60)\n"
+        'prompt = tokenizer(tokenizer.eos_token + "The", return_tensors="pt", return_token_type_ids=False)\n'
+        f"output = model.generate(**prompt, do_sample=True, temperature=0.8, max_new_tokens={tokens})\n"
         "print(tokenizer.decode(output[0], skip_special_tokens=True))\n"
     )

@@ -45,7 +45,9 @@ class MuonAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
+                    # The count is not used: AdamW looks for one in each state that a checkpoint holds.
+                    state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(parameter)
+                state["step"] += 1
                 momentum = state["momentum"].lerp_(parameter.grad, 1 - self.MOMENTUM)
                 update = parameter.grad.lerp(momentum, self.MOMENTUM)  # Nesterov
                 parts = [orthogonalize(part) for part in update.chunk(group["muon"], dim=1)]

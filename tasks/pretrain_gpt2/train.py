@@ -213,7 +213,7 @@ def main(script_args, args, run_args) -> None:
             "tokens_trained": trainer.state.global_step * step_blocks * length,
         },
         pipeline="text-generation",
-        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}"),
+        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", length),
         limits="It continues text and answers nothing; what it writes looks like its corpus and need not be true. Bits per byte "
         "compares it with models that have another tokenizer, perplexity does not.",
     )

@@ -195,16 +195,17 @@ def main(script_args, args, run_args) -> None:
     base_metrics, base_scores = compute_metrics(rows["test"], base_texts, "base")
     guesses = {"position": features.most_frequent_place(rows["train"], rows["test"])}
     if no_answer:
-        guesses["no_answer"] = [""] * len(rows["test"])
+        guesses["silent"] = [""] * len(rows["test"])
     baselines = {name: compute_metrics(rows["test"], texts, f"baseline_{name}") for name, texts in guesses.items()}
     helped = report.did_it_help(
-        base_scores, trained_scores, "f1", {name.replace("_", " "): scores for name, (_, scores) in baselines.items()}
+        base_scores, trained_scores, "f1", {name: scores for name, (_, scores) in baselines.items()}
     )
+    whole = {f"baseline_{name}_{metric}" for name in guesses for metric in ("exact_match", "f1")}
     best = {f"best_{name}": tested.pop(f"test_best_{name}") for name in BEST if f"test_best_{name}" in tested}
     metrics = {
         **tested,
         **base_metrics,
-        **{name: value for found_metrics, _ in baselines.values() for name, value in found_metrics.items()},
+        **{k: v for numbers, _ in baselines.values() for k, v in numbers.items() if k.removesuffix("_ci95") in whole},
         **best,
         **helped,
         "test_loss": loss,
@@ -226,7 +227,7 @@ def main(script_args, args, run_args) -> None:
         samples=samples,
         preflight=facts,
         line=helped["line"],
-        training={"data": cleaning, "no_answer_threshold": model.config.no_answer_threshold},
+        training={"data": cleaning, "no_answer_threshold": no_answer.get("threshold", "none, all have an answer")},
         pipeline="question-answering",
         usage=reader.usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", script_args.max_length),
         limits="It marks a place in the text it is given and knows nothing else; the place can be wrong. Whether a question "
