@@ -234,7 +234,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
         ).commit_url
     except HfHubHTTPError as error:
         raise UserError(f"Not pushed: {_reason(error, repo_id)} {again}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an upload that the storage refused
         raise UserError(f"Not pushed: {_first_line(error)} {again}") from error
 
 
