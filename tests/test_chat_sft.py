@@ -127,7 +127,7 @@ def test_unknown_columns_say_found_expected_and_how_to_map():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_only_replies_are_trained_each_with_its_end(tiny, name):
-    tokenizer = methods.load_tokenizer(str(tiny / name), {})
+    tokenizer = methods.load_tokenizer(str(tiny / name))
     messages = [
         {"role": role, "content": text}
         for role, text in zip(["user", "assistant"] * 2, ["one?", "two", "three?", "four"], strict=True)
@@ -154,7 +154,7 @@ def test_preflight_stops_when_nothing_or_no_end_is_trained():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
 def test_conversations_of_a_batch_do_not_see_each_other(tiny, name):
     """Packed in one row where the attention keeps them apart, padded for Falcon: the losses are those of each row alone."""
-    model = methods.load_model(str(tiny / name), {}, "lora", SFTConfig(bf16=False)).eval()
+    model = methods.load_model(str(tiny / name), "lora", SFTConfig(bf16=False)).eval()
     packs = model.config._attn_implementation == "packed"
     assert packs == (name != "falcon")
     rows = [

@@ -80,6 +80,14 @@ def test_the_pushed_adapter_names_its_base_on_the_hub_and_the_local_one_stays(hu
     assert str(run.parent).encode() not in b"".join(hub.files("alice/adapter", "trial").values())
 
 
+def test_an_adapter_of_a_hub_model_names_it_with_its_revision_and_not_the_cache(tmp_path, run):
+    sha = "0" * 40
+    base = f"/home/me/.cache/hub/models--tiiuae--falcon-7b/snapshots/{sha}"
+    (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    pushed = json.loads(our_hub.pushed_files(run)[run / "adapter_config.json"])
+    assert pushed == {"base_model_name_or_path": "tiiuae/falcon-7b", "revision": sha}
+
+
 @pytest.mark.parametrize(
     ("role", "repo_id", "words"),
     [

@@ -307,13 +307,13 @@ def test_it_learns_and_the_folder_serves_fill_mask_and_question_answering(bert, 
 
 
 def test_a_model_with_a_head_keeps_it_and_from_scratch_keeps_nothing(bert, documents, tmp_path):
-    encoder, new = mlm_model.load_model(str(bert / "encoder"), {}, False, 1)
+    encoder, new = mlm_model.load_model(str(bert / "encoder"), False, 1)
     assert new and all(name.startswith("cls.") for name in new)
     log_probs = torch.randn(encoder.config.vocab_size).log_softmax(0)
     mlm_model.start_head(encoder, new, log_probs)
     assert torch.equal(encoder.cls.predictions.transform.dense.weight, torch.eye(32))
     assert torch.equal(encoder.cls.predictions.bias, log_probs)
-    model, new = mlm_model.load_model(str(bert / "full"), {}, False, 1)
+    model, new = mlm_model.load_model(str(bert / "full"), False, 1)
     assert not new
     mlm_model.start_head(model, new, log_probs)
     saved = AutoModelForMaskedLM.from_pretrained(bert / "full").state_dict()
@@ -324,7 +324,7 @@ def test_a_model_with_a_head_keeps_it_and_from_scratch_keeps_nothing(bert, docum
         )
     )
     assert "Model trained from scratch" in (tmp_path / "run" / "README.md").read_text()
-    scratch, new = mlm_model.load_model(str(bert / "full"), {}, True, 1)
+    scratch, new = mlm_model.load_model(str(bert / "full"), True, 1)
     mlm_model.start_head(scratch, new, log_probs)
     attention = scratch.bert.encoder.layer[0].attention.self.query.weight
     assert not torch.equal(attention, torch.eye(32))  # only the head has a start

@@ -363,7 +363,7 @@ def test_two_articles_are_split_by_context(models, tmp_path):
 @pytest.mark.parametrize("name", ["bert", "electra", "distilbert"])
 def test_windows_of_a_batch_do_not_see_each_other(models, tokenizer, name):
     """Packed in one row where the attention keeps them apart, else padded: logits and loss are those of each window alone."""
-    model = reader.load_model(str(models / name), {}, 0.0, torch.device("cpu")).eval()
+    model = reader.load_model(str(models / name), 0.0, torch.device("cpu")).eval()
     assert reader.is_packed(model) == (name != "distilbert")
     tokenizer = AutoTokenizer.from_pretrained(models / name)
     rows = [
@@ -583,7 +583,7 @@ def test_a_model_that_cannot_mark_answers_is_refused(tmp_path):
 
     WhisperConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="a whisper model cannot mark answers"):
-        reader.load_model(str(tmp_path), {}, 0.0, torch.device("cpu"))
+        reader.load_model(str(tmp_path), 0.0, torch.device("cpu"))
 
 
 def test_dry_run_plans_and_writes_nothing(models, files, tmp_path, capsys):

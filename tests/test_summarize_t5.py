@@ -17,6 +17,7 @@ import seq2seq_models
 import torch
 from checkout import ROOT, train_script
 from transformers import (
+    AutoModel,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
@@ -26,6 +27,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
+from warm_start import bart_from_bert
 
 from shared import UserError
 from shared.run import parse
@@ -59,8 +61,8 @@ def small(tmp_path_factory):
     folder, texts = tmp_path_factory.mktemp("small"), [" ".join(row.values()) for row in ROWS]
     unnamed = Namespace(scratch_width=64, max_target_length=12, max_source_length=64)
     args = Seq2SeqTrainingArguments(output_dir=str(folder), bf16=False)
-    tokenizer = seq2seq_models.load_tokenizer(None, {}, iter(texts), 300)
-    t5 = seq2seq_models.load_model(None, {}, tokenizer, unnamed, args)
+    tokenizer = seq2seq_models.load_tokenizer(None, iter(texts), 300)
+    t5 = seq2seq_models.load_model(None, tokenizer, unnamed, args)
     t5.save_pretrained(folder / "t5")
     tokenizer.save_pretrained(folder / "t5")
     bpe = ByteLevelBPETokenizer()
@@ -267,6 +269,22 @@ def test_loss_weighs_tokens_not_micro_batches_and_stops_at_nan(small):
         seq2seq_models.token_loss({"logits": logits}, labels)
 
 
+def test_a_bart_from_a_bert_reads_like_it_and_learns_in_its_decoder_only(tiny_bert):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    model, bert = bart_from_bert(str(tiny_bert), tokenizer, decoder_layers=1), AutoModel.from_pretrained(tiny_bert)
+    ids = tokenizer(["What is it?", "It is a red box."], padding=True, return_tensors="pt")
+    inputs = {name: ids[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ours, theirs = model.eval().model.encoder(**inputs)[0], bert.eval()(**inputs)[0]
+    inside = inputs["attention_mask"].bool()
+    assert torch.allclose(ours[inside], theirs[inside], atol=1e-3) and ours.std() > 0.1
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()(**inputs, labels=ids["input_ids"]).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if ".encoder." not in name}
+
+
 @pytest.mark.parametrize(("activation", "scale"), [("relu", 300), ("gated-gelu", 60)])
 def test_fp16_overflows_plainly_and_not_with_fp32_feed_forward(small, activation, scale):
     """Feed-forward activations scaled beyond 65,504, as T5's are: fp16 autocast gives infinity, ours what fp32 gives."""
@@ -306,7 +324,7 @@ def test_fp16_runs_of_a_t5_are_protected_and_of_bart_need_not_be(small):
     args = Namespace(fp16=True, seed=1, generation_num_beams=1, device=torch.device("cpu"))
     for name in ("t5", "bart"):
         tokenizer = AutoTokenizer.from_pretrained(small / name)
-        model = seq2seq_models.load_model(str(small / name), {}, tokenizer, script_args, args)
+        model = seq2seq_models.load_model(str(small / name), tokenizer, script_args, args)
         with torch.autocast("cpu", torch.float16):
             kinds = {
                 module(torch.zeros(1, 1, 64)).dtype
@@ -324,7 +342,7 @@ def test_summaries_keep_order_and_memory(small):
     args = Seq2SeqTrainingArguments(
         output_dir="x", per_device_eval_batch_size=4, disable_tqdm=True, bf16=False, generation_num_beams=2
     )
-    model = seq2seq_models.load_model(str(small / "t5"), {}, tokenizer, script_args, args).eval()
+    model = seq2seq_models.load_model(str(small / "t5"), tokenizer, script_args, args).eval()
     model.generation_config.suppress_tokens = [0, 1, 2]  # random weights would say nothing
     alive, sizes, generate = [], [], model.generate
 
@@ -349,7 +367,7 @@ def test_chunks_are_summarized_one_by_one_and_joined(small):
     tokenizer = AutoTokenizer.from_pretrained(small / "t5")
     args = Seq2SeqTrainingArguments(output_dir="x", per_device_eval_batch_size=3, disable_tqdm=True, bf16=False)
     script_args = Namespace(max_source_length=32, max_target_length=6, scratch_width=64, long_documents="chunk")
-    model = seq2seq_models.load_model(str(small / "t5"), {}, tokenizer, script_args, args)
+    model = seq2seq_models.load_model(str(small / "t5"), tokenizer, script_args, args)
     model.generation_config.suppress_tokens = [0, 1, 2]  # random weights would say nothing
     document = " ".join(f"Box {i} was opened on day {i}." for i in range(12))
     room = 32 - len(tokenizer("summarize: ")["input_ids"])
@@ -364,18 +382,19 @@ def test_chunks_are_summarized_one_by_one_and_joined(small):
 
 def test_the_tokenizer_of_a_run_from_scratch_is_always_the_same():
     texts = [" ".join(row.values()) for row in ROWS]
-    built = [seq2seq_models.load_tokenizer(None, {}, iter(texts), 300).backend_tokenizer.to_str() for _ in range(3)]
+    built = [seq2seq_models.load_tokenizer(None, iter(texts), 300).backend_tokenizer.to_str() for _ in range(3)]
     assert built[0] == built[1] == built[2]
 
 
 # Runs
 
 
-@pytest.mark.parametrize("name", ["scratch", "t5", "bart"])
-def test_each_model_learns_and_reloads_to_the_same_summaries(small, pairs, tmp_path, name):
+@pytest.mark.parametrize("name", ["scratch", "t5", "bart", "bert"])
+def test_each_model_learns_and_reloads_to_the_same_summaries(small, tiny_bert, pairs, tmp_path, name):
     from safetensors.torch import load_file
 
-    run, named = tmp_path / "run", {} if name == "scratch" else {"model_name_or_path": small / name}
+    run, named = tmp_path / "run", {"model_name_or_path": tiny_bert if name == "bert" else small / name}
+    named = {} if name == "scratch" else named
     run_main(
         flags(
             pairs,
@@ -398,15 +417,17 @@ def test_each_model_learns_and_reloads_to_the_same_summaries(small, pairs, tmp_p
     assert "Did it help?" in card and "Lead-1" in card and "Lead-3" in card and str(tmp_path) not in card
     assert (summarize_t5.NO_SUMMARIZER in card) == (name == "scratch")
     assert not (run / "training_args.bin").exists() and (run / "loss.png").stat().st_size > 0
-    if name != "scratch":
+    if name in ("t5", "bart"):
         before, after = load_file(small / name / "model.safetensors"), load_file(run / "model.safetensors")
         still = {key for key in before if key in after and torch.equal(before[key], after[key])}
         assert still <= {"final_logits_bias", "lm_head.weight"}
-    expected = None if name == "bart" else {"summarization": {"prefix": "summarize: "}}  # for whoever serves the model
+    expected = (
+        None if name in ("bart", "bert") else {"summarization": {"prefix": "summarize: "}}
+    )  # for whoever serves the model
     assert json.loads((run / "config.json").read_text()).get("task_specific_params") == expected
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 15
-    prefix, loaded = "" if name == "bart" else "summarize: ", {}
+    prefix, loaded = "" if name in ("bart", "bert") else "summarize: ", {}
     lines = seq2seq_models.usage(str(run), prefix, 64)
     assert lines.replace(str(run), f"outputs/{run.name}") in card
     exec(lines.replace('"..."', repr(samples[0]["prompt"])).replace("print(", "text = ("), loaded)
@@ -581,7 +602,7 @@ def test_dry_run_plans_and_writes_nothing(pairs, tmp_path, capsys):
         ({"model_name_or_path": "./nowhere"}, "./nowhere"),
         ({"scratch_width": 100}, "--scratch_width 100: give a multiple of 64"),
         ({"model_name_or_path": "bart", "max_source_length": 1024}, "reads and writes at most 128 tokens"),
-        ({"model_name_or_path": "llama"}, "is a llama model; expected an encoder-decoder"),
+        ({"model_name_or_path": "llama"}, "is a llama model; expected an encoder-decoder (T5, BART)"),
         ({"columns": "document=nothing"}, "write document=column and summary=column"),
     ],
 )

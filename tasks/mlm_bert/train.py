@@ -103,13 +103,13 @@ def main(script_args, args, run_args) -> None:
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, SeededCollator, StopOnSignal, run_identity, train
-    from shared.sources import resolve_model
+    from shared.hub import pull
 
     setup(args, run_args)
 
     # Data
-    source, revision = resolve_model(run_args.model_name_or_path)
-    tokenizer = load_tokenizer(source, revision, script_args.max_length)
+    source = pull(run_args.model_name_or_path)
+    tokenizer = load_tokenizer(source, script_args.max_length)
     splits, cleaning = load_documents(run_args, args.seed)
     limits = {
         "train": run_args.max_train_rows,
@@ -131,7 +131,7 @@ def main(script_args, args, run_args) -> None:
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
 
     # Model
-    model, new = load_model(source, revision, script_args.from_scratch, args.seed)
+    model, new = load_model(source, script_args.from_scratch, args.seed)
     if run_args.dry_run:
         return print_plan(model, args, run_args, **facts)
     counts, digest = count_tokens(rows["train"], model.config.vocab_size)
@@ -165,7 +165,7 @@ def main(script_args, args, run_args) -> None:
     asked = sample_prompts(splits["test"]["text"], tokenizer, args.seed)
     prompts = [prompt for prompt, _ in asked]
     after = fill_mask(trainer.model, tokenizer, prompts, args.device)
-    base = load_model(source, revision, script_args.from_scratch, args.seed)[0].to(args.device)
+    base = load_model(source, script_args.from_scratch, args.seed)[0].to(args.device)
     base_rows = score_documents(base, test, tokenizer, args, "test, untrained model")
     before = fill_mask(base, tokenizer, prompts, args.device)
     baseline = score_most_frequent(counts, test)

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from shared import UserError
-from shared.sources import resolve_model
+from shared.hub import pull
 
 END = "<|endoftext|>"
 SIZES = {"nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}  # layers, width
@@ -21,8 +21,8 @@ def load_tokenizer(name: str | None, texts: Iterator[str], vocab_size: int):
         UserError: an existing tokenizer without an end token, or a vocabulary too small for the 256 bytes.
     """
     if name:
-        source, revision = resolve_model(name)
-        tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+        source = pull(name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: this tokenizer has no end token to put between documents. Choose another.")
         tokenizer.model_max_length = int(1e30)  # documents may be of any length: they are cut into blocks
@@ -78,9 +78,9 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model = GPT2LMHeadModel(config)
         model.set_attn_implementation(attention)
         return model
-    source, revision = resolve_model(model_name)
+    source = pull(model_name)
     model = AutoModelForCausalLM.from_pretrained(
-        source, **revision, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
+        source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
     )
     longest = getattr(model.config, "max_position_embeddings", block_length)
     if block_length > longest:

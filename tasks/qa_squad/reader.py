@@ -4,6 +4,8 @@ What a plain Trainer loop wastes on a CPU: dropout inside attention, which keeps
 number for each pair of tokens, and padding.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ AttentionInterface.register("packed_windows", packed_attention)
 AttentionMaskInterface.register("packed_windows", sdpa_mask)
 
 
-def load_model(source: str, revision: dict, dropout: float, device):
+def load_model(source: Path, dropout: float, device):
     """An encoder with a head for two logits a token, in fp32; the head is new unless the model was trained to answer.
 
     Args:
@@ -50,12 +52,11 @@ def load_model(source: str, revision: dict, dropout: float, device):
     Raises:
         UserError: the architecture has no such head.
     """
-    config = AutoConfig.from_pretrained(source, **revision)
+    config = AutoConfig.from_pretrained(source)
     changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     try:
         return AutoModelForQuestionAnswering.from_pretrained(
             source,
-            **revision,
             **{name: value for name, value in changes.items() if hasattr(config, name)},
             dtype=torch.float32,
             use_safetensors=True,

@@ -106,13 +106,13 @@ def main(script_args, args, run_args) -> None:
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.sources import resolve_model
+    from shared.hub import pull
 
     setup(args, run_args)
 
     # Data
-    source, revision = resolve_model(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
+    source = pull(run_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     splits, cleaning = load_rows(run_args, args.seed)
     limits = {
         "train": run_args.max_train_rows,
@@ -131,7 +131,7 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)
-    model = reader.load_model(source, revision, script_args.dropout, args.device)
+    model = reader.load_model(source, script_args.dropout, args.device)
     longest = getattr(model.config, "max_position_embeddings", script_args.max_length)
     if longest < script_args.max_length:
         raise UserError(
@@ -190,7 +190,7 @@ def main(script_args, args, run_args) -> None:
         no_answer = {"no_answer_scores": found["no_answer"], "threshold": model.config.no_answer_threshold}
     tested, trained_scores = compute_metrics(rows["test"], texts, "test", **no_answer)
     set_seed(args.seed)  # the same new head as before training
-    base = reader.load_model(source, revision, script_args.dropout, args.device).to(args.device)
+    base = reader.load_model(source, script_args.dropout, args.device).to(args.device)
     _, base_texts, base_loss = answer(base, "test", "untrained model")
     base_metrics, base_scores = compute_metrics(rows["test"], base_texts, "base")
     guesses = {"position": features.most_frequent_place(rows["train"], rows["test"])}

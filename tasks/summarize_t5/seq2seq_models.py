@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,22 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from warm_start import bart_from_bert
 
 from shared import UserError
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 
 
-def load_tokenizer(source: str | None, revision: dict, texts: Iterator[str], vocab_size: int):
+def load_tokenizer(source: Path | None, texts: Iterator[str], vocab_size: int):
     """The model's tokenizer; without a model one of `vocab_size` tokens, learnt from `texts`, with T5's special tokens.
 
     Byte-pair encoding (Sennrich et al. 2016) and not T5's unigrams: tokenizers 0.23 learns other unigrams each time, so that no
     run could be repeated or resumed.
     """
     if source is not None:
-        return AutoTokenizer.from_pretrained(source, **revision)
+        names = ["input_ids", "attention_mask"]  # a BERT's token types mean nothing to a BART
+        return AutoTokenizer.from_pretrained(source, model_input_names=names)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -53,11 +56,11 @@ def load_tokenizer(source: str | None, revision: dict, texts: Iterator[str], voc
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def load_model(source: str | None, revision: dict, tokenizer, script_args, args):
+def load_model(source: Path | None, tokenizer, script_args, args):
     """The model in fp32, ready for the precision of the run, with the run's generation settings.
 
     Without a source a T5 with random weights, the same ones for the same seed: `scratch_width` wide, 64 a head, a layer for
-    each head on both sides.
+    each head on both sides. From a BERT a BART that starts from it (warm_start.py).
 
     Raises:
         UserError: not an encoder-decoder, documents longer than its positions, or a tokenizer of another model.
@@ -78,9 +81,11 @@ def load_model(source: str | None, revision: dict, tokenizer, script_args, args)
             torch.manual_seed(args.seed)
             model = T5ForConditionalGeneration(config)
     else:
-        config = AutoConfig.from_pretrained(source, **revision)
-        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-            raise UserError(f"{source} is a {config.model_type} model; expected an encoder-decoder such as T5 or BART.")
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "bert" and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise UserError(
+                f"{source} is a {config.model_type} model; expected an encoder-decoder (T5, BART) or a BERT to start one."
+            )
         # A name that older and newer configurations have in common; T5 has none, its positions are relative.
         most = getattr(config, "max_position_embeddings", None)
         if most and max(script_args.max_source_length, script_args.max_target_length) > most:
@@ -88,7 +93,10 @@ def load_model(source: str | None, revision: dict, tokenizer, script_args, args)
                 f"{source} reads and writes at most {most} tokens: lower --max_source_length (now "
                 f"{script_args.max_source_length}) or --max_target_length (now {script_args.max_target_length})."
             )
-        model = AutoModelForSeq2SeqLM.from_pretrained(source, **revision, dtype=torch.float32, use_safetensors=True)
+        if config.model_type == "bert":
+            model = bart_from_bert(source, tokenizer)
+        else:
+            model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {len(tokenizer):,} tokens, the model {model.config.vocab_size:,}: they do not "

@@ -117,10 +117,10 @@ def main(script_args, args, run_args) -> None:
     from shared import metrics as shared_metrics
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.sources import resolve_model
+    from shared.hub import pull
 
     setup(args, run_args)
-    source, revision = resolve_model(run_args.model_name_or_path) if run_args.model_name_or_path else (None, {})
+    source = pull(run_args.model_name_or_path) if run_args.model_name_or_path else None
     if source is None:
         log.warning("%s", NO_SUMMARIZER)
 
@@ -135,10 +135,10 @@ def main(script_args, args, run_args) -> None:
         rows = splits[name].shuffle(seed=args.seed)  # official splits can be sorted
         splits[name] = rows.select(range(min(most or len(rows), len(rows))))
     texts = (text for row in splits["train"] for text in (row["document"], row["summaries"][0]))
-    tokenizer = load_tokenizer(source, revision, texts, script_args.scratch_vocab_size)
+    tokenizer = load_tokenizer(source, texts, script_args.scratch_vocab_size)
 
     # Model
-    model = load_model(source, revision, tokenizer, script_args, args)
+    model = load_model(source, tokenizer, script_args, args)
     prefix = prefix_of(model)
     tokenized = {}
     for name, rows in splits.items():
@@ -180,7 +180,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     documents, references = list(splits["test"]["document"]), list(splits["test"]["summaries"])
-    base = load_model(source, revision, tokenizer, script_args, args).to(args.device)
+    base = load_model(source, tokenizer, script_args, args).to(args.device)
     outputs, losses = {}, {}
     for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
         losses[name] = score_rows(system, tokenized["test"], collator, args)
