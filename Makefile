@@ -26,8 +26,9 @@ demo: setup ## train, evaluate and compare a chat model on this machine: no GPU,
 	.venv/bin/accelerate launch --quiet tasks/chat_sft/train.py $(ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would find `shared` in this directory and hide a broken installation.
+# A process for each core; each makes for itself what tests share.
 test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py -k arrows"
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """Text cleaning as pure functions, a pass that counts what it drops, near-duplicates. Called by tasks and splits.py."""
 
 import html
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -11,6 +12,8 @@ import ftfy
 import numpy as np
 
 from shared import UserError
+
+log = logging.getLogger("taskbook")
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 PLAIN = re.compile(r"[\t\n\x20-\x7e]*")  # nothing in it that ftfy could mend; nearly all of an English corpus
@@ -183,6 +186,34 @@ def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: Cl
         else:
             report.kept += 1
             yield result
+
+
+def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, features=None) -> tuple:
+    """`clean_rows` on each split of a data set.
+
+    Args:
+        data: splits by name, each an iterable of rows.
+        convert: see `clean_rows`. source: the name of the data, for the log and for errors.
+        features: `datasets.Features` of the rows where their values alone do not tell.
+
+    Returns:
+        `datasets.DatasetDict` and the report. A split of which nothing is left is empty and has the columns of the others.
+
+    Raises:
+        UserError: over 5 % of the rows are bad, or none is left.
+    """
+    from datasets import Dataset, DatasetDict
+
+    report = CleaningReport()
+    kept = {name: list(clean_rows(rows, convert, report)) for name, rows in data.items()}
+    report.check(source)
+    log.info("%s: %s", source, report)
+    if not report.kept:
+        raise UserError(f"{source}: no row is left after cleaning ({report}).")
+    filled = {name: Dataset.from_list(rows, features=features) for name, rows in kept.items() if rows}
+    features = next(iter(filled.values())).features
+    empty = Dataset.from_dict({column: [] for column in features}, features=features)
+    return DatasetDict({name: filled.get(name, empty) for name in kept}), report
 
 
 def document_cleaner(column: str = "text", filters: Iterable[Callable[[str], str | None]] = ()) -> Callable:

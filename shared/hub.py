@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from shared import UserError, assets
-from shared.report import TOKEN
+from shared.report import TOKEN, without_paths
 
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
@@ -242,7 +242,8 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
 def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
     """What `publish` sends of a run folder, in order: each path, and its content where that differs from the file.
 
-    `adapter_config.json` names the base where it lay when training: the pushed one names it on the Hub.
+    `adapter_config.json` names the base where it lay when training: the pushed one names it on the Hub. Of the absolute paths
+    in run.yaml the last part stays.
 
     Raises:
         UserError: no run folder, or a file that holds a token.
@@ -259,6 +260,8 @@ def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
             raise UserError(
                 f"{path} holds what looks like a Hub token (hf_...): remove it there, and revoke the token."
             )
+        if inside == "run.yaml":
+            files[path] = without_paths(path.read_text(encoding="utf8")).encode()
         if path.name == "adapter_config.json":
             config = _read(path, str(folder))
             base = config.get("base_model_name_or_path") or ""

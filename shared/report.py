@@ -264,7 +264,7 @@ def model_card(
     base_name = base_model and (base_model if _is_hub_id(base_model) else _local_name(base_model))
     kind = "Adapter for" if library == "peft" else "Model fine-tuned from"
     start = f"{kind} `{base_name}`, trained on" if base_name else "Model trained from scratch on"
-    command = _without_paths(str(training.get("command", "")))
+    command = without_paths(str(training.get("command", "")))
     facts = {name: value for name, value in training.items() if name != "command"}
     facts["packages"] = ", ".join([f"Python {platform.python_version()}", *_versions()])
     licence = f"`{license}`" + (", inherited from the base model." if base_name else ".") if license else "Unknown."
@@ -362,7 +362,7 @@ def _facts_table(facts: dict) -> str:
             if type(value) is int
             else value
         )
-        rows.append(f"| {_inline(name.replace('_', ' '))} | {_inline(_without_paths(str(value)))} |")
+        rows.append(f"| {_inline(name.replace('_', ' '))} | {_inline(without_paths(str(value)))} |")
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
@@ -458,7 +458,7 @@ def _redact(text: str) -> str:
     return UNSEEN.sub("", TOKEN.sub("hf_***", text))
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
     """As `_redact`; also without secret flags, and of each absolute path only the last part. For commands and facts."""
     text = SECRET_FLAG.sub(r"\1 ***", _redact(text))
 

@@ -351,10 +351,15 @@ def setup(training_args, run_args) -> None:
         "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
     )
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
-    run_args.push, training_args.push_to_hub = (
-        training_args.push_to_hub,
-        False,
-    )  # once, at the end, not at each checkpoint
+    if training_args.hub_token:  # Trainer would write it into training_args.bin
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    # The push comes once, at the end, and not at each checkpoint
+    run_args.push, training_args.push_to_hub = training_args.push_to_hub, False
+    if run_args.push and rank == 0 and not run_args.dry_run:
+        from shared.hub import check_push
+
+        name = training_args.hub_model_id or Path(training_args.output_dir).name
+        training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
     run_args.started = time.time()
 
 
@@ -432,7 +437,7 @@ def finish(
     }
     report.write_results(output, metrics)
     base = run_args.model_name_or_path
-    asset = assets.ASSETS.get((base or "").removeprefix("pypi:"))
+    asset = assets.lookup(base) if (base or "").startswith("pypi:") else None
     report.write_card(
         output,
         title=output.name,

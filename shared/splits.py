@@ -65,6 +65,11 @@ def split_rows(texts: Sequence[str], seed: int = 42) -> dict[str, list[int]]:
     return sides
 
 
+def first_rows(rows, most: int | None):
+    """The first `most` rows of a `datasets.Dataset`; all of them for None."""
+    return rows.select(range(min(most or len(rows), len(rows))))
+
+
 def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
     """A DatasetDict with `train`, `validation`, `test` from one with at least `train`.
 

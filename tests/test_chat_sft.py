@@ -2,17 +2,18 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import chats
 import methods
 import packing
 import pytest
+import task_runs
 import torch
 from checkout import ROOT, train_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,14 +46,7 @@ def run_main(argv):
     chat_sft.main(*parse(chat_sft.ScriptArguments, SFT, argv))
 
 
-def command(*argv, **environment):
-    return subprocess.run(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+command = partial(task_runs.command, TASK / "train.py")
 
 
 @pytest.mark.parametrize(
@@ -290,20 +284,7 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
     whole = command(*flags(tiny, data, tmp_path / "whole", **options))
     assert whole.returncode == 0, whole.stderr
     argv, run = flags(tiny, data, tmp_path / "run", **options), tmp_path / "run"
-
-    def interrupt(after, with_signal):
-        process = subprocess.Popen(
-            [sys.executable, str(TASK / "train.py"), *argv],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        while process.poll() is None and not (run / f"checkpoint-{after}" / "manifest.json").exists():
-            time.sleep(0.005)
-        process.send_signal(with_signal)
-        return process.wait()
-
+    interrupt = partial(task_runs.interrupt, TASK / "train.py", argv, run)
     assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
     assert interrupt(12, signal.SIGTERM) == 143
     rest = command(*argv)
@@ -311,33 +292,13 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
     assert "Resum" in rest.stdout or "resum" in rest.stdout
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
-    losses = [
-        {
-            entry["step"]: entry["loss"]
-            for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-            if "loss" in entry
-        }
-        for name in ("whole", "run")
-    ]
+    losses = [task_runs.losses(tmp_path / name) for name in ("whole", "run")]
     assert losses[0] == losses[1] and len(losses[0]) == 24
 
 
 def test_two_processes_train_as_asked(tiny, data, tmp_path):
-    launched = subprocess.run(
-        [
-            str(ROOT / ".venv" / "bin" / "accelerate"),
-            "launch",
-            "--config_file",
-            "accelerate/cpu.yaml",
-            "--num_processes",
-            "2",
-            "tasks/chat_sft/train.py",
-        ]
-        + flags(tiny, data, tmp_path / "two", per_device_train_batch_size=2),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launched = task_runs.in_two_processes(
+        "chat_sft", flags(tiny, data, tmp_path / "two", per_device_train_batch_size=2)
     )
     assert launched.returncode == 0, launched.stderr
     assert "2 processes" in launched.stdout

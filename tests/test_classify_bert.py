@@ -1,14 +1,15 @@
 """tasks/classify_bert: columns and labels, macro-F1, the linear probe, runs end to end, resume, errors. Tiny models."""
 
 import json
-import os
 import random
-import subprocess
-import sys
+import signal
+from functools import partial
 
+import labelled_texts
 import linear_probe
 import numpy as np
 import pytest
+import task_runs
 import torch
 from checkout import ROOT, train_script
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -73,6 +74,9 @@ def run_main(argv):
     classify_bert.main(*parse(classify_bert.ScriptArguments, TRAINING, argv))
 
 
+command = partial(task_runs.command, TASK / "train.py")
+
+
 def results_of(run):
     return json.loads((run / "all_results.json").read_text())
 
@@ -91,7 +95,7 @@ def results_of(run):
     ],
 )
 def test_rows(row, options, found):
-    assert classify_bert.to_row(row, {"text": "text", "label": "label"}, **options) == found
+    assert labelled_texts.to_row(row, {"text": "text", "label": "label"}, **options) == found
 
 
 def test_macro_f1_is_the_mean_over_classes():
@@ -159,22 +163,16 @@ def test_it_learns_from_what_mlm_bert_leaves(bert, reviews, tmp_path):
     )
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(bert, reviews, tmp_path):
-    """Killed after a checkpoint inside the second epoch, with dropout and batches by length."""
+def test_kill_and_repeat_ends_with_the_same_weights(bert, reviews, tmp_path):
+    """With dropout and batches by length: SIGKILL after a checkpoint inside the second epoch, then on."""
     options = {"max_steps": 36, "save_steps": 6, "eval_steps": 100, "train_sampling_strategy": "group_by_length"}
-    run_main(flags(bert, reviews, tmp_path / "whole", **options))
-    kill = (
-        "import os, sys; from shared.checkpoints import CompleteCheckpoints as C; saved = C.on_save\n"
-        "def on_save(self, args, state, control, **kwargs):\n"
-        "    saved(self, args, state, control, **kwargs)\n"
-        "    state.global_step == 24 and os.kill(os.getpid(), 9)\n"
-        "C.on_save = on_save; import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    argv = flags(bert, reviews, tmp_path / "run", **options)
-    environment = {**os.environ, "PYTHONPATH": str(TASK)}
-    killed = subprocess.run([sys.executable, "-c", kill, str(TASK / "train.py"), *argv], cwd=ROOT, env=environment)
-    assert killed.returncode == -9 and not (tmp_path / "run" / "model.safetensors").exists()
-    run_main(argv)
+    whole = command(*flags(bert, reviews, tmp_path / "whole", **options))
+    assert whole.returncode == 0, whole.stderr
+    argv, run = flags(bert, reviews, tmp_path / "run", **options), tmp_path / "run"
+    killed = task_runs.interrupt(TASK / "train.py", argv, run, 24, signal.SIGKILL)
+    assert killed == -signal.SIGKILL and not (run / "model.safetensors").exists()
+    rest = command(*argv)
+    assert rest.returncode == 0 and "Resumes from" in rest.stdout, rest.stderr
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
 
@@ -231,9 +229,7 @@ def test_the_t4_recipe_reads_film_reviews(hub, tmp_path):
     """Real names, a tiny model and invented rows behind them."""
     argv = [f"--config={TASK / 'configs' / 't4.yaml'}", "--fp16=false", "--max_steps=1", "--max_length=64"]
     argv += ["--max_train_rows=40", "--max_test_rows=10", "--warmup_steps=0", f"--output_dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.env_for("write", home=tmp_path / "home")}
-    command = [sys.executable, str(TASK / "train.py"), *argv]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    ran = command(*argv, **hub.env_for("write", home=tmp_path / "home"))
     assert ran.returncode == 0, ran.stderr
     card = (tmp_path / "run" / "README.md").read_text()
     assert "- stanfordnlp/imdb" in card and "no label 40" in card and "neg, pos" in card

@@ -12,6 +12,7 @@ from shared import UserError
 from shared.cleaning import (
     CleaningReport,
     NearDuplicates,
+    clean_dataset,
     clean_rows,
     clean_text,
     document_cleaner,
@@ -264,3 +265,23 @@ def test_a_template_on_every_row_keeps_the_work_linear():
     assert not any(index.add(text) for text in texts)  # they share under half
     looked_at = index.candidates(index._slots(signature(texts[0])).tolist())
     assert index.BUCKET < len(looked_at) <= index.BANDS * index.BUCKET  # about 400 share a band with it
+
+
+def test_each_split_is_cleaned_and_an_empty_one_keeps_the_columns():
+    data = {"train": [{"t": "a"}, {"t": "b"}], "test": [{"t": None}], "validation": [{"t": "c"}]}
+
+    def convert(row):
+        return {"text": row["t"], "labels": [row["t"]]} if row["t"] else "no text"
+
+    cleaned, report = clean_dataset(data, convert, "mine")
+    assert {name: rows.to_list() for name, rows in cleaned.items()} == {
+        "train": [{"text": "a", "labels": ["a"]}, {"text": "b", "labels": ["b"]}],
+        "test": [],
+        "validation": [{"text": "c", "labels": ["c"]}],
+    }
+    assert cleaned["test"].features == cleaned["train"].features
+    assert str(report) == "read 4 = kept 3 + dropped 1 (no text 1)"
+    with pytest.raises(UserError, match=r"mine: no row is left after cleaning \(read 1 = kept 0"):
+        clean_dataset({"test": data["test"]}, convert, "mine")
+    with pytest.raises(UserError, match="mine"):
+        clean_dataset({"train": [{}] * 9}, lambda row: "bad: wrong type", "mine")

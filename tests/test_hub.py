@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import task_runs
 from checkout import ROOT
 
 from shared import UserError
@@ -226,3 +227,40 @@ def test_the_licence_is_the_base_models_and_never_a_guess(tmp_path):
     (tmp_path / "README.md").write_text("# no metadata\n")
     assert our_hub.licence(str(tmp_path)) is None
     assert our_hub.licence("nobody/never-pulled") is None
+
+
+def chat_flags(tiny, data, output, *more):
+    flags = {"model_name_or_path": tiny / "llama", "dataset": data, "output_dir": output, "max_steps": 1}
+    return [*(f"--{name}={value}" for name, value in flags.items()), "--push_to_hub", "--hub_model_id=alice/run", *more]
+
+
+CHAT = ROOT / "tasks" / "chat_sft" / "train.py"
+
+
+@pytest.mark.parametrize(
+    ("role", "words"), [(None, "no token"), ("wrong", "does not accept"), ("read", "may not write")]
+)
+def test_a_run_that_could_not_be_pushed_does_not_start(hub, tiny, data, tmp_path, role, words):
+    refused = task_runs.command(CHAT, *chat_flags(tiny, data, tmp_path / "run"), **hub.env_for(role))
+    assert words in message(refused) and not (tmp_path / "run").exists() and "alice/run" not in hub.repos
+
+
+def test_a_run_is_pushed_at_its_end_and_its_token_is_written_nowhere(hub, tiny, data, tmp_path):
+    flags = chat_flags(tiny, data, tmp_path / "run", f"--hub_token={hub.tokens['write']}", "--hub_private_repo=true")
+    ran = task_runs.command(CHAT, *flags, **hub.env_for(None, home=tmp_path / "home"))
+    assert ran.returncode == 0, ran.stderr
+    assert hub.repo("alice/run").private and len(hub.commits("alice/run")) == 2
+    pushed = hub.files("alice/run")
+    expected = {
+        "README.md",
+        "adapter_model.safetensors",
+        "all_results.json",
+        "samples.jsonl",
+        "run.yaml",
+        "tokenizer.json",
+    }
+    assert expected <= set(pushed) and not [name for name in pushed if "checkpoint" in name or name.endswith(".bin")]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    everything = b"".join([*written, *pushed.values(), ran.stdout.encode(), ran.stderr.encode()])
+    assert hub.tokens["write"].encode() not in everything
+    assert str(tmp_path).encode() not in b"".join(pushed.values())

@@ -1,17 +1,17 @@
 """tasks/mlm_bert: rows, masking rates, logits at masked positions, scores, runs end to end, resume, errors. Tiny models."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
 import masking
 import mlm_model
 import mlm_rows
 import pytest
+import task_runs
 import torch
 from checkout import ROOT, train_script
 from datasets import Dataset
@@ -91,14 +91,7 @@ def run_main(argv):
     mlm_bert.main(*parse(mlm_bert.ScriptArguments, TRAINING, argv))
 
 
-def command(*argv, **environment):
-    return subprocess.run(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+command = partial(task_runs.command, TASK / "train.py")
 
 
 def results_of(run):
@@ -352,20 +345,7 @@ def test_kill_and_repeat_ends_with_the_same_weights(bert, documents, tmp_path):
     whole = command(*flags(bert, documents, tmp_path / "whole", **options))
     assert whole.returncode == 0, whole.stderr
     argv, run = flags(bert, documents, tmp_path / "run", **options), tmp_path / "run"
-
-    def interrupt(after, with_signal):
-        process = subprocess.Popen(
-            [sys.executable, str(TASK / "train.py"), *argv],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        while process.poll() is None and not (run / f"checkpoint-{after}" / "manifest.json").exists():
-            time.sleep(0.005)
-        process.send_signal(with_signal)
-        return process.wait()
-
+    interrupt = partial(task_runs.interrupt, TASK / "train.py", argv, run)
     assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
     assert interrupt(12, signal.SIGTERM) == 143
     rest = command(*argv)
@@ -391,14 +371,8 @@ def test_nan_stops_before_the_optimizer(bert, documents, tmp_path):
 
 def test_two_processes_train_as_asked(bert, documents, tmp_path):
     options = {"learning_rate": 1e-3, "max_steps": 4, "eval_steps": 4, "save_steps": 4}
-    accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
-    launched = subprocess.run(
-        [*accelerate, "--num_processes", "2", "tasks/mlm_bert/train.py"]
-        + flags(bert, documents, tmp_path / "two", per_device_train_batch_size=4, **options),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launched = task_runs.in_two_processes(
+        "mlm_bert", flags(bert, documents, tmp_path / "two", per_device_train_batch_size=4, **options)
     )
     assert launched.returncode == 0, launched.stderr
     assert "2 processes" in launched.stdout

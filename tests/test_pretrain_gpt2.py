@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
+from functools import partial
 
 import blocks
 import datasets
@@ -19,6 +19,7 @@ import muon
 import ngrams
 import numpy as np
 import pytest
+import task_runs
 import torch
 import trainer_gpt2
 import transformers
@@ -82,14 +83,7 @@ def run_main(argv):
     pretrain.main(*parse(pretrain.ScriptArguments, TRAINING, argv))
 
 
-def command(*argv):
-    return subprocess.run(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+command = partial(task_runs.command, TASK / "train.py")
 
 
 # Packing
@@ -466,31 +460,13 @@ RESUMED = {"max_steps": 24, "save_steps": 4, "eval_steps": 100, "gradient_accumu
 RESUMED |= {"max_train_rows": 60, "vocab_size": 300, "max_test_rows": 5}
 
 
-def losses(run):
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-
-
 def test_kill_and_repeat_on_a_stream_ends_with_the_same_weights(corpus, tmp_path):
     """SIGKILL in the first pass over the data, SIGTERM in the second, then on: as if nothing had happened."""
     options = {**RESUMED, "save_total_limit": 1, "streaming": True}
     whole = command(*flags(corpus, tmp_path / "whole", **options))
     assert whole.returncode == 0, whole.stderr
     argv, run = flags(corpus, tmp_path / "run", **options), tmp_path / "run"
-
-    def interrupt(after, with_signal):
-        process = subprocess.Popen(
-            [sys.executable, str(TASK / "train.py"), *argv],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        while process.poll() is None and not (run / f"checkpoint-{after}" / "manifest.json").exists():
-            time.sleep(0.005)
-        process.send_signal(with_signal)
-        return process.wait()
-
+    interrupt = partial(task_runs.interrupt, TASK / "train.py", argv, run)
     assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
     assert interrupt(16, signal.SIGTERM) == 143
     newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -501,14 +477,14 @@ def test_kill_and_repeat_on_a_stream_ends_with_the_same_weights(corpus, tmp_path
     assert "Resumes from" in rest.stdout
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert weights[0] == weights[1]
-    assert losses(tmp_path / "whole") == losses(run) and len(losses(run)) == 24
+    assert task_runs.losses(tmp_path / "whole") == task_runs.losses(run) and len(task_runs.losses(run)) == 24
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_resume_from_an_early_checkpoint_ends_with_the_same_weights(corpus, tmp_path, optimizer):
     run, options = tmp_path / "run", {**RESUMED, "optimizer": optimizer, "save_total_limit": 10}
     run_main(flags(corpus, run, **options))
-    whole, logged = (run / "model.safetensors").read_bytes(), losses(run)
+    whole, logged = (run / "model.safetensors").read_bytes(), task_runs.losses(run)
     for checkpoint in run.glob("checkpoint-*"):
         if checkpoint.name != "checkpoint-8":
             shutil.rmtree(checkpoint)
@@ -516,18 +492,12 @@ def test_a_resume_from_an_early_checkpoint_ends_with_the_same_weights(corpus, tm
         run_main(flags(corpus, run, **options | {"optimizer": "adamw" if optimizer == "muon" else "muon"}))
     (run / "model.safetensors").unlink()
     run_main(flags(corpus, run, **options))
-    assert (run / "model.safetensors").read_bytes() == whole and losses(run) == logged
+    assert (run / "model.safetensors").read_bytes() == whole and task_runs.losses(run) == logged
 
 
 def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
-    launched = subprocess.run(
-        [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
-        + ["--num_processes", "2", "tasks/pretrain_gpt2/train.py"]
-        + flags(corpus, tmp_path / "two", per_device_train_batch_size=2, streaming=True, max_steps=4),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launched = task_runs.in_two_processes(
+        "pretrain_gpt2", flags(corpus, tmp_path / "two", per_device_train_batch_size=2, streaming=True, max_steps=4)
     )
     assert launched.returncode == 0, launched.stderr
     assert "2 processes" in launched.stdout

@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import reader
 import squad_features
+import task_runs
 import torch
 from checkout import ROOT, train_script
 from transformers import AutoTokenizer
@@ -115,14 +117,7 @@ def run_main(argv):
     qa_squad.main(*parse(qa_squad.ScriptArguments, TRAINING, argv))
 
 
-def command(*argv):
-    return subprocess.run(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+command = partial(task_runs.command, TASK / "train.py")
 
 
 def results(run):
@@ -432,7 +427,7 @@ def test_the_saved_folder_gives_the_same_answers(v2_run):
     samples = [json.loads(line) for line in (v2_run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 20 and any(s["trained"] == "(no answer)" for s in samples)
     model, tokenizer = AutoModelForQuestionAnswering.from_pretrained(v2_run), AutoTokenizer.from_pretrained(v2_run)
-    assert model.config._attn_implementation != "packed_windows"
+    assert model.config._attn_implementation != "packed"
     fixed = 'question, context = "Who signed the treaty?", "The treaty was signed by both kings in 1204."'
     assert fixed in lines
     for sample in samples:
@@ -487,17 +482,8 @@ def test_kill_and_repeat_ends_with_the_same_weights(models, files, tmp_path):
     whole = command(*flags(models, files / "v2.json", tmp_path / "whole", **options))
     assert whole.returncode == 0, whole.stderr
     argv, run = flags(models, files / "v2.json", tmp_path / "run", **options), tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not list(run.glob("checkpoint-*/manifest.json")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = task_runs.interrupt(TASK / "train.py", argv, run, 4, signal.SIGKILL)
+    assert killed == -signal.SIGKILL
     rest = command(*argv)
     assert rest.returncode == 0, rest.stderr
     assert "Resumes from" in rest.stdout
@@ -508,14 +494,8 @@ def test_kill_and_repeat_ends_with_the_same_weights(models, files, tmp_path):
 
 
 def test_two_processes_train_as_asked(models, files, tmp_path):
-    launched = subprocess.run(
-        [str(ROOT / ".venv/bin/accelerate"), "launch", "--config_file", "accelerate/cpu.yaml", "--num_processes", "2"]
-        + ["tasks/qa_squad/train.py"]
-        + flags(models, files / "v2.json", tmp_path / "two", per_device_train_batch_size=4),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launched = task_runs.in_two_processes(
+        "qa_squad", flags(models, files / "v2.json", tmp_path / "two", per_device_train_batch_size=4)
     )
     assert launched.returncode == 0, launched.stderr
     assert "2 processes" in launched.stdout

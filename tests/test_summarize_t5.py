@@ -6,14 +6,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from argparse import Namespace
+from functools import partial
 
 import articles
 import numpy as np
 import pytest
 import seq2seq_models
+import task_runs
 import torch
 from checkout import ROOT, train_script
 from transformers import (
@@ -112,10 +113,7 @@ def run_main(argv):
     summarize_t5.main(*parse(summarize_t5.ScriptArguments, SEQ2SEQ, argv))
 
 
-def command(*argv, script=TASK / "train.py", cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(script), *map(str, argv)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=environment)
+command = partial(task_runs.command, TASK / "train.py")
 
 
 # Data
@@ -479,17 +477,8 @@ def test_kill_and_repeat_ends_with_the_same_weights(pairs, tmp_path):
     assert whole.returncode == 0, whole.stderr
     assert summarize_t5.NO_SUMMARIZER in whole.stdout
     argv, run = flags(pairs, tmp_path / "run", **options), tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(TASK / "train.py"), *argv],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while process.poll() is None and not (run / "checkpoint-8" / "manifest.json").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = task_runs.interrupt(TASK / "train.py", argv, run, 8, signal.SIGKILL)
+    assert killed == -signal.SIGKILL
     rest = command(*argv)
     assert rest.returncode == 0 and "Resumes from" in rest.stdout, rest.stderr
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
@@ -535,14 +524,9 @@ def test_trainer_uses_grouped_batches(small, pairs, tmp_path):
 
 
 def test_two_processes_share_rows_and_agree_with_one(small, pairs, tmp_path):
-    launch = [ROOT / ".venv/bin/accelerate", "launch", "--config_file", "accelerate/cpu.yaml", "--num_processes", "2"]
     options = {"model_name_or_path": small / "t5", "per_device_train_batch_size": 4, "max_steps": 2}
-    launched = subprocess.run(
-        [*launch, "tasks/summarize_t5/train.py", *flags(pairs, tmp_path / "two", **options), "--use_cpu=true"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    launched = task_runs.in_two_processes(
+        "summarize_t5", [*flags(pairs, tmp_path / "two", **options), "--use_cpu=true"]
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "2 processes" in launched.stdout
@@ -556,7 +540,7 @@ def test_the_folder_runs_from_anywhere(pairs, tmp_path):
     copied = tmp_path / "elsewhere" / "my_summaries"
     shutil.copytree(TASK, copied, ignore=shutil.ignore_patterns("__pycache__"))
     argv = flags(pairs, tmp_path / "run", max_steps=1, max_test_rows=2)
-    ran = command(*argv, script=copied / "train.py", cwd=tmp_path)
+    ran = task_runs.command(copied / "train.py", *argv, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "run" / "README.md").exists()
 

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from shared import UserError
+from shared.packed_attention import PACKED
 
 
 def load_tokenizer(source: Path):
@@ -42,7 +43,7 @@ def four_bit(args) -> BitsAndBytesConfig:
 def load_model(source: Path, method: str, args):
     """The base model, in fp32 (4-bit NF4 for qlora).
 
-    Its `config._attn_implementation` is `packed` (packing.py) where conversations may share a row. Not with virtual tokens in
+    Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
     that conversations in one row would see each other (transformers 5.23).
     """
@@ -52,7 +53,7 @@ def load_model(source: Path, method: str, args):
         source,
         dtype=torch.float32,
         use_safetensors=True,
-        attn_implementation="packed" if packs else "sdpa",
+        attn_implementation=PACKED if packs else "sdpa",
         quantization_config=four_bit(args) if method == "qlora" else None,
     )
 

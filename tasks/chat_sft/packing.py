@@ -4,43 +4,14 @@ trl flattens a batch into one row (`padding_free`) but needs FlashAttention to k
 nor a CPU has, and it passes every position through the head although a third of the tokens is trained.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from shared import UserError
-
-
-def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
-    """Causal attention inside each conversation of a packed row.
-
-    Args:
-        query, key, value: (1, heads, tokens, head_dim); key and value may have fewer heads (grouped queries).
-        cu_seq_lens_q: (conversations + 1,), where each conversation starts; absent outside of training (generation).
-
-    Work grows with the sum of squared conversation lengths, not with the squared length of the row as under a block mask.
-    """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
-    lengths = cu_seq_lens_q.diff().tolist()
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, is_causal=q.shape[2] > 1, **kwargs)[0]
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
+from shared.losses import finite, log_evaluation, step_mean
 
 
 class RowCollator(DataCollatorForLanguageModeling):
@@ -48,7 +19,7 @@ class RowCollator(DataCollatorForLanguageModeling):
 
     def torch_call(self, examples):
         batch = super().torch_call(examples)
-        # For FlashAttention and linear attention; ours needs cu_seq_lens_q alone.
+        # For FlashAttention and linear attention; `packed` needs cu_seq_lens_q alone.
         for unused in ("seq_idx", "max_length_q", "max_length_k", "cu_seq_lens_k"):
             batch.pop(unused, None)
         batch["row"] = torch.tensor([example["row"] for example in examples])
@@ -90,25 +61,16 @@ class PackedSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean nll in nats over the trained tokens of the whole optimizer step (`num_items_in_batch` of them)."""
         nll, _, _ = token_losses(model, inputs)
-        loss = nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP averages gradients; the count is over all processes already
-            loss = loss * self.accelerator.num_processes
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}, in rows {inputs['row'].tolist()} of the "
-                "training split; this optimizer step was not made. Lower --learning_rate, or look at these rows."
-            )
-        return loss
+        loss = step_mean(self, nll.sum(), nll.numel(), num_items_in_batch)
+        rows = inputs["row"]
+        return finite(
+            loss, lambda: f" at step {self.state.global_step + 1}, in rows {rows.tolist()} of the training split"
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss over all trained tokens of the validation split (upstream takes the mean of the batches' means)."""
         rows = score_rows(self.model, eval_dataset or self.eval_dataset, self.data_collator, self.args)
-        loss = sum(rows["nll"]) / sum(rows["tokens"])
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return log_evaluation(self, rows, metric_key_prefix)
 
 
 @torch.no_grad()

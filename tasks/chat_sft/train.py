@@ -42,22 +42,15 @@ class ScriptArguments:
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Conversations of the three splits, and the cleaning report as one line."""
     from chats import find_format, text_of, to_messages
-    from datasets import Dataset, DatasetDict
 
-    from shared.cleaning import CleaningReport, clean_rows
+    from shared.cleaning import clean_dataset
     from shared.sources import load_data
     from shared.splits import split_dataset
 
-    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    data = load_data(run_args.dataset, run_args.dataset_config)
     chat_format, places = find_format(next(iter(data.values())).column_names, run_args.columns)
-    cleaned = DatasetDict()
-    for name, rows in data.items():
-        kept = list(clean_rows(rows, lambda row: to_messages(row, chat_format, places), report))
-        cleaned[name] = Dataset.from_list(kept) if kept else Dataset.from_dict({"messages": []})
-    report.check(run_args.dataset)
-    log.info("%s as %s: %s", run_args.dataset, chat_format, report)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no conversation is left after cleaning ({report}).")
+    log.info("%s is read as %s", run_args.dataset, chat_format)
+    cleaned, report = clean_dataset(data, lambda row: to_messages(row, chat_format, places), run_args.dataset)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
@@ -109,6 +102,8 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.packed_attention import PACKED
+    from shared.splits import first_rows
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
@@ -126,7 +121,7 @@ def main(script_args, args, run_args) -> None:
     }
     tokenized = {}
     for name, most in limits.items():
-        chosen = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        chosen = first_rows(splits[name], most)
         rows = [tokenize(messages, tokenizer, args.max_length) for messages in chosen["messages"]]
         if name == "train":
             facts = preflight(rows, tokenizer.eos_token_id)
@@ -157,7 +152,7 @@ def main(script_args, args, run_args) -> None:
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = RowCollator(
-        pad_token_id=tokenizer.pad_token_id, padding_free=model.config._attn_implementation == "packed"
+        pad_token_id=tokenizer.pad_token_id, padding_free=model.config._attn_implementation == PACKED
     )
     trainer = PackedSFTTrainer(
         model=model,

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
-from shared import UserError
+from shared.losses import finite
 
 
 class CheckedTrainer(Trainer):
@@ -24,12 +24,7 @@ class CheckedTrainer(Trainer):
         """Cross-entropy over the classes, as the model computes it."""
         inputs.pop("length", None)
         loss = super().compute_loss(model, inputs, **kwargs)
-        if model.training and not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; this optimizer step was not made. "
-                "Lower --learning_rate."
-            )
-        return loss
+        return finite(loss, lambda: f" at step {self.state.global_step + 1}") if model.training else loss
 
 
 @torch.no_grad()

@@ -33,62 +33,27 @@ class ScriptArguments:
     max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
 
 
-def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
-    """Where `text` and `label` are found, those two names unless `--columns text=... label=...` says otherwise.
-
-    Raises:
-        UserError: found / expected / how to map.
-    """
-    places = {"text": "text", "label": "label"} | dict(pair.partition("=")[::2] for pair in mapping)
-    if set(places) != {"text", "label"} or not set(places.values()) <= set(columns):
-        raise UserError(
-            f"no columns {' and '.join(map(str, places.values()))}: found {', '.join(columns)}; expected text and label. "
-            f"Map yours, for example --columns text={columns[0]} label={columns[-1]}."
-        )
-    return places
-
-
-def to_row(row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None) -> dict | str:
-    """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.cleaning.clean_rows`).
-
-    Args:
-        names: of the classes, where the data set stores numbers and knows their names.
-    """
-    from shared.cleaning import clean_text, malformed
-
-    text, label = row[places["text"]], row[places["label"]]
-    if reason := malformed(text):
-        return f"bad: {reason}"
-    if label is None or label == -1:  # what the Hub's data sets put in test splits whose labels are kept secret
-        return "no label"
-    label = names[label] if names else str(label).strip()
-    label = label.partition(until)[0].strip() if until else label
-    return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
-
-
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
     from datasets import ClassLabel, Dataset, DatasetDict
+    from labelled_texts import find_columns, to_row
 
-    from shared.cleaning import CleaningReport, clean_rows
+    from shared.cleaning import clean_dataset
     from shared.sources import load_data
-    from shared.splits import split_dataset
+    from shared.splits import first_rows, split_dataset
 
-    data, report, found = load_data(run_args.dataset, run_args.dataset_config), CleaningReport(), DatasetDict()
-    for split, rows in data.items():
-        places = find_columns(rows.column_names, run_args.columns)
-        feature = rows.features[places["label"]]
-        names = feature.names if isinstance(feature, ClassLabel) else None
-        kept = list(clean_rows(rows, lambda row: to_row(row, places, names, script_args.label_until), report))  # noqa: B023
-        if kept or split in ("train", "validation", "test"):
-            found[split] = Dataset.from_list(kept) if kept else Dataset.from_dict({"text": [], "label": []})
-    report.check(run_args.dataset)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no row is left after cleaning ({report}).")
-    found = DatasetDict({split: rows for split, rows in found.items() if len(rows)})  # a test split without labels
-    splits = split_dataset(found, lambda row: row["text"], seed)
-    if run_args.max_train_rows:
-        splits["train"] = splits["train"].select(range(min(run_args.max_train_rows, len(splits["train"]))))
+    data = load_data(run_args.dataset, run_args.dataset_config)
+    first = next(iter(data.values()))
+    places = find_columns(first.column_names, run_args.columns)
+    feature = first.features[places["label"]]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    cleaned, report = clean_dataset(
+        data, lambda row: to_row(row, places, names, script_args.label_until), run_args.dataset
+    )
+    # The Hub's test splits are often without labels
+    labelled = DatasetDict({split: rows for split, rows in cleaned.items() if len(rows)})
+    splits = split_dataset(labelled, lambda row: row["text"], seed)
+    splits["train"] = first_rows(splits["train"], run_args.max_train_rows)
     counts = Counter(splits["train"]["label"])
     classes = sorted(label for label, count in counts.items() if count >= script_args.min_label_rows)
     if len(classes) < 2:
@@ -103,11 +68,9 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
             raise UserError(f"{run_args.dataset}: no row of the {split} split has a label of the training split.")
         splits[split] = Dataset.from_list(kept)
     rare = sum(count for label, count in counts.items() if label not in number)
-    cleaning = (
-        f"{report}; {len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
-    )
-    log.info("%s: %s", run_args.dataset, cleaning)
-    return splits, classes, cleaning
+    found = f"{len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
+    log.info("%s: %s", run_args.dataset, found)
+    return splits, classes, f"{report}; {found}"
 
 
 def macro_f1(predicted, labels, weights=None) -> float:
@@ -160,6 +123,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.splits import first_rows
 
     setup(args, run_args)
 
@@ -178,7 +142,7 @@ def main(script_args, args, run_args) -> None:
 
     rows = {}
     for name, most in limits.items():
-        chosen = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        chosen = first_rows(splits[name], most)
         rows[name] = chosen.map(tokenize, batched=True, remove_columns=["text"], load_from_cache_file=False)
     labels, counts = rows["test"]["label"], Counter(rows["train"]["label"])
     majority = counts.most_common(1)[0][0]

@@ -4,8 +4,6 @@ transformers' models pass every position through the vocabulary projection, alth
 encoder with 30,522 tokens that projection costs as much as all layers together.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -13,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer
 
-from shared import UserError
 from shared.checkpoints import SeededCollator
+from shared.losses import finite, log_evaluation, step_mean
 
 SCORES = ("nll", "tokens", "correct", "correct_top5")
 
@@ -107,27 +105,17 @@ class MaskedTrainer(Trainer):
         """Mean nll in nats over the masked tokens of the whole optimizer step (`num_items_in_batch` of them)."""
         logits = masked_logits(model, inputs)
         targets = inputs["labels"][inputs["labels"] != -100]
-        count = len(targets) if num_items_in_batch is None else int(num_items_in_batch)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, count)  # a tiny batch may have no mask
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # DDP averages gradients; the count is over all processes already
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; this optimizer step was not made. "
-                "Lower --learning_rate, or raise --warmup_steps."
-            )
-        return loss
+        total = F.cross_entropy(logits, targets, reduction="sum")
+        # A tiny batch, even a whole step, may have no mask
+        count = None if num_items_in_batch is None else max(1, int(num_items_in_batch))
+        return finite(
+            step_mean(self, total, max(1, len(targets)), count), lambda: f" at step {self.state.global_step + 1}"
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss over all masked tokens of the validation split, on fixed masks."""
         rows = score_documents(self.model, eval_dataset or self.eval_dataset, self.processing_class, self.args)
-        loss = sum(rows["nll"]) / sum(rows["tokens"])
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return log_evaluation(self, rows, metric_key_prefix)
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared import UserError
 from shared.run import begin, finish, log, print_plan, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
@@ -47,31 +46,23 @@ class ScriptArguments:
 
 def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
-    from datasets import Dataset, DatasetDict
     from mlm_rows import text_column
 
-    from shared.cleaning import CleaningReport, clean_rows, document_cleaner
+    from shared.cleaning import clean_dataset, document_cleaner
     from shared.sources import load_data
     from shared.splits import split_dataset
 
     # A tenth goes to each of validation and test
     most = None if run_args.max_train_rows is None else math.ceil(run_args.max_train_rows / 0.8)
-    data, report = load_data(run_args.dataset, run_args.dataset_config, most), CleaningReport()
-    column, found = text_column(next(iter(data.values())).column_names, run_args.columns), DatasetDict()
-    clean = document_cleaner(column)
+    data = load_data(run_args.dataset, run_args.dataset_config, most)
+    clean = document_cleaner(text_column(next(iter(data.values())).column_names, run_args.columns))
 
     def convert(row):
         result = clean(row)
         return "empty" if result == "bad: empty" else result  # nothing is wrong with an empty line of a text file
 
-    for name, rows in data.items():
-        kept = list(clean_rows(rows, convert, report))
-        found[name] = Dataset.from_list(kept) if kept else Dataset.from_dict({"text": []})
-    report.check(run_args.dataset)
-    log.info("%s: %s", run_args.dataset, report)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no document is left after cleaning ({report}).")
-    return split_dataset(found, lambda row: row["text"], seed), str(report)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset)
+    return split_dataset(cleaned, lambda row: row["text"], seed), str(report)
 
 
 def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
@@ -104,6 +95,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, SeededCollator, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.splits import first_rows
 
     setup(args, run_args)
 
@@ -118,7 +110,7 @@ def main(script_args, args, run_args) -> None:
     }
     rows = {
         name: cut_into_rows(
-            splits[name].select(range(min(most or len(splits[name]), len(splits[name])))),
+            first_rows(splits[name], most),
             tokenizer,
             script_args.max_length,
         )

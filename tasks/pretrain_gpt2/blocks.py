@@ -184,7 +184,7 @@ def document_positions(input_ids: torch.Tensor, end: int) -> tuple[torch.Tensor,
         input_ids: (rows, length). A document begins at its end-of-text token and at the start of a row.
 
     Returns:
-        position_ids (1, rows * length), cu_seq_lens (documents + 1,).
+        position_ids (1, rows * length), cu_seq_lens_q (documents + 1,).
     """
     begins = input_ids == end
     begins[:, 0] = True

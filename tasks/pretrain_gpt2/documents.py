@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from blocks import side
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import IterableDataset
 
 from shared import UserError
-from shared.cleaning import CleaningReport, clean_rows, document_cleaner
-from shared.run import log
+from shared.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
 from shared.sources import load_data, load_stream
 from shared.splits import split_dataset
 
@@ -29,16 +28,9 @@ def text_column(names: list[str], mapping: list[str], source: str) -> str:
 
 def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Texts of the three splits, and the cleaning report as one line."""
-    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    data = load_data(run_args.dataset, run_args.dataset_config)
     clean = document_cleaner(text_column(next(iter(data.values())).column_names, run_args.columns, run_args.dataset))
-    cleaned = DatasetDict()
-    for name, rows in data.items():
-        texts = [row["text"] for row in clean_rows(rows, clean, report)]
-        cleaned[name] = Dataset.from_dict({"text": texts})
-    report.check(run_args.dataset)
-    log.info("%s: %s", run_args.dataset, report)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no document is left after cleaning ({report}).")
+    cleaned, report = clean_dataset(data, clean, run_args.dataset)
     splits = split_dataset(cleaned, lambda row: row["text"], seed)
     return {name: list(rows["text"]) for name, rows in splits.items()}, str(report)
 

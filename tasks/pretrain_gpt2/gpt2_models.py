@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from shared import UserError
 from shared.hub import pull
+from shared.packed_attention import PACKED
 
 END = "<|endoftext|>"
 SIZES = {"nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}  # layers, width
@@ -58,7 +59,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
     Raises:
         UserError: blocks longer than the model, or a tokenizer with more tokens than it has embeddings.
     """
-    attention = "isolated" if isolate else "sdpa"
+    attention = PACKED if isolate else "sdpa"
     if model_name is None:
         layers, width = SIZES[size]
         config = GPT2Config(

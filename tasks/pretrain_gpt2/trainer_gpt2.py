@@ -1,6 +1,5 @@
 """Trainer with a fused loss, Muon, tokens per second and MFU in its log, and an evaluation by document. Used by train.py."""
 
-import math
 import time
 
 import torch
@@ -9,37 +8,15 @@ from accelerate.utils import gather_object
 from blocks import NOTHING, document_positions, example
 from muon import MuonAdamW, parameter_groups
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainerCallback
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Trainer, TrainerCallback
 
 from shared import UserError
+from shared.losses import finite, log_evaluation, step_mean
+from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)
-
-
-def isolated_attention(module, query, key, value, attention_mask, cu_seq_lens=None, **kwargs):
-    """Causal attention inside each document of a flattened batch; plain attention where no boundaries are given (generation).
-
-    Args:
-        query, key, value: (1, heads, tokens, head_dim).
-        cu_seq_lens: (documents + 1,), where each document begins.
-    """
-    if cu_seq_lens is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
-    lengths = cu_seq_lens.diff().tolist()
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, is_causal=q.shape[2] > 1, **kwargs)[0]
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    ]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register("isolated", isolated_attention)
-AttentionMaskInterface.register("isolated", sdpa_mask)
 
 
 def hidden_states(model, input_ids: torch.Tensor, end: int) -> torch.Tensor:
@@ -48,9 +25,9 @@ def hidden_states(model, input_ids: torch.Tensor, end: int) -> torch.Tensor:
     They come through the model's own forward, so that DistributedDataParallel sees it.
     """
     inputs = {"input_ids": input_ids}
-    if getattr(model, "module", model).config._attn_implementation == "isolated":
+    if getattr(model, "module", model).config._attn_implementation == PACKED:
         positions, starts = document_positions(input_ids, end)
-        inputs = {"input_ids": input_ids.flatten()[None], "position_ids": positions, "cu_seq_lens": starts}
+        inputs = {"input_ids": input_ids.flatten()[None], "position_ids": positions, "cu_seq_lens_q": starts}
     keep = NO_LOGITS.to(input_ids.device)
     return (
         model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=keep).hidden_states[-1].flatten(0, 1)
@@ -131,17 +108,8 @@ class PretrainTrainer(Trainer):
         hidden = hidden_states(model, inputs["input_ids"], self.end)
         head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
         total = loss_sum(hidden, head, targets)
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # DDP averages gradients; the count is over all processes already
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}; this optimizer step was not made. "
-                "Lower --learning_rate, or train without --fp16."
-            )
-        return loss
+        loss = step_mean(self, total, (targets != -100).sum(), num_items_in_batch)
+        return finite(loss, lambda: f" at step {self.state.global_step + 1}")
 
     def log(self, logs, *args, **kwargs):
         """Adds tokens per second, MFU and minutes left to each training loss."""
@@ -151,7 +119,7 @@ class PretrainTrainer(Trainer):
             left = (self.state.max_steps - self.state.global_step) * self.clock.seconds / self.clock.steps / 60
             logs |= {
                 "tokens_per_second": round(speed),
-                "mfu": round(speed * self.flops_per_token / self.peak, 3),
+                "mfu": float(f"{speed * self.flops_per_token / self.peak:.3g}"),
                 "minutes_left": round(left, 1),
             }
             self.clock.seconds, self.clock.steps = 0.0, 0
@@ -160,11 +128,7 @@ class PretrainTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss over all tokens of the validation documents."""
         rows = score_documents(self.model, eval_dataset or self.eval_dataset, self.block_length, self.end, self.args)
-        loss = sum(rows["nll"]) / sum(rows["tokens"])
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return log_evaluation(self, rows, metric_key_prefix)
 
 
 def flops_per_token(model, length: int) -> float:

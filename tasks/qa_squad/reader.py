@@ -11,35 +11,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForQuestionAnswering, Trainer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
+from shared.losses import finite
+from shared.packed_attention import PACKED
 
 # Models whose attention takes further arguments and whose positions count from 0 (RoBERTa's do not); others are padded.
-PACKED = ("bert", "electra")
-
-
-def packed_attention(module, query, key, value, attention_mask, window_lengths=None, **kwargs):
-    """Attention inside each window of a packed row.
-
-    Args:
-        query, key, value: (1, heads, tokens, head_dim).
-        window_lengths: tokens of each window, a list; absent where rows are padded.
-    """
-    if window_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
-    parts = [
-        sdpa_attention_forward(module, q, k, v, None, is_causal=False, **kwargs)[0]
-        for q, k, v in zip(*(x.split(window_lengths, 2) for x in (query, key, value)), strict=True)
-    ]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register("packed_windows", packed_attention)
-AttentionMaskInterface.register("packed_windows", sdpa_mask)
+PACKABLE = ("bert", "electra")
 
 
 def load_model(source: Path, dropout: float, device):
@@ -60,7 +39,7 @@ def load_model(source: Path, dropout: float, device):
             **{name: value for name, value in changes.items() if hasattr(config, name)},
             dtype=torch.float32,
             use_safetensors=True,
-            attn_implementation="packed_windows" if config.model_type in PACKED and device.type == "cpu" else None,
+            attn_implementation=PACKED if config.model_type in PACKABLE and device.type == "cpu" else None,
         )
     except ValueError as error:  # no such head for this architecture
         if "AutoModelForQuestionAnswering" not in str(error):
@@ -72,7 +51,7 @@ def load_model(source: Path, dropout: float, device):
 
 def is_packed(model) -> bool:
     """Whether the model takes windows packed in one row."""
-    return model.config._attn_implementation == "packed_windows"
+    return model.config._attn_implementation == PACKED
 
 
 class WindowCollator:
@@ -109,7 +88,7 @@ def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Start and end logits, each (windows, longest window) in fp32, -inf behind the end of a window."""
     inputs = {k: v for k, v in batch.items() if k not in ("answer", "window", "window_lengths")}
     lengths = batch["window_lengths"]
-    packed = {"window_lengths": lengths.tolist()} if "position_ids" in inputs else {}
+    packed = {"cu_seq_lens_q": F.pad(lengths.cumsum(0), (1, 0))} if "position_ids" in inputs else {}
     found = model(**inputs, **packed)
     real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
     logits = []
@@ -137,12 +116,10 @@ class WindowTrainer(Trainer):
         answer = inputs["answer"]
         start, end = forward(model, inputs)
         loss = (F.cross_entropy(start, answer[:, 0]) + F.cross_entropy(end, answer[:, 1])) / 2
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}, in windows {inputs['window'].tolist()} of "
-                "the training split; this optimizer step was not made. Lower --learning_rate, or look at these rows."
-            )
-        return loss
+        windows = inputs["window"]
+        return finite(
+            loss, lambda: f" at step {self.state.global_step + 1}, in windows {windows.tolist()} of the training split"
+        )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """What `validate(model)` finds, by names that begin with `eval_`."""

@@ -35,10 +35,10 @@ class ScriptArguments:
 
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Questions of the three splits, and the cleaning report as one line."""
-    from datasets import Dataset, DatasetDict, Features, List, Value
+    from datasets import DatasetDict, Features, List, Value
     from squad_features import find_columns, groups, read_official, to_question
 
-    from shared.cleaning import CleaningReport, clean_rows
+    from shared.cleaning import clean_dataset
     from shared.sources import load_data
     from shared.splits import split_dataset
 
@@ -46,17 +46,10 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     data = {"train": official} if official else load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
     places = find_columns(list(first[0]) if official else first.column_names, run_args.columns)
-    text, report = Value("string"), CleaningReport()
+    text = Value("string")
     columns = dict.fromkeys(("id", "title", "context", "question"), text)
     features = Features(columns | {"answers": {"text": List(text), "answer_start": List(Value("int64"))}})
-    cleaned = DatasetDict()
-    for name, rows in data.items():
-        kept = list(clean_rows(rows, lambda row: to_question(row, places), report))
-        cleaned[name] = Dataset.from_list(kept, features=features)
-    report.check(run_args.dataset)
-    log.info("%s: %s", run_args.dataset, report)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no question is left after cleaning ({report}).")
+    cleaned, report = clean_dataset(data, lambda row: to_question(row, places), run_args.dataset, features)
 
     def split(by_title: bool):
         grouped = {name: rows.add_column("group", groups(rows, by_title)) for name, rows in cleaned.items()}
@@ -107,6 +100,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.splits import first_rows
 
     setup(args, run_args)
 
@@ -121,7 +115,7 @@ def main(script_args, args, run_args) -> None:
     }
     rows, windows = {}, {}
     for name, most in limits.items():
-        rows[name] = splits[name].select(range(min(most or len(splits[name]), len(splits[name]))))
+        rows[name] = first_rows(splits[name], most)
         windows[name] = features.make_windows(rows[name], tokenizer, script_args.max_length, script_args.doc_stride)
     facts = features.preflight(rows["train"], windows["train"])
     mismatches = facts.pop("span_mismatches")

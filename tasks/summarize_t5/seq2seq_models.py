@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
+from shared.losses import finite
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 
@@ -152,12 +153,7 @@ def token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float 
     """
     logits = outputs["logits"].float().flatten(0, 1)
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
-    loss = total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"The loss became {loss.item()}; this optimizer step was not made. Lower --learning_rate, or leave out --fp16."
-        )
-    return loss
+    return finite(total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
 
 
 @torch.no_grad()

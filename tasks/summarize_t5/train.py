@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from shared import UserError
 from shared.run import begin, finish, log, print_plan, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
@@ -53,24 +52,17 @@ class ScriptArguments:
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Documents with summaries of the three splits, and the cleaning report as one line."""
     from articles import find_columns, text_of, to_pair
-    from datasets import Dataset, DatasetDict
 
-    from shared.cleaning import CleaningReport, clean_rows
+    from shared.cleaning import clean_dataset
     from shared.sources import load_data
     from shared.splits import split_dataset
 
-    data, report = load_data(run_args.dataset, run_args.dataset_config), CleaningReport()
+    data = load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
     document, summary = find_columns(first.column_names, run_args.columns, first[0] if len(first) else None)
-    cleaned = DatasetDict()
-    for name, rows in data.items():
-        rows = rows.select_columns([document, summary])
-        kept = list(clean_rows(rows, lambda row: to_pair(row, document, summary), report))
-        cleaned[name] = Dataset.from_list(kept) if kept else Dataset.from_dict({"document": [], "summaries": []})
-    report.check(run_args.dataset)
-    log.info("%s, %s summarized as %s: %s", run_args.dataset, document, summary, report)
-    if not report.kept:
-        raise UserError(f"{run_args.dataset}: no document with a summary is left after cleaning ({report}).")
+    log.info("%s: %s is the document, %s the summary", run_args.dataset, document, summary)
+    data = data.select_columns([document, summary])
+    cleaned, report = clean_dataset(data, lambda row: to_pair(row, document, summary), run_args.dataset)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
@@ -118,6 +110,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.splits import first_rows
 
     setup(args, run_args)
     source = pull(run_args.model_name_or_path) if run_args.model_name_or_path else None
@@ -133,7 +126,7 @@ def main(script_args, args, run_args) -> None:
     }
     for name, most in limits.items():
         rows = splits[name].shuffle(seed=args.seed)  # official splits can be sorted
-        splits[name] = rows.select(range(min(most or len(rows), len(rows))))
+        splits[name] = first_rows(rows, most)
     texts = (text for row in splits["train"] for text in (row["document"], row["summaries"][0]))
     tokenizer = load_tokenizer(source, texts, script_args.scratch_vocab_size)
 
