@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and the forks of `
 
 import pytest
 from checkout import ROOT
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore Ctrl-C, and so would children
 
 
 @pytest.fixture(scope="session", autouse=True)
