@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -118,15 +119,17 @@ def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int)
 
 
 def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """`accelerate launch` of a task with accelerate/cpu.yaml and two processes."""
-    accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
-    return subprocess.run(
-        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ONE_THREAD},
-    )
+    """A task in two processes, with the environment that `accelerate launch` would give them; their outputs joined."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    script = ROOT / "tasks" / task / "train.py"
+    programs = [Program([script, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    done = [program.wait() for program in programs]
+    code = next((process.returncode for process in done if process.returncode), 0)
+    out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -101,3 +101,4 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
     else:  # the launcher does nothing but start the script: the bare command and that of two processes show it
         ran = task_runs.command(*words[script:], **hub.env)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert "--num_processes" not in words or "2 processes" in ran.stdout
