@@ -39,6 +39,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from accelerate import PartialState
 from shared import UserError
+from shared.out_of_memory import train_within_memory
 
 log = logging.getLogger("taskbook")
 
@@ -68,15 +69,10 @@ def run_identity(args, run_args, **facts) -> dict:
         "max_steps",
         "num_train_epochs",
     )
-    names += (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "world_size",
-        "seed",
-        "weight_decay",
-        "optim",
-    )
+    names += ("world_size", "seed", "weight_decay", "optim")
     settings = {name: str(getattr(args, name)) for name in names}
+    # their product only: another micro-batch is the remedy for too little memory
+    settings["step_rows"] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps)
     facts = {"model": run_args.model_name_or_path or "from scratch", "dataset": run_args.dataset, **facts}
     return {name.replace("_", " "): short(value) for name, value in {**facts, "settings": settings}.items()}
 
@@ -286,7 +282,8 @@ class StopOnSignal(TrainerCallback):
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
+        # Python allows handlers in the main thread only; out of memory, training begins a second time
+        if threading.current_thread() is threading.main_thread() and not self.previous:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self.previous[signum] = signal.signal(signum, self._receive)
 
@@ -335,7 +332,8 @@ class StopOnSignal(TrainerCallback):
 
 
 def train(trainer, checkpoint: Path | None):
-    """`trainer.train`, but a finished run takes no further step and a full disk is a plain error.
+    """`trainer.train`, but a finished run takes no further step, a full disk is a plain error, and out of memory it goes on with
+    smaller micro-batches.
 
     Args:
         trainer: any `transformers.Trainer`, with `CompleteCheckpoints` among its callbacks.
@@ -345,13 +343,14 @@ def train(trainer, checkpoint: Path | None):
         TrainOutput; its `training_loss` is only this session's, see `mean_train_loss`.
 
     Raises:
-        UserError: a checkpoint could not be written. The half-written one is removed, the older ones are intact.
+        UserError: a checkpoint could not be written. The half-written one is removed, the older ones are intact. Out of memory
+            where smaller micro-batches do not help, see `shared.out_of_memory`.
     """
     finished = checkpoint is not None and 0 < trainer.args.max_steps <= _trainer_state(checkpoint)["global_step"]
     if finished:
         trainer.get_batch_samples = lambda *args: ([], None)
     try:
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return train_within_memory(trainer, checkpoint)
     except Exception as error:
         if not _write_failed(error):
             raise

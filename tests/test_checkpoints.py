@@ -36,6 +36,10 @@ class Accident(transformers.TrainerCallback):
         if self.kind in signals and state.global_step == self.step - 1 and args.process_index == self.rank:
             os.kill(os.getpid(), signals[self.kind])
 
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if (self.kind, self.step, self.rank) == ("out of memory", state.global_step + 1, args.process_index):
+            model.register_forward_pre_hook(out_of_memory)
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step != self.step:
             return
@@ -58,6 +62,10 @@ class Accident(transformers.TrainerCallback):
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def collate(features: list[dict]) -> dict:
@@ -201,7 +209,7 @@ def test_the_log_and_the_mean_loss_do_not_depend_on_where_a_run_stopped(tmp_path
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
 
 
-def test_two_processes_stop_together_and_go_on_exactly(tmp_path, start):
+def test_two_processes_stop_together_go_on_exactly_and_end_when_one_is_out_of_memory(tmp_path, start):
     def both(output_dir, *accident) -> list:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -218,6 +226,12 @@ def test_two_processes_stop_together_and_go_on_exactly(tmp_path, start):
     assert newest_valid(tmp_path / "stopped") == "checkpoint-5"
     assert [finish(p) for p in both(tmp_path / "stopped")] == [0, 0]
     assert [finish(p) for p in undisturbed] == [0, 0]
+    exhausted = both(tmp_path / "exhausted", "out of memory", 6, 1)
+    assert finish(exhausted[1]) == 2 and finish(exhausted[0]) not in (0, 2)  # the other one loses its connection
+    log = (tmp_path / "exhausted" / "log.txt").read_text()
+    assert "Out of memory at step 6 in process 1 of 2." in log
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 4" in log
+    assert newest_valid(tmp_path / "exhausted") == "checkpoint-4"
     assert result(tmp_path / "stopped") == result(tmp_path / "undisturbed")
 
 

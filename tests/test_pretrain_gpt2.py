@@ -495,6 +495,24 @@ def test_a_resume_from_an_early_checkpoint_ends_with_the_same_weights(corpus, tm
     assert (run / "model.safetensors").read_bytes() == whole and task_runs.losses(run) == logged
 
 
+def test_out_of_memory_on_a_stream_goes_on_where_it_stood(corpus, tmp_path, monkeypatch):
+    options = {"streaming": True, "max_train_rows": 40, "max_test_rows": 5, "eval_steps": 100}
+    run_main(flags(corpus, tmp_path / "small", **options, per_device_train_batch_size=1, gradient_accumulation_steps=4))
+    compute_loss = trainer_gpt2.PretrainTrainer.compute_loss
+
+    def limited(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 1 and self.state.global_step >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_gpt2.PretrainTrainer, "compute_loss", limited)
+    run_main(flags(corpus, tmp_path / "run", **options, per_device_train_batch_size=4))
+    small, shrunk = task_runs.losses(tmp_path / "small"), task_runs.losses(tmp_path / "run")
+    assert list(shrunk) == list(small) and shrunk == pytest.approx(small, abs=2e-3)
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "stream.json").read_text())
+    assert state == json.loads((tmp_path / "small" / "checkpoint-6" / "stream.json").read_text())
+
+
 def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
     launched = task_runs.in_two_processes(
         "pretrain_gpt2", flags(corpus, tmp_path / "two", per_device_train_batch_size=2, streaming=True, max_steps=4)

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from shared.losses import finite, log_evaluation, step_mean
+from shared.out_of_memory import within_memory
 
 
 class RowCollator(DataCollatorForLanguageModeling):
@@ -73,6 +74,7 @@ class PackedSFTTrainer(SFTTrainer):
         return log_evaluation(self, rows, metric_key_prefix)
 
 
+@within_memory
 @torch.no_grad()
 def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dict[str, list[float]]:
     """Scores every row; memory does not grow with rows, no logits are kept. Processes share the work.

@@ -123,6 +123,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.out_of_memory import evaluate_within_memory
     from shared.splits import first_rows
 
     setup(args, run_args)
@@ -183,7 +184,7 @@ def main(script_args, args, run_args) -> None:
     stopper.exit_if_stopped()
 
     # Evaluate
-    predicted = trainer.predict(rows["test"]).predictions.argmax(-1)
+    predicted = evaluate_within_memory(args, lambda: trainer.predict(rows["test"])).predictions.argmax(-1)
     encoder = AutoModel.from_pretrained(source, dtype="float32").to(args.device).eval()
     weights = fit_linear(encoder, rows["train"], collator, len(classes), args.per_device_eval_batch_size)
     probed = predict_linear(encoder, weights, rows["test"], collator, args.per_device_eval_batch_size)

@@ -13,6 +13,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenCl
 
 from shared.checkpoints import SeededCollator
 from shared.losses import finite, log_evaluation, step_mean
+from shared.out_of_memory import within_memory
 
 SCORES = ("nll", "tokens", "correct", "correct_top5")
 
@@ -118,6 +119,7 @@ class MaskedTrainer(Trainer):
         return log_evaluation(self, rows, metric_key_prefix)
 
 
+@within_memory
 @torch.no_grad()
 def score_documents(model, dataset, tokenizer, args, title: str = "evaluating") -> dict[str, list[float]]:
     """Scores a data set of `fix_masks`; memory does not grow with its rows, no logits are kept. Processes share the work.

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from shared import UserError
 from shared.losses import finite, log_evaluation, step_mean
+from shared.out_of_memory import within_memory
 from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
@@ -157,6 +158,7 @@ def windows(ids: list[int], end: int, length: int) -> list[tuple[list[int], int]
     return found
 
 
+@within_memory
 @torch.no_grad()
 def score_documents(model, documents: list[list[int]], length: int, end: int, args, title: str = "evaluating") -> dict:
     """Scores every document by itself, after an end-of-text token and up to the one behind it. Processes share the work.

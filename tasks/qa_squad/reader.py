@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
 from shared.losses import finite
+from shared.out_of_memory import within_memory
 from shared.packed_attention import PACKED
 
 # Models whose attention takes further arguments and whose positions count from 0 (RoBERTa's do not); others are padded.
@@ -129,6 +130,7 @@ class WindowTrainer(Trainer):
         return metrics
 
 
+@within_memory
 @torch.no_grad()
 def score_windows(model, windows, collator, args, title: str) -> dict[str, np.ndarray]:
     """Scores every window; processes share the work.

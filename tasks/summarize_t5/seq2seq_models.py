@@ -23,6 +23,7 @@ from warm_start import bart_from_bert
 
 from shared import UserError
 from shared.losses import finite
+from shared.out_of_memory import within_memory
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 
@@ -156,6 +157,7 @@ def token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float 
     return finite(total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
 
 
+@within_memory
 @torch.no_grad()
 def score_rows(model, rows, collator, args) -> dict[str, list[float]]:
     """`{"nll": summed nats, "tokens": summary tokens}` of each row, in the data set's order; no logits are kept."""
@@ -172,6 +174,7 @@ def score_rows(model, rows, collator, args) -> dict[str, list[float]]:
     return dict(zip(("nll", "tokens"), map(list, zip(*_everyone(found, args), strict=True)), strict=True))
 
 
+@within_memory
 @torch.no_grad()
 def summarize(model, tokenizer, documents: list[str], script_args, args, title: str = "summaries") -> list[str]:
     """Summaries by the model's own generation settings, one a document. Only texts are kept, whatever the number of rows.
