@@ -115,7 +115,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
             raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
-    if "LOCAL_RANK" in os.environ and not _has_gpu():
+    if "LOCAL_RANK" in os.environ and not _gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
     module, class_name = training.split(":")
     training_class = getattr(importlib.import_module(module), class_name)
@@ -125,7 +125,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     parser.error = lambda message: (_ for _ in ()).throw(
         UserError(f"{message} (from {config} and the command line; see --help)")
     )
-    precision = [] if {"bf16", "fp16"} & ({*entries, *typed}) else _precision_flags()
+    precision = precision_flags({"bf16", "fp16"} & {*entries, *typed}, _gpus())
     if "output_dir" not in {*entries, *typed}:
         flags += ["--output_dir", f"outputs/{script.parent.name}"]
     try:
@@ -277,20 +277,46 @@ def _plain(value):
     return str(getattr(value, "value", value))
 
 
-def _has_gpu() -> bool:
+def _gpus() -> list[tuple[int, int]]:
+    """Compute capability of each GPU of this machine."""
     import torch
 
-    return torch.cuda.is_available()
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
-def _precision_flags() -> list[str]:
-    """bf16 from compute capability 8.0 on; fp16 on older GPUs (a T4 "supports" bf16 by slow emulation only); fp32 on CPU."""
-    import torch
+def choose_precision(gpus: list[tuple[int, int]]) -> str:
+    """bf16 from compute capability 8.0 on (Ampere); fp16 on Volta and Turing, such as a T4, which "supports" bf16 by slow
+    emulation only; fp32 on older GPUs, whose fp16 is no faster, and on CPU.
 
-    if not torch.cuda.is_available():
-        return ["--bf16", "false"]
-    modern = torch.cuda.get_device_capability() >= (8, 0)
-    return ["--bf16", str(modern).lower(), "--fp16", str(not modern).lower()]
+    Args:
+        gpus: compute capability of each; the oldest decides, since all processes must compute alike.
+    """
+    oldest = min(gpus, default=(0, 0))
+    return "bf16" if oldest >= (8, 0) else "fp16" if oldest >= (7, 0) else "fp32"
+
+
+def precision_flags(named: set[str], gpus: list[tuple[int, int]]) -> list[str]:
+    """Flags of the precision, to stand before all others.
+
+    Args:
+        named: which of `bf16` and `fp16` YAML or command line set. Then they decide, and what they do not name is off: trl
+            would turn bf16 on, on a CPU too.
+    """
+    chosen = "fp32" if named else choose_precision(gpus)
+    return [part for name in ("bf16", "fp16") for part in (f"--{name}", str(name == chosen).lower())]
+
+
+def check_precision(fp16: bool, bf16: bool, gpus: list[tuple[int, int]]) -> None:
+    """Refuses what this hardware does not have.
+
+    Raises:
+        UserError: fp16 without a GPU; bf16 on a GPU older than Ampere.
+    """
+    if fp16 and not gpus:
+        raise UserError("fp16 needs a GPU and none was found: run with `--fp16 false`, or use a laptop configuration.")
+    if bf16 and gpus and min(gpus) < (8, 0):
+        remedy = "`--bf16 false --fp16 true`" if choose_precision(gpus) == "fp16" else "`--bf16 false`"
+        raise UserError(f"bf16 is only emulated, slowly, on this GPU: run with {remedy}.")
 
 
 def run(main, script_class: type, training: str) -> None:
@@ -332,10 +358,7 @@ def setup(training_args, run_args) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
-    if training_args.fp16 and not torch.cuda.is_available():
-        raise UserError("fp16 needs a GPU and none was found: run with `--fp16 false`, or use a laptop configuration.")
-    if training_args.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        raise UserError("bf16 is only emulated, slowly, on this GPU: run with `--bf16 false --fp16 true`.")
+    check_precision(training_args.fp16, training_args.bf16, _gpus())
     training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
     transformers.set_seed(training_args.seed)
     processes = training_args.world_size
