@@ -8,15 +8,18 @@ for a test that wants it otherwise a new interpreter is started.
 import json
 import multiprocessing
 import os
+import re
 import runpy
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import pytest
 from checkout import ROOT
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -119,20 +122,59 @@ def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int)
 
 
 def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """A task in two processes, with the environment that `accelerate launch` would give them; their outputs joined."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    world = {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    script = ROOT / "tasks" / task / "train.py"
-    programs = [Program([script, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    done = [program.wait() for program in programs]
-    code = next((process.returncode for process in done if process.returncode), 0)
-    out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(argv, code, out, err)
+    """`accelerate launch` of a task with accelerate/cpu.yaml and two processes, with progress bars."""
+    accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
+    return subprocess.run(
+        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv, "--disable_tqdm=false"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ONE_THREAD},
+    )
+
+
+def without_dropout(model: Path, copy: Path) -> Path:
+    """A copy of a saved model that drops nothing: two processes draw other numbers than one."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def assert_like_one(launched: subprocess.CompletedProcess, two: Path, one: Path, tolerance: float = 1e-3) -> dict:
+    """Two processes trained what one does at the same effective batch, wrote it once and showed each progress bar once.
+
+    Args:
+        launched: of `in_two_processes` with `--disable_tqdm=false`.
+        two, one: the folders of both runs.
+        tolerance: of each metric, relative; sums are taken in another order.
+
+    Returns:
+        The results of the two processes.
+    """
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert launched.stdout.count("2 processes, ") == launched.stdout.count("preflight: ") == 1, launched.stdout
+    bars = Counter(re.findall(r"(?:^|[\r\n\x1b\[A])([^\r\n|]*?):? +0%\|", launched.stderr))
+    evaluations = sum("eval_runtime" in entry or "eval_loss" in entry for entry in history(two))
+    assert bars[""] == 1 and all(count <= max(1, evaluations) for count in bars.values()), (bars, evaluations)
+    found, expected = (json.loads((run / "all_results.json").read_text()) for run in (two, one))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.startswith(("test_", "base_", "baseline_")) and "signature" not in name:
+            assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    assert losses(two) == pytest.approx(losses(one), rel=tolerance) and losses(two)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    states = {path.name for path in two.rglob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # each process its own, everything else once
+    return found
+
+
+def history(run: Path) -> list[dict]:
+    """What a run has logged."""
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
 
 
 def losses(run: Path) -> dict[int, float]:
     """Logged training losses of a run by step."""
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry["loss"] for entry in history(run) if "loss" in entry}

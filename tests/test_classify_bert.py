@@ -225,6 +225,14 @@ def test_dry_run_plans_and_writes_nothing(bert, reviews, tmp_path, capsys):
     assert "steps 6" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
+def test_two_processes_train_as_one(bert, reviews, tmp_path):
+    options = {"per_device_train_batch_size": 4, "max_steps": 4}
+    model = task_runs.without_dropout(bert, tmp_path / "model")
+    launched = task_runs.in_two_processes("classify_bert", flags(model, reviews, tmp_path / "two", **options))
+    run_main(flags(model, reviews, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
+
+
 def test_the_t4_recipe_reads_film_reviews(hub, tmp_path):
     """Real names, a tiny model and invented rows behind them."""
     argv = [f"--config={TASK / 'configs' / 't4.yaml'}", "--fp16=false", "--max_steps=1", "--max_length=64"]
