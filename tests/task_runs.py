@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -121,11 +122,23 @@ def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int)
     return program.wait().returncode
 
 
-def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """`accelerate launch` of a task with accelerate/cpu.yaml and two processes, with progress bars."""
+def in_two_processes(script: Path, argv: list[str]) -> subprocess.CompletedProcess:
+    """Runs a script in two processes that find each other as `accelerate launch` has them do; what both printed, together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [Program([script, *argv], environment={**common, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
+    ended = [program.wait() for program in both]
+    out, err = "".join(e.stdout for e in ended), "".join(e.stderr for e in ended)
+    return subprocess.CompletedProcess(argv, max(abs(e.returncode) for e in ended), out, err)
+
+
+def accelerate_launch(task: str, argv: list[str]) -> subprocess.CompletedProcess:
+    """The published command for two processes without a GPU."""
     accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
     return subprocess.run(
-        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv, "--disable_tqdm=false"],
+        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -142,31 +155,35 @@ def without_dropout(model: Path, copy: Path) -> Path:
     return copy
 
 
-def assert_like_one(launched: subprocess.CompletedProcess, two: Path, one: Path, tolerance: float = 1e-3) -> dict:
+def assert_like_one(two: subprocess.CompletedProcess, one: subprocess.CompletedProcess, runs: Path) -> dict:
     """Two processes trained what one does at the same effective batch, wrote it once and showed each progress bar once.
 
+    Losses agree to 1e-3 (gradients are summed in another order); what counts decisions (accuracy, F1, ROUGE, ...) may differ
+    by the few that were a tie, 2 of 100. Rows grouped by length come in an order that depends on the number of processes: both
+    must take them at random.
+
     Args:
-        launched: of `in_two_processes` with `--disable_tqdm=false`.
-        two, one: the folders of both runs.
-        tolerance: of each metric, relative; sums are taken in another order.
+        two, one: how the programs ended, both with `--disable_tqdm=false`.
+        runs: holds their output folders, `two` and `one`.
 
     Returns:
         The results of the two processes.
     """
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    assert launched.stdout.count("2 processes, ") == launched.stdout.count("preflight: ") == 1, launched.stdout
-    bars = Counter(re.findall(r"(?:^|[\r\n\x1b\[A])([^\r\n|]*?):? +0%\|", launched.stderr))
-    evaluations = sum("eval_runtime" in entry or "eval_loss" in entry for entry in history(two))
-    assert bars[""] == 1 and all(count <= max(1, evaluations) for count in bars.values()), (bars, evaluations)
-    found, expected = (json.loads((run / "all_results.json").read_text()) for run in (two, one))
+    for ended in (two, one):
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert two.stdout.count(" 2 processes, ") == two.stdout.count("preflight: ") == 1, two.stdout
+    bars = [Counter(re.findall(r"([^\r\n|]*?):? +0%\|", ended.stderr)) for ended in (two, one)]
+    assert bars[0] == bars[1] and bars[0][""], bars
+    found, expected = (json.loads((runs / name / "all_results.json").read_text()) for name in ("two", "one"))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name.startswith(("test_", "base_", "baseline_")) and "signature" not in name:
-            assert found[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
-    assert losses(two) == pytest.approx(losses(one), rel=tolerance) and losses(two)
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    states = {path.name for path in two.rglob("rng_state*")}
-    assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # each process its own, everything else once
+        if name.startswith(("test_", "base_", "baseline_")) and isinstance(value, (int, float, list)):
+            exact = "loss" in name or "perplexity" in name
+            share = 1 if "accuracy" in name else 100
+            assert found[name] == pytest.approx(value, rel=1e-3, abs=0 if exact else 0.02 * share), name
+    assert losses(runs / "two") == pytest.approx(losses(runs / "one"), rel=1e-3) and losses(runs / "two")
+    files = [sorted(path.name for path in (runs / name).iterdir()) for name in ("two", "one")]
+    assert files[0] == files[1]
     return found
 
 

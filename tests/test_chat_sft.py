@@ -297,13 +297,14 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
 
 
 def test_two_processes_train_as_one(tiny, data, tmp_path):
-    launched = task_runs.in_two_processes(
-        "chat_sft", flags(tiny, data, tmp_path / "two", per_device_train_batch_size=2)
+    """By the published command, with two processes; the tests of the other tasks start theirs without the launcher."""
+    options = {"per_device_train_batch_size": 2, "disable_tqdm": False}
+    two = task_runs.accelerate_launch(
+        "chat_sft", flags(tiny, data, tmp_path / "two", **options, gradient_accumulation_steps=1)
     )
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    run_main(flags(tiny, data, tmp_path / "one", **options))
-    two = task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
-    assert two["test_loss"] < two["base_loss"]
+    one = command(*flags(tiny, data, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    results = task_runs.assert_like_one(two, one, tmp_path)
+    assert results["test_loss"] < results["base_loss"]
 
 
 def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):

@@ -226,11 +226,12 @@ def test_dry_run_plans_and_writes_nothing(bert, reviews, tmp_path, capsys):
 
 
 def test_two_processes_train_as_one(bert, reviews, tmp_path):
-    options = {"per_device_train_batch_size": 4, "max_steps": 4}
+    options = {"per_device_train_batch_size": 4, "max_steps": 4, "disable_tqdm": False}
+    options["train_sampling_strategy"] = "random"
     model = task_runs.without_dropout(bert, tmp_path / "model")
-    launched = task_runs.in_two_processes("classify_bert", flags(model, reviews, tmp_path / "two", **options))
-    run_main(flags(model, reviews, tmp_path / "one", **options, gradient_accumulation_steps=2))
-    task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
+    two = task_runs.in_two_processes(TASK / "train.py", flags(model, reviews, tmp_path / "two", **options))
+    one = command(*flags(model, reviews, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    task_runs.assert_like_one(two, one, tmp_path)
 
 
 def test_the_t4_recipe_reads_film_reviews(hub, tmp_path):

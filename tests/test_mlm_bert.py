@@ -372,11 +372,11 @@ def test_nan_stops_before_the_optimizer(bert, documents, tmp_path):
 def test_two_processes_train_as_one(bert, documents, tmp_path):
     model = task_runs.without_dropout(bert / "encoder", tmp_path / "model")
     options = {"model_name_or_path": model, "learning_rate": 1e-3, "max_steps": 4, "eval_steps": 4, "save_steps": 4}
-    options["per_device_train_batch_size"] = 4
-    launched = task_runs.in_two_processes("mlm_bert", flags(bert, documents, tmp_path / "two", **options))
-    run_main(flags(bert, documents, tmp_path / "one", **options, gradient_accumulation_steps=2))
-    two = task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
-    assert two["test_accuracy_top5_ci95"] != two["base_accuracy_top5_ci95"]
+    options |= {"per_device_train_batch_size": 4, "disable_tqdm": False}
+    two = task_runs.in_two_processes(TASK / "train.py", flags(bert, documents, tmp_path / "two", **options))
+    one = command(*flags(bert, documents, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    results = task_runs.assert_like_one(two, one, tmp_path)
+    assert results["test_accuracy_top5_ci95"] != results["base_accuracy_top5_ci95"]
 
 
 def test_the_folder_runs_from_anywhere_on_a_text_file(bert, documents, tmp_path):

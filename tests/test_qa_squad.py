@@ -494,11 +494,12 @@ def test_kill_and_repeat_ends_with_the_same_weights(models, files, tmp_path):
 
 
 def test_two_processes_train_as_one(models, files, tmp_path):
-    options = {"per_device_train_batch_size": 4, "dropout": 0.0}
-    launched = task_runs.in_two_processes("qa_squad", flags(models, files / "v2.json", tmp_path / "two", **options))
-    run_main(flags(models, files / "v2.json", tmp_path / "one", **options, gradient_accumulation_steps=2))
-    two = task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
-    assert two["test_loss"] < two["base_loss"]
+    options = {"per_device_train_batch_size": 4, "dropout": 0.0, "disable_tqdm": False}
+    two = task_runs.in_two_processes(TASK / "train.py", flags(models, files / "v2.json", tmp_path / "two", **options))
+    options["gradient_accumulation_steps"] = 2
+    one = task_runs.command(TASK / "train.py", *flags(models, files / "v2.json", tmp_path / "one", **options))
+    results = task_runs.assert_like_one(two, one, tmp_path)
+    assert results["test_loss"] < results["base_loss"]
 
 
 def test_the_folder_runs_from_anywhere_and_pads_where_it_must(models, files, tmp_path):

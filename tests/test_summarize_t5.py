@@ -525,11 +525,13 @@ def test_trainer_uses_grouped_batches(small, pairs, tmp_path):
 
 def test_two_processes_train_as_one(small, pairs, tmp_path):
     model = task_runs.without_dropout(small / "t5", tmp_path / "model")
-    options = {"model_name_or_path": model, "per_device_train_batch_size": 4, "max_steps": 2}
-    launched = task_runs.in_two_processes("summarize_t5", flags(pairs, tmp_path / "two", **options))
-    run_main(flags(pairs, tmp_path / "one", **options, gradient_accumulation_steps=2))
-    two = task_runs.assert_like_one(launched, tmp_path / "two", tmp_path / "one")
-    assert two["test_loss"] < two["base_loss"] and two["test_rows"] == 15
+    options = {"model_name_or_path": model, "per_device_train_batch_size": 4, "max_steps": 2, "disable_tqdm": False}
+    options["train_sampling_strategy"] = "random"
+    two = task_runs.in_two_processes(TASK / "train.py", flags(pairs, tmp_path / "two", **options))
+    options["gradient_accumulation_steps"] = 2
+    one = task_runs.command(TASK / "train.py", *flags(pairs, tmp_path / "one", **options))
+    results = task_runs.assert_like_one(two, one, tmp_path)
+    assert results["test_loss"] < results["base_loss"] and results["test_rows"] == 15
 
 
 def test_the_folder_runs_from_anywhere(pairs, tmp_path):
