@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import random
 import re
 import shutil
@@ -102,6 +103,11 @@ def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None =
     broadcast_object_list(answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
+    if answer[0] and not (answer[0] / "trainer_state.json").exists():
+        raise UserError(
+            f"{answer[0]} is not on machine {platform.node()}: --output_dir must lie on a disk that all machines share. "
+            "Copy the checkpoint there, or start anew with `--resume never`."
+        )
     return answer[0]
 
 

@@ -336,9 +336,27 @@ def run(main, script_class: type, training: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except RuntimeError as error:
+        if not _connection_lost(error) or "--traceback" in sys.argv:
+            raise
+        print(
+            f"error: lost the connection to another process, which has ended or hangs ({str(error).splitlines()[0][:150]}). "
+            "The same command on all machines goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)  # an ordinary exit would wait for the others once more
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    """Whether it is gloo's or NCCL's word for a process that does not answer any more."""
+    import torch
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "[gloo]")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
 
 def setup(training_args, run_args) -> None:
@@ -366,6 +384,8 @@ def setup(training_args, run_args) -> None:
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were asked for, but this one runs alone; see accelerate/cpu.yaml."
         )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
