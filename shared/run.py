@@ -19,6 +19,7 @@ import textwrap
 import time
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -384,6 +385,8 @@ def setup(training_args, run_args) -> None:
         raise UserError(
             f"{os.environ['WORLD_SIZE']} processes were asked for, but this one runs alone; see accelerate/cpu.yaml."
         )
+    if processes > 1 and not torch.cuda.is_available():  # transformers 5.23 hands --ddp_timeout on for GPUs only
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training_args.ddp_timeout))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
         raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
