@@ -122,28 +122,18 @@ def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int)
     return program.wait().returncode
 
 
-def in_two_processes(script: Path, argv: list[str]) -> subprocess.CompletedProcess:
-    """Runs a script in two processes that find each other as `accelerate launch` has them do; what both printed, together."""
+def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
+    """A task in two processes, with the environment that `accelerate launch` would give them; their outputs joined."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    both = [Program([script, *argv], environment={**common, "RANK": r, "LOCAL_RANK": r}) for r in "01"]
-    ended = [program.wait() for program in both]
-    out, err = "".join(e.stdout for e in ended), "".join(e.stderr for e in ended)
-    return subprocess.CompletedProcess(argv, max(abs(e.returncode) for e in ended), out, err)
-
-
-def accelerate_launch(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """The published command for two processes without a GPU."""
-    accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
-    return subprocess.run(
-        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ONE_THREAD},
-    )
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    script = ROOT / "tasks" / task / "train.py"
+    programs = [Program([script, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    done = [program.wait() for program in programs]
+    code = next((process.returncode for process in done if process.returncode), 0)
+    out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def without_dropout(model: Path, copy: Path) -> Path:
@@ -187,11 +177,7 @@ def assert_like_one(two: subprocess.CompletedProcess, one: subprocess.CompletedP
     return found
 
 
-def history(run: Path) -> list[dict]:
-    """What a run has logged."""
-    return json.loads((run / "trainer_state.json").read_text())["log_history"]
-
-
 def losses(run: Path) -> dict[int, float]:
     """Logged training losses of a run by step."""
-    return {entry["step"]: entry["loss"] for entry in history(run) if "loss" in entry}
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}

@@ -297,9 +297,8 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
 
 
 def test_two_processes_train_as_one(tiny, data, tmp_path):
-    """By the published command, with two processes; the tests of the other tasks start theirs without the launcher."""
     options = {"per_device_train_batch_size": 2, "disable_tqdm": False}
-    two = task_runs.accelerate_launch(
+    two = task_runs.in_two_processes(
         "chat_sft", flags(tiny, data, tmp_path / "two", **options, gradient_accumulation_steps=1)
     )
     one = command(*flags(tiny, data, tmp_path / "one", **options, gradient_accumulation_steps=2))

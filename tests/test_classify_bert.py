@@ -229,7 +229,7 @@ def test_two_processes_train_as_one(bert, reviews, tmp_path):
     options = {"per_device_train_batch_size": 4, "max_steps": 4, "disable_tqdm": False}
     options["train_sampling_strategy"] = "random"
     model = task_runs.without_dropout(bert, tmp_path / "model")
-    two = task_runs.in_two_processes(TASK / "train.py", flags(model, reviews, tmp_path / "two", **options))
+    two = task_runs.in_two_processes("classify_bert", flags(model, reviews, tmp_path / "two", **options))
     one = command(*flags(model, reviews, tmp_path / "one", **options, gradient_accumulation_steps=2))
     task_runs.assert_like_one(two, one, tmp_path)
 

@@ -373,7 +373,7 @@ def test_two_processes_train_as_one(bert, documents, tmp_path):
     model = task_runs.without_dropout(bert / "encoder", tmp_path / "model")
     options = {"model_name_or_path": model, "learning_rate": 1e-3, "max_steps": 4, "eval_steps": 4, "save_steps": 4}
     options |= {"per_device_train_batch_size": 4, "disable_tqdm": False}
-    two = task_runs.in_two_processes(TASK / "train.py", flags(bert, documents, tmp_path / "two", **options))
+    two = task_runs.in_two_processes("mlm_bert", flags(bert, documents, tmp_path / "two", **options))
     one = command(*flags(bert, documents, tmp_path / "one", **options, gradient_accumulation_steps=2))
     results = task_runs.assert_like_one(two, one, tmp_path)
     assert results["test_accuracy_top5_ci95"] != results["base_accuracy_top5_ci95"]

@@ -515,7 +515,7 @@ def test_out_of_memory_on_a_stream_goes_on_where_it_stood(corpus, tmp_path, monk
 
 def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
     options = {"streaming": True, "max_steps": 4, "per_device_train_batch_size": 2, "disable_tqdm": False}
-    two = task_runs.in_two_processes(TASK / "train.py", flags(corpus, tmp_path / "two", **options))
+    two = task_runs.in_two_processes("pretrain_gpt2", flags(corpus, tmp_path / "two", **options))
     one = command(*flags(corpus, tmp_path / "one", **options, gradient_accumulation_steps=2))
     task_runs.assert_like_one(two, one, tmp_path)
 

@@ -495,7 +495,7 @@ def test_kill_and_repeat_ends_with_the_same_weights(models, files, tmp_path):
 
 def test_two_processes_train_as_one(models, files, tmp_path):
     options = {"per_device_train_batch_size": 4, "dropout": 0.0, "disable_tqdm": False}
-    two = task_runs.in_two_processes(TASK / "train.py", flags(models, files / "v2.json", tmp_path / "two", **options))
+    two = task_runs.in_two_processes("qa_squad", flags(models, files / "v2.json", tmp_path / "two", **options))
     options["gradient_accumulation_steps"] = 2
     one = task_runs.command(TASK / "train.py", *flags(models, files / "v2.json", tmp_path / "one", **options))
     results = task_runs.assert_like_one(two, one, tmp_path)

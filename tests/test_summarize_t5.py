@@ -527,7 +527,7 @@ def test_two_processes_train_as_one(small, pairs, tmp_path):
     model = task_runs.without_dropout(small / "t5", tmp_path / "model")
     options = {"model_name_or_path": model, "per_device_train_batch_size": 4, "max_steps": 2, "disable_tqdm": False}
     options["train_sampling_strategy"] = "random"
-    two = task_runs.in_two_processes(TASK / "train.py", flags(pairs, tmp_path / "two", **options))
+    two = task_runs.in_two_processes("summarize_t5", flags(pairs, tmp_path / "two", **options))
     options["gradient_accumulation_steps"] = 2
     one = task_runs.command(TASK / "train.py", *flags(pairs, tmp_path / "one", **options))
     results = task_runs.assert_like_one(two, one, tmp_path)

@@ -5,6 +5,7 @@ In two network namespaces joined by a virtual cable where that is allowed (root 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -17,6 +18,9 @@ from checkout import ROOT
 
 TASK = ROOT / "tasks" / "classify_bert"
 PORT = "29517"
+COMMANDS = re.findall(
+    r"^accelerate launch .*two_machines.*$", (ROOT / "README.md").read_text("utf8"), re.M
+)  # rank 0 and 1
 
 
 @contextmanager
@@ -65,9 +69,9 @@ def test_two_hosts_train_as_one_and_the_first_one_writes(tiny_bert, tmp_path):
     with network() as hosts:
         started = []
         for rank, (prefix, _, interface) in enumerate(hosts):
-            command = [*prefix, str(ROOT / ".venv" / "bin" / "accelerate"), "launch"]
-            command += ["--config_file", "accelerate/two_machines.yaml", "--machine_rank", str(rank)]
-            command += ["--main_process_ip", hosts[0][1], "--main_process_port", PORT, "tasks/classify_bert/train.py"]
+            words = COMMANDS[rank].replace("10.0.0.1", hosts[0][1]).replace("29500", PORT)
+            words = words.replace("tasks/chat_sft", "tasks/classify_bert").split()
+            command = [*prefix, str(ROOT / ".venv" / "bin" / words[0]), *words[1:]]
             command += flags(model, data, tmp_path / f"host{rank}", per_device_train_batch_size=4, use_cpu=True)
             environment = os.environ | task_runs.ONE_THREAD | {"GLOO_SOCKET_IFNAME": interface}
             with (tmp_path / f"host{rank}.txt").open("w") as log:
