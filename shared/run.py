@@ -377,7 +377,8 @@ def setup(training_args, run_args) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
-    check_precision(training_args.fp16, training_args.bf16, _gpus())
+    if not run_args.dry_run:  # a plan may be for another machine
+        check_precision(training_args.fp16, training_args.bf16, _gpus())
     training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
     transformers.set_seed(training_args.seed)
     processes = training_args.world_size
