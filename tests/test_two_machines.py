@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from contextlib import contextmanager
@@ -98,7 +99,9 @@ def test_two_hosts_train_as_one_and_the_first_one_writes(tiny_bert, tmp_path):
 def test_when_one_host_is_gone_the_other_ends(tiny_bert, tmp_path, how, signum):
     """A dead host closes its connections; one that hangs is given up after --ddp_timeout."""
     argv = flags(tiny_bert, rows(tmp_path), tmp_path / "run", max_steps=100000, eval_steps=100000, ddp_timeout=4)
-    common = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(int(PORT) + 1), "GLOO_SOCKET_IFNAME": "lo"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        common = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     first, second = (task_runs.Program([TASK / "train.py", *argv], environment=common | {"RANK": r}) for r in "01")
     while first.running() and second.running() and not (tmp_path / "run" / "checkpoint-4" / "manifest.json").exists():
