@@ -19,7 +19,7 @@ from jupyter_client.manager import KernelManager
 NOTEBOOK = ROOT / "notebooks" / "colab_t4.ipynb"
 SMALL = "--fp16 false --use_cpu true --max_steps 2 --max_train_rows 24 --max_test_rows 6 --max_validation_rows 4 "
 SMALL += (
-    "--max_length 64 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 --logging_steps 1"
+    "--max_length 256 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 --logging_steps 1"
 )
 
 
@@ -82,7 +82,7 @@ def test_every_cell_runs(hub, repository, environment, tmp_path, monkeypatch):
     ]
     run = work / "lm-taskbook" / "outputs" / "chat_sft"
     results = json.loads((run / "all_results.json").read_text())
-    assert "logged in as" in shown[2] and "minutes of training" in shown[3] and "Did it help?" in shown[3]
+    assert "logged in as" in shown[2] and "Did it help?" in shown[3]
     assert f"{results['test_perplexity']:,.2f}" in shown[4] and "image/png" in shown[4]
     assert "https://" in shown[5] or hub.url in shown[5]
     assert shown[6].count("> ") == 2
