@@ -43,13 +43,12 @@ class Limit(transformers.TrainerCallback):
 def trained(folder, limit=None, micro=4, accumulation=2, checkpoint=None, **settings):
     """A tiny GPT-2 without dropout, 30 rows in steps of 8: the last step of each epoch is not full."""
     rows = torch.randint(0, 64, (30, 16), generator=torch.Generator().manual_seed(1))
-    settings = {"max_steps": 10, "save_strategy": "no"} | settings
+    settings = {"max_steps": 10, "save_strategy": "no", "logging_steps": 1} | settings
     args = transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
-        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
@@ -79,11 +78,16 @@ def small(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("small"), micro=1, accumulation=8)
 
 
-@pytest.mark.parametrize(("step", "error"), [(1, "torch"), (6, "plain")])
-def test_ends_like_a_run_with_the_small_micro_batch(small, tmp_path, caplog, step, error):
+@pytest.mark.parametrize(
+    ("step", "error", "logging_steps", "logged"),
+    [(1, "torch", 1, [*range(1, 11)]), (6, "plain", 4, [4, 5, 8])],
+)
+def test_ends_like_a_run_with_the_small_micro_batch(small, tmp_path, caplog, step, error, logging_steps, logged):
     limit = Limit(step, 1, ERRORS[error])
-    trainer = trained(tmp_path, limit)
-    assert losses(trainer) == pytest.approx(losses(small), abs=1e-5) and len(losses(small)) == 10
+    trainer = trained(tmp_path, limit, logging_steps=logging_steps)
+    by_step = losses(small)  # logged are means over the steps since the log before
+    means = [sum(by_step[s] for s in range(a + 1, b + 1)) / (b - a) for a, b in zip([0, *logged], logged, strict=False)]
+    assert losses(trainer) == pytest.approx(dict(zip(logged, means, strict=True)), abs=1e-5) and len(by_step) == 10
     for name, value in trainer.model.state_dict().items():
         assert torch.allclose(value, small.model.state_dict()[name], atol=1e-4), name
     assert limit.training == [4, 2, 1]

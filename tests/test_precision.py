@@ -8,7 +8,7 @@ import torch
 from checkout import ROOT, train_script
 
 from shared import UserError
-from shared.run import check_precision, choose_precision, parse, precision_flags
+from shared.run import check_precision, choose_precision, parse, precision_flags, setup
 
 CARDS = {
     "no GPU": ([], "fp32"),
@@ -75,6 +75,15 @@ def test_a_recipe_for_a_t4_is_run_in_fp32_by_one_word():
     assert args.fp16 and not args.bf16
     _, args, _ = parse(script, SEQ2SEQ, [f"--config={config}", "--fp16=false"])
     assert not args.fp16 and not args.bf16
+
+
+def test_sharding_without_a_gpu_is_refused(monkeypatch, tmp_path):
+    """accelerate would silently hold the whole model in each process."""
+    script = train_script("summarize_t5").ScriptArguments
+    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP needs GPUs"):
+        setup(args, run_args)
 
 
 def test_four_bit_layers_compute_as_the_run_does():

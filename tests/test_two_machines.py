@@ -97,14 +97,20 @@ def test_two_hosts_train_as_one_and_the_first_one_writes(tiny_bert, tmp_path):
 
 @pytest.mark.parametrize(("how", "signum"), [("killed", signal.SIGKILL), ("frozen", signal.SIGSTOP)])
 def test_when_one_host_is_gone_the_other_ends(tiny_bert, tmp_path, how, signum):
-    """A dead host closes its connections; one that hangs is given up after --ddp_timeout."""
-    argv = flags(tiny_bert, rows(tmp_path), tmp_path / "run", max_steps=100000, eval_steps=100000, ddp_timeout=4)
+    """A dead host closes its connections; one that hangs is given up after --ddp_timeout. Each has a disk of its own."""
+    data = rows(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.2", 0))
         common = {"MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    first, second = (task_runs.Program([TASK / "train.py", *argv], environment=common | {"RANK": r}) for r in "01")
-    while first.running() and second.running() and not (tmp_path / "run" / "checkpoint-4" / "manifest.json").exists():
+
+    def start(rank: str):
+        options = {"max_steps": 100000, "eval_steps": 100000, "ddp_timeout": 15}
+        argv = flags(tiny_bert, data, tmp_path / f"run{rank}", **options)
+        return task_runs.Program([TASK / "train.py", *argv], environment=common | {"RANK": rank})
+
+    first, second = map(start, "01")
+    while first.running() and second.running() and not (tmp_path / "run0" / "checkpoint-4" / "manifest.json").exists():
         time.sleep(0.01)
     os.kill(second.pid, signum)
     deadline = time.monotonic() + 60
@@ -117,4 +123,7 @@ def test_when_one_host_is_gone_the_other_ends(tiny_bert, tmp_path, how, signum):
     assert not hangs
     assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith("error: lost the connection to another")
     assert "Traceback" not in ended.stderr
-    assert list((tmp_path / "run").glob("checkpoint-*/manifest.json"))
+    if how == "killed":
+        first, second = (program.wait() for program in [start("0"), start("1")])
+        assert second.returncode == 2 and "--output_dir must lie on a disk that all machines share" in second.stderr
+        assert first.returncode == 2 and "Resumes from" in first.stdout and "lost the connection" in first.stderr
