@@ -27,8 +27,10 @@ GREETING = re.compile(
 )
 
 # For models without a template, such as GPT-2: plain words, since such a tokenizer has no tokens for roles. Each reply starts on
-# a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained.
+# a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained. Llama 2 was
+# pretrained with its start token in front; GPT-2 and Falcon have none of their own.
 PLAIN_TEMPLATE = (
+    "{% if bos_token is defined and bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'Assistant:\n' }}{% generation %}"
     "{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ ('System:\n' if message['role'] == 'system' else 'User:\n') + message['content'] + '\n' }}{% endif %}{% endfor %}"

@@ -40,8 +40,8 @@ def four_bit(args) -> BitsAndBytesConfig:
     )
 
 
-def load_model(source: Path, method: str, args):
-    """The base model, in fp32 (4-bit NF4 for qlora).
+def load_model(source: Path, method: str, args, in_4bit: bool = False):
+    """The base model, in fp32 (4-bit NF4 for qlora, or where asked for).
 
     Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
@@ -54,7 +54,7 @@ def load_model(source: Path, method: str, args):
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=PACKED if packs else "sdpa",
-        quantization_config=four_bit(args) if method == "qlora" else None,
+        quantization_config=four_bit(args) if method == "qlora" or in_4bit else None,
     )
 
 
@@ -62,13 +62,13 @@ def add_adapter(model, script_args, args):
     """Freezes the base and adds what `--method` trains."""
     if script_args.method == "full":
         return model
+    if script_args.method == "qlora" or script_args.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     if script_args.method == "p_tuning":
         tokens = script_args.virtual_tokens
         return get_peft_model(
             model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128)
         )
-    if script_args.method == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script_args.lora_r,
@@ -111,13 +111,14 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def usage(repo: str, method: str) -> str:
+def usage(repo: str, method: str, in_4bit: bool = False) -> str:
     """The lines of Python that load what a run has left; shown on the model card."""
+    in_4bit = in_4bit or method == "qlora"
     loader, library = (
         ("AutoModelForCausalLM", "transformers") if method == "full" else ("AutoPeftModelForCausalLM", "peft")
     )
     names, quantized = "AutoTokenizer", ""
-    if method == "qlora":
+    if in_4bit:
         names += ", BitsAndBytesConfig"
         quantized = ", quantization_config=four_bit"
     return "\n".join(
@@ -128,7 +129,7 @@ def usage(repo: str, method: str) -> str:
             *[
                 'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
             ]
-            * (method == "qlora"),
+            * in_4bit,
             f'model = {loader}.from_pretrained("{repo}"{quantized})',
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
         ]

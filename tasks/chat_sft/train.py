@@ -34,6 +34,9 @@ class ScriptArguments:
     )
     lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen base in 4 bits (NF4) for p_tuning and lora; qlora always does."}
+    )
     virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
     max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
@@ -110,6 +113,9 @@ def main(script_args, args, run_args) -> None:
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
 
+    if script_args.load_in_4bit and script_args.method == "full":
+        raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = load_tokenizer(source)
@@ -132,7 +138,7 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)
-    model = add_adapter(load_model(source, script_args.method, args), script_args, args)
+    model = add_adapter(load_model(source, script_args.method, args, script_args.load_in_4bit), script_args, args)
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
@@ -208,7 +214,7 @@ def main(script_args, args, run_args) -> None:
         training={"method": method, "data": cleaning},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
-        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method),
+        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method, script_args.load_in_4bit),
         limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
         "predicts such conversations, not how useful its replies are.",
     )
