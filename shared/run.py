@@ -125,7 +125,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     parser.error = lambda message: (_ for _ in ()).throw(
         UserError(f"{message} (from {config} and the command line; see --help)")
     )
-    precision = [] if {"bf16", "fp16"} & ({*entries, *typed}) else _precision_flags()
+    precision = [] if "bf16" in {*entries, *typed} else ["--bf16", "false"]  # trl turns it on where nothing is said
+    precision = precision if {"bf16", "fp16"} & {*entries, *typed} else _precision_flags()
     if "output_dir" not in {*entries, *typed}:
         flags += ["--output_dir", f"outputs/{script.parent.name}"]
     try:

@@ -422,7 +422,8 @@ def vocabulary(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def gpt2_tokenizer():
     from transformers import GPT2Tokenizer
 
-    _, vocab, merges = byte_level([], 1199)
+    _, vocab, merges = byte_level([], 1198)
+    vocab["ĠSolidGoldMagikarp"] = len(vocab)  # in the vocabulary, in no text
     vocab["<|endoftext|>"] = len(vocab)  # the last id, as 50256 is there
     return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)
 

@@ -35,7 +35,8 @@ class ScriptArguments:
     lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Hold the frozen base in 4 bits (NF4) for p_tuning and lora; qlora always does."}
+        default=False,
+        metadata={"help": "Hold the frozen base in 4 bits (NF4) for p_tuning and lora; qlora always does."},
     )
     virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
     max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
