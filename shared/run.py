@@ -405,6 +405,7 @@ def finish(
     usage: str,
     limits: str,
     library: str = "transformers",
+    more_data: dict[str, str] | None = None,
 ) -> None:
     """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
 
@@ -413,7 +414,7 @@ def finish(
         samples: of `shared.report.write_samples`; the first five are shown on the card.
         line: of `shared.report.did_it_help`.
         training: facts of this task for the card, shown before those that every run has.
-        pipeline, usage, limits, library: see `shared.report.model_card`.
+        pipeline, usage, limits, library, more_data: see `shared.report.model_card`.
 
     Raises:
         UserError: a metric is not finite; the push failed (everything is written by then).
@@ -461,6 +462,7 @@ def finish(
         samples=samples[:5],
         usage=usage,
         limits=limits,
+        more_data=more_data,
     )
     log.info("%s", line)
     log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")

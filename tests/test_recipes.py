@@ -108,6 +108,9 @@ def test_the_recipe_runs(recipe, hub, local, tiny, tmp_path, monkeypatch, capfd)
     if "generation_num_beams" in values:
         generation = json.loads((run / "generation_config.json").read_text())
         assert generation.get("num_beams", 1) == values["generation_num_beams"]
+    if "mixture" in values:
+        for name in ("perplexity", "rougeL", "f1"):
+            assert {f"{prefix}_{name}" for prefix in ("test", "base", "baseline")} <= results.keys()
     reloads(run)
 
 

@@ -10,7 +10,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from shared import UserError
 from shared.packed_attention import PACKED
+
+
+def check_method(script_args) -> None:
+    """Raises UserError where other options do not go with `--method`."""
+    if script_args.save_merged and script_args.method in ("full", "p_tuning"):
+        raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
+    if script_args.load_in_4bit and script_args.method == "full":
+        raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
 
 
 def load_tokenizer(source: Path):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared import UserError
 from shared.run import begin, finish, log, print_plan, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
@@ -40,6 +39,16 @@ class ScriptArguments:
     )
     virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
     max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data sets to train on beside the conversations: texts with summaries (as CNN/DailyMail) and questions about "
+            'texts (as SQuAD), each tested by its own metric. A configuration follows the name: "abisee/cnn_dailymail 3.0.0".'
+        },
+    )
+    mixture_weights: list[float] = field(
+        default_factory=list, metadata={"help": "Shares of the training rows: of --dataset, then of each of --mixture."}
+    )
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
@@ -97,9 +106,10 @@ def main(script_args, args, run_args) -> None:
     # Setup
     from contextlib import nullcontext
 
+    import mixture
     from chats import preflight, sample_talks, show, tokenize
     from datasets import Dataset
-    from methods import add_adapter, load_model, load_tokenizer, reply, save_merged, usage
+    from methods import add_adapter, check_method, load_model, load_tokenizer, reply, save_merged, usage
     from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
@@ -111,11 +121,7 @@ def main(script_args, args, run_args) -> None:
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
-    if script_args.save_merged and script_args.method in ("full", "p_tuning"):
-        raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
-
-    if script_args.load_in_4bit and script_args.method == "full":
-        raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+    check_method(script_args)
 
     # Data
     source = pull(run_args.model_name_or_path)
@@ -126,6 +132,7 @@ def main(script_args, args, run_args) -> None:
         "validation": script_args.max_validation_rows,
         "test": run_args.max_test_rows,
     }
+    splits, asked = mixture.mix(splits, script_args, limits, tokenizer, args)
     tokenized = {}
     for name, most in limits.items():
         chosen = first_rows(splits[name], most)
@@ -182,18 +189,22 @@ def main(script_args, args, run_args) -> None:
     prompts = [talk[:-1] for talk in talks]
     trainer.model.eval()
     after = reply(trainer.model, tokenizer, prompts)
+    trained_answers = mixture.answer(trainer.model, tokenizer, asked, args, "trained model")
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
         base = trainer.model.get_base_model() if adapted else load_model(source, "full", args).to(args.device).eval()
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before = reply(base, tokenizer, prompts)
+        base_answers = mixture.answer(base, tokenizer, asked, args, "base model")
     unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
     helped = report.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
+    others = mixture.compare(asked, base_answers, trained_answers)
     metrics = {
         **compute_metrics(trained_rows, "test"),
         **compute_metrics(base_rows, "base"),
         **compute_metrics(unigram, "baseline"),
         **helped,
+        **others["metrics"],
         "test_rows": len(base_rows["nll"]),
     }
 
@@ -209,9 +220,10 @@ def main(script_args, args, run_args) -> None:
         args,
         run_args,
         metrics=metrics,
-        samples=samples,
+        samples=samples + others["samples"],
         preflight=facts,
-        line=helped["line"],
+        line=" ".join([helped["line"], *others["lines"]]),
+        more_data=others["data"],
         training={"method": method, "data": cleaning},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
