@@ -22,7 +22,7 @@ RECIPES = sorted(
     str(path.relative_to(ROOT)) for path in ROOT.glob("tasks/*/configs/*.yaml") if path.name != "laptop.yaml"
 )
 CUT = {
-    "chat_sft": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 12},
+    "chat_sft": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 12, "per_device_eval_batch_size": 12},
     "classify_bert": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 10, "max_length": 64},
     "mlm_bert": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 5, "max_length": 64},
     "pretrain_gpt2": {"max_train_rows": 60, "max_validation_rows": 4, "max_test_rows": 12, "block_length": 128}
