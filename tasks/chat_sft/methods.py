@@ -44,8 +44,8 @@ def four_bit(args) -> BitsAndBytesConfig:
     )
 
 
-def load_model(source: Path, method: str, args, in_4bit: bool = False):
-    """The base model, in fp32 (4-bit NF4 for qlora, or where asked for).
+def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False):
+    """The base model, in fp32 (4-bit NF4 for qlora, or where asked for); `empty`: shapes without weights, for a plan.
 
     Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
@@ -53,6 +53,9 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False):
     """
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source))]
     packs = architecture._supports_attention_backend and method != "p_tuning"
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -117,6 +117,7 @@ def main(script_args, args, run_args) -> None:
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
     from shared.packed_attention import PACKED
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)
@@ -124,7 +125,7 @@ def main(script_args, args, run_args) -> None:
     check_method(script_args)
 
     # Data
-    source = pull(run_args.model_name_or_path)
+    source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
     tokenizer = load_tokenizer(source)
     splits, cleaning = load_rows(run_args, args.seed)
     limits = {
@@ -146,11 +147,13 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)
-    model = add_adapter(load_model(source, script_args.method, args, script_args.load_in_4bit), script_args, args)
+    base = load_model(source, script_args.method, args, script_args.load_in_4bit, empty=run_args.dry_run)
+    model = add_adapter(base, script_args, args)
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
-        return print_plan(model, args, run_args, **facts)
+        in_4bit = script_args.load_in_4bit or script_args.method == "qlora"
+        return print_plan(model, args, run_args, in_4bit=in_4bit, smaller="--method qlora", **facts)
 
     # Train
     method = script_args.method

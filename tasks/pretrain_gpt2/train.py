@@ -88,7 +88,7 @@ def main(script_args, args, run_args) -> None:
     from documents import load_documents, open_stream
     from gpt2_models import build_model, load_tokenizer, usage, write_samples
     from ngrams import ngram_scores
-    from trainer_gpt2 import PretrainTrainer, score_documents
+    from trainer_gpt2 import CHUNK, PretrainTrainer, score_documents
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
@@ -149,7 +149,7 @@ def main(script_args, args, run_args) -> None:
 
     model = new_model()
     if run_args.dry_run:
-        return print_plan(model, args, run_args, **facts)
+        return print_plan(model, args, run_args, longest_row=length, positions_at_once=CHUNK, **facts)
 
     # Train
     data = repr(held_out) if streaming else hashlib.sha256(blocks.blocks.tobytes()).hexdigest()
