@@ -42,8 +42,8 @@ def measure(task: str, argv: list[str]) -> None:
     def train_and_stop(trainer, checkpoint):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         trainer.train()
-        status = Path("/proc/self/status").read_text()
-        print(f"measured {int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) * 1024 / 1e9:.3f}", flush=True)
+        kilobytes = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+        print(f"measured {kilobytes * 1024 / 1e9:.3f}", flush=True)
         os._exit(0)
 
     checkpoints.train = train_and_stop

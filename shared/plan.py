@@ -142,7 +142,7 @@ def estimate(model, rows: int, length: int, kept: int, precision: torch.dtype, t
     tensors = hollow(model, mode, halved)
     model.train()
     with mode:
-        optimizer = torch.optim.AdamW([tensor for tensor in tensors if tensor.requires_grad])
+        optimizer = torch.optim.AdamW([tensor for tensor in tensors if tensor.requires_grad], fused=True)
         for tensor in tensors:
             live.add(tensor)
         weights = live.now
