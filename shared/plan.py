@@ -13,16 +13,16 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from shared.run import matmul_flops
 
-BESIDE_TENSORS = 0.9e9  # bytes: Python, the libraries, the data, buffers of the matrix product
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
 
@@ -45,11 +45,14 @@ GPUS = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that are alive: `now`, and at most, `peak`."""
+    """Counts the bytes of all tensor storages that are alive, `now` and at most (`peak`), and floating-point operations, `flops`.
+
+    Not `FlopCounterMode`: it keeps tensors alive that gradient checkpointing would free (torch 2.13).
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.seen = weakref.WeakKeyDictionary()
 
     def add(self, tensor: torch.Tensor) -> None:
@@ -65,23 +68,26 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         return out
 
 
-def quantizable(model) -> set[int]:
-    """`id` of the frozen matrices that QLoRA holds in 4 bits: those of all linear layers but the head."""
+def quantizable(model) -> dict[int, int]:
+    """The frozen matrices that QLoRA holds in 4 bits, those of all linear layers but the head: number of weights by `id`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = inner.get_output_embeddings()
     linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    return {id(m.weight) for m in linear if not m.weight.requires_grad}
+    return {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
 
 
-def hollow(model, mode: FakeTensorMode, halved: set[int]) -> list[torch.Tensor]:
-    """Replaces parameters and buffers by fake ones of the same shape on the CPU, those in `halved` by 16-bit ones; tied ones
+def hollow(model, mode: FakeTensorMode, dtypes: dict[int, torch.dtype]) -> list[torch.Tensor]:
+    """Replaces parameters and buffers by fake ones of the same shape on the CPU, some of another type by their `id`; tied ones
     stay tied.
     """
     made = {}
@@ -90,7 +96,7 @@ def hollow(model, mode: FakeTensorMode, halved: set[int]) -> list[torch.Tensor]:
             for store in (module._parameters, module._buffers):
                 for name, old in store.items():
                     if old is not None and id(old) not in made:
-                        new = torch.empty(old.shape, dtype=torch.bfloat16 if id(old) in halved else old.dtype)
+                        new = torch.empty(old.shape, dtype=dtypes.get(id(old), old.dtype))
                         if isinstance(old, torch.nn.Parameter):
                             new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
                         made[id(old)] = new
@@ -137,16 +143,17 @@ def estimate(model, rows: int, length: int, kept: int, precision: torch.dtype, t
     Returns:
         `{"weights": bytes, "peak": bytes, "flops": of one micro-batch}`.
     """
-    mode, live, counter = FakeTensorMode(), LiveBytes(), FlopCounterMode(display=False)
-    halved = quantizable(model) if in_4bit else set()
-    tensors = hollow(model, mode, halved)
+    # Prompt learning holds token ids that are no buffer
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    small = quantizable(model) if in_4bit else {}
+    tensors = hollow(model, mode, dict.fromkeys(small, precision))  # as they are when they are used
     model.train()
     with mode:
         optimizer = torch.optim.AdamW([tensor for tensor in tensors if tensor.requires_grad], fused=True)
         for tensor in tensors:
             live.add(tensor)
         weights = live.now
-        with live, counter:
+        with live:
             for _ in range(2):  # the second step finds the optimizer's state there
                 with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
                     loss = one_loss(model, rows, length, target_length, kept)
@@ -154,11 +161,9 @@ def estimate(model, rows: int, length: int, kept: int, precision: torch.dtype, t
                 del loss
                 optimizer.step()
                 optimizer.zero_grad()
-    saved = 0
-    if in_4bit:  # counted as 16 bits a weight; one matrix is unpacked at a time
-        small = [t for t in tensors if t.dtype == torch.bfloat16]
-        saved = sum(t.numel() for t in small) * (2 - NF4) - 2 * max((t.numel() for t in small), default=0)
-    return {"weights": weights - saved, "peak": live.peak - saved, "flops": counter.get_total_flops() / 2}
+    # Counted as unpacked; in fact one matrix is, at a time
+    saved = sum(small.values()) * (precision.itemsize - NF4) - precision.itemsize * max(small.values(), default=0)
+    return {"weights": weights - saved, "peak": live.peak - saved, "flops": live.flops / 2}
 
 
 def print_plan(
@@ -195,6 +200,9 @@ def print_plan(
         device = Hardware(
             total, matmul_flops(half=args.fp16 or args.bf16), half if args.fp16 or args.bf16 else torch.float32
         )
+    held = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != "meta")
+    # Python, the libraries and the data, which this process holds by now
+    beside = psutil.Process().memory_info().rss - held if here and not torch.cuda.is_available() else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -207,7 +215,7 @@ def print_plan(
         kept = math.ceil(supervised_share * longest_row)
         kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
         found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
-        return found | {"peak": found["peak"] + (BESIDE_TENSORS if here and not torch.cuda.is_available() else 0)}
+        return found | {"peak": found["peak"] + beside}
 
     found = needed(micro, args.gradient_checkpointing)
     mean_length = tokens / rows / (longest_row + longest_target)

@@ -72,7 +72,7 @@ def test_four_bit_weights_count_half_a_byte_but_embeddings_and_head():
     assert found["weights"] == pytest.approx(0.53 * linear + 4 * rest + unpacked, rel=0.01)
 
 
-def planned(model, capsys, batch=16, **changes) -> str:
+def planned(model, capsys, batch=32, **changes) -> str:
     args = {
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 2,
@@ -94,9 +94,9 @@ def test_a_plan_that_does_not_fit_says_what_to_change(capsys):
     with torch.device("meta"):
         wide = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=1024, n_head=16))
     said = planned(wide, capsys)
-    assert "on T4: about" in said and "of 15 GB" in said and "steps 32" in said
-    assert "It will not fit. With --gradient_checkpointing true --per_device_train_batch_size 8" in said
-    assert "--gradient_accumulation_steps 4 it would take about" in said  # 16 x 2 = 8 x 4
+    assert "on T4: about" in said and "of 15 GB" in said and "steps 16" in said
+    assert "It will not fit. With --gradient_checkpointing true --per_device_train_batch_size 16" in said
+    assert "--gradient_accumulation_steps 4 it would take about" in said  # 32 x 2 = 16 x 4
     assert "It will not fit" not in planned(wide, capsys, batch=4)
 
 

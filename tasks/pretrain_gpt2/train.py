@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import UserError
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 NGRAM_TOKENS = 20_000_000  # of a stream, for the n-gram models: their counts then stay below two gigabytes
 
@@ -94,6 +94,7 @@ def main(script_args, args, run_args) -> None:
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
+    from shared.plan import print_plan
 
     setup(args, run_args)
     args.remove_unused_columns = False  # blocks have just the columns that the loss needs
