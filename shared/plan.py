@@ -20,7 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
@@ -76,6 +80,15 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         return out
+
+
+def without_dropout(*args, dropout=0.0, **kwargs):
+    """Attention as a GPU's kernels do it: they do not hold the matrix of weights for the dropout, which the CPU's do."""
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+AttentionInterface.register("planned", without_dropout)
+AttentionMaskInterface.register("planned", sdpa_mask)
 
 
 def quantizable(model) -> dict[int, int]:
@@ -193,8 +206,9 @@ def print_plan(
         smaller: what else needs less memory in this task, in words.
     """
     here = run_args.hardware == "this"
+    on_cpu = here and not torch.cuda.is_available()
     device = Hardware(_memory_here(), matmul_flops(), torch.float32) if here else GPUS[run_args.hardware]
-    if here and torch.cuda.is_available():
+    if here and not on_cpu:
         half = torch.float16 if args.fp16 else torch.bfloat16
         total = torch.cuda.get_device_properties(0).total_memory
         device = Hardware(
@@ -202,7 +216,7 @@ def print_plan(
         )
     held = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != "meta")
     # Python, the libraries and the data, which this process holds by now
-    beside = psutil.Process().memory_info().rss - held if here and not torch.cuda.is_available() else 0
+    beside = psutil.Process().memory_info().rss - held if on_cpu else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -217,6 +231,8 @@ def print_plan(
         found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
         return found | {"peak": found["peak"] + beside}
 
+    if not on_cpu and model.config._attn_implementation in ("sdpa", PACKED):
+        model.set_attn_implementation("planned")
     found = needed(micro, args.gradient_checkpointing)
     mean_length = tokens / rows / (longest_row + longest_target)
     seconds = steps * accumulated * found["flops"] * min(1, mean_length) / (UTILISATION * device.flops)

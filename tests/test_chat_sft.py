@@ -389,7 +389,9 @@ def test_help_is_complete_and_quick():
 
 
 def test_dry_run_plans_and_writes_nothing(tiny, data, tmp_path):
-    planned = command(*flags(tiny, data, tmp_path / "run"), "--dry_run", "--hardware=t4", "--fp16=true", "--method=qlora")
+    planned = command(
+        *flags(tiny, data, tmp_path / "run"), "--dry_run", "--hardware=t4", "--fp16=true", "--method=qlora"
+    )
     assert planned.returncode == 0, planned.stderr
     assert "on T4: about" in planned.stdout and "of 15 GB" in planned.stdout  # fp16, and no GPU here
     assert "steps 6" in planned.stdout and "minutes of training" in planned.stdout

@@ -100,6 +100,16 @@ def test_a_plan_that_does_not_fit_says_what_to_change(capsys):
     assert "It will not fit" not in planned(wide, capsys, batch=4)
 
 
+def test_a_gpu_does_not_hold_the_weights_of_attention(capsys):
+    """With dropout a CPU holds them: 2 layers x 8 x 16 heads x 1024 x 1024, as numbers and more than once."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=1024, n_head=16))
+    here = plan.estimate(model, 8, 1024, 1, torch.float16)["peak"]
+    model.set_attn_implementation("planned")
+    gpu = plan.estimate(model, 8, 1024, 1, torch.float16)["peak"]
+    assert here - gpu > 2 * 8 * 16 * 1024 * 1024 * 2
+
+
 def test_a_model_that_is_too_large_for_one_row(capsys):
     large = llama(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
     assert "Not even one row at a time would, with gradient checkpointing" in planned(large, capsys, batch=1)
