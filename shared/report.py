@@ -215,6 +215,7 @@ def model_card(
     samples: list[dict],
     usage: str,
     limits: str,
+    more_data: dict[str, str] | None = None,
     loss_plot: bool = True,
 ) -> str:
     """A model card that huggingface_hub's own classes read back, each test metric an `EvalResult`.
@@ -232,18 +233,21 @@ def model_card(
         preflight: what was found before the first step.
         samples: of `write_samples`; the first five are shown.
         usage: Python code. limits: Markdown of the task.
+        more_data: by metric, the data set that it was measured on where that is not `dataset`; these were trained on too.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     title = " ".join(_redact(title).split())
     license = license.lower() if license and re.fullmatch(r"[\w.-]+", license) else None
-    data_name = dataset if _is_hub_id(dataset) else _local_name(dataset)
+    more_data = more_data or {}
+    all_data = list(dict.fromkeys([dataset, *more_data.values()]))
+    shown = {name: name if _is_hub_id(name) else _local_name(name) for name in all_data}
     names = _test_metrics(metrics)
     results = [
         EvalResult(
             task_type=pipeline,
-            dataset_type=re.sub(r"[^\w./-]+", "-", data_name),
-            dataset_name=data_name,
+            dataset_type=re.sub(r"[^\w./-]+", "-", shown[more_data.get(name, dataset)]),
+            dataset_name=shown[more_data.get(name, dataset)],
             dataset_split="test",
             metric_type=METRICS.get(name, (name, ""))[0],
             metric_name=_metric_name(name).split(",")[0],
@@ -253,7 +257,7 @@ def model_card(
     ]
     data = ModelCardData(
         base_model=hub_base.partition("@")[0] if hub_base and _is_hub_id(hub_base) else None,
-        datasets=[dataset.partition("@")[0]] if _is_hub_id(dataset) else None,
+        datasets=[name.partition("@")[0] for name in all_data if _is_hub_id(name)] or None,
         eval_results=results or None,
         library_name=library,
         license=license,
@@ -272,7 +276,7 @@ def model_card(
         licence += f" Its terms: https://huggingface.co/{hub_base.partition('@')[0]}"
     sections = [
         f"# {_inline(title)}",
-        f"{start} `{data_name}` with LM Taskbook.",
+        f"{start} {', '.join(f'`{name}`' for name in shown.values())} with LM Taskbook.",
         f"**{_redact(line)}**",
         "## Results on the test split",
         _metrics_table(names, metrics, scratch=base_model is None),

@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import math
 import os
 import platform
 import sys
@@ -71,6 +70,9 @@ class RunArguments:
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."}
+    )
+    hardware: Literal["this", "t4", "l4", "a100"] = field(
+        default="this", metadata={"help": "What `--dry_run` plans for: this machine, or one GPU of that kind."}
     )
     traceback: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
     config: str | None = field(
@@ -139,7 +141,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
-    explicit -= {"config", "dry_run", "traceback", "resume", "help", "hub_token"}
+    explicit -= {"config", "dry_run", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
@@ -451,6 +453,7 @@ def finish(
     usage: str,
     limits: str,
     library: str = "transformers",
+    more_data: dict[str, str] | None = None,
 ) -> None:
     """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
 
@@ -459,7 +462,7 @@ def finish(
         samples: of `shared.report.write_samples`; the first five are shown on the card.
         line: of `shared.report.did_it_help`.
         training: facts of this task for the card, shown before those that every run has.
-        pipeline, usage, limits, library: see `shared.report.model_card`.
+        pipeline, usage, limits, library, more_data: see `shared.report.model_card`.
 
     Raises:
         UserError: a metric is not finite; the push failed (everything is written by then).
@@ -507,6 +510,7 @@ def finish(
         samples=samples[:5],
         usage=usage,
         limits=limits,
+        more_data=more_data,
     )
     log.info("%s", line)
     log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
@@ -548,33 +552,3 @@ def peak_memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def print_plan(model, args, run_args, *, rows: int, tokens: int, supervised_share: float, **_) -> None:
-    """What `--dry_run` shows: the resolved configuration, and estimates of what the run would take on this machine.
-
-    Args:
-        rows, tokens: of the training split.
-        supervised_share: share of the tokens that need logits, 0 to 1.
-
-    Training costs 6 floating-point operations a parameter and token (Kaplan et al. 2020), 4 where the base is frozen, at 45 %
-    of a measured matrix product.
-    """
-    total, trained = (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_step * args.num_train_epochs)
-    batch, config = args.per_device_train_batch_size * tokens / rows, model.config
-    tokens = steps * per_step * tokens / rows
-    activations = (
-        batch * config.num_hidden_layers * config.hidden_size * 34 * 4
-        + batch * supervised_share * config.vocab_size * 12
-    )
-    memory = 0.8 + (4 * total + 12 * trained + activations) / 1e9
-    seconds = tokens * total * (4 if trained < total else 6) / (0.45 * matmul_flops())
-    print(yaml.safe_dump(run_args.resolved, allow_unicode=True), end="")
-    print(f"rows {rows:,}  tokens {tokens:,.0f}  steps {steps:,}  parameters trained {trained:,} of {total:,}")
-    disk = 12e-9 * trained * ((args.save_total_limit or 3) + 1)
-    print(f"about {memory:.1f} GB memory, {disk:.2f} GB disk, {seconds / 60:.0f} minutes of training")

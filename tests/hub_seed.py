@@ -206,6 +206,14 @@ def talks(name: str, count: int) -> list[list[dict]]:
     return rows
 
 
+def no_robots(name: str, count: int) -> list[dict]:
+    """As no_robots: messages, and beside them the first one again as `prompt`."""
+    rows = []
+    for number, messages in enumerate(talks(name, count)):
+        rows.append({"prompt": messages[0]["content"], "prompt_id": f"{number:064x}", "messages": messages})
+    return [row | {"category": "Chat"} for row in rows]
+
+
 def chats(name: str, count: int, source: bool) -> list[dict]:
     rows = []
     for number, messages in enumerate(talks(name, count)):
@@ -308,6 +316,11 @@ def seed_datasets(hub, folder: Path) -> None:
             },
             None,
         ),
+        "HuggingFaceH4/no_robots": (
+            "cc-by-nc-4.0",
+            {("default", "data"): splits(no_robots, "train", "test")},
+            None,
+        ),
         "stanfordnlp/imdb": (
             "other",
             {
@@ -342,7 +355,7 @@ def seed_datasets(hub, folder: Path) -> None:
         hub.create(f"datasets/{name}")
         hub.upload(f"datasets/{name}", here)
 
-    # These two are kept as CSV and JSON lines, without `configs:`; the splits come from the names of the files.
+    # These three are kept as CSV and JSON lines, without `configs:`; the splits come from the names of the files.
     here = folder / "datasets" / "samsum"
     here.mkdir(parents=True)
     for split, rows in splits(dialogues, *three).items():
@@ -358,6 +371,17 @@ def seed_datasets(hub, folder: Path) -> None:
         (here / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     hub.create("datasets/timdettmers/openassistant-guanaco")
     hub.upload("datasets/timdettmers/openassistant-guanaco", here)
+
+    here = folder / "datasets" / "dolly"
+    here.mkdir(parents=True)
+    rows = [
+        {"instruction": r["instruction"], "context": r["input"], "response": r["output"], "category": "closed_qa"}
+        for r in instructions("dolly", ROWS["train"])
+    ]
+    (here / "databricks-dolly-15k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (here / "README.md").write_text(card({"license": "cc-by-sa-3.0", "language": ["en"]}, "databricks-dolly-15k"))
+    hub.create("datasets/databricks/databricks-dolly-15k")
+    hub.upload("datasets/databricks/databricks-dolly-15k", here)
 
 
 # Tokenizers
@@ -398,7 +422,8 @@ def vocabulary(tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def gpt2_tokenizer():
     from transformers import GPT2Tokenizer
 
-    _, vocab, merges = byte_level([], 1199)
+    _, vocab, merges = byte_level([], 1198)
+    vocab["ĠSolidGoldMagikarp"] = len(vocab)  # in the vocabulary, in no text
     vocab["<|endoftext|>"] = len(vocab)  # the last id, as 50256 is there
     return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)
 

@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import chats
+import hub_seed
 import methods
 import packing
 import pytest
@@ -136,6 +137,26 @@ def test_only_replies_are_trained_each_with_its_end(tiny, name):
     cut = chats.tokenize(messages, tokenizer, len(row["input_ids"]) - 3)
     assert cut["truncated"] and cut["input_ids"] == row["input_ids"][:first_end]  # the last whole reply that fits
     assert f"[[two{tokenizer.eos_token}]]" in chats.show(row, tokenizer, colour=False)
+
+
+@pytest.mark.parametrize(
+    "make", [hub_seed.smollm2_tokenizer, partial(hub_seed.llama_tokenizer, hub_seed.LLAMA2_TEMPLATE)]
+)
+def test_templates_without_marks_are_read_turn_by_turn(make):
+    """As on the Hub: SmolLM2's and Llama 2's own templates say nothing about what the assistant says."""
+    tokenizer = make()
+    talk = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, ["Is two said?", "two", "three?", "four"], strict=True)
+    ]
+    row = chats.tokenize(talk, tokenizer, 512)
+    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert trained.replace(" ", "") == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
+    whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+    assert row["input_ids"] == whole
+    tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] + eos_token }}{% endfor %}"
+    with pytest.raises(UserError, match="does not mark what the assistant says"):
+        chats.tokenize(talk, tokenizer, 512)
 
 
 def test_preflight_stops_when_nothing_or_no_end_is_trained():
@@ -338,6 +359,7 @@ def test_unknown_keys_stop_before_torch(tmp_path):
     [
         (["--fp16=true"], "fp16 needs a GPU"),
         (["--method=lorra"], "invalid choice"),
+        (["--method=full", "--load_in_4bit=true"], "--load_in_4bit: weights in 4 bits cannot be trained"),
         (["--model_name_or_path=./nowhere"], "./nowhere: no such folder"),
         (["--dataset=./nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--dataset=pypi:chitchatt"], "pypi:chitchat"),
@@ -365,8 +387,11 @@ def test_help_is_complete_and_quick():
 
 
 def test_dry_run_plans_and_writes_nothing(tiny, data, tmp_path):
-    planned = command(*flags(tiny, data, tmp_path / "run"), "--dry_run")
+    planned = command(
+        *flags(tiny, data, tmp_path / "run"), "--dry_run", "--hardware=t4", "--fp16=true", "--method=qlora"
+    )
     assert planned.returncode == 0, planned.stderr
+    assert "on T4: about" in planned.stdout and "of 15 GB" in planned.stdout  # fp16, and no GPU here
     assert "steps 6" in planned.stdout and "minutes of training" in planned.stdout
     assert not (tmp_path / "run").exists()
 

@@ -234,16 +234,6 @@ def test_two_processes_train_as_one(bert, reviews, tmp_path):
     task_runs.assert_like_one(two, one, tmp_path)
 
 
-def test_the_t4_recipe_reads_film_reviews(hub, tmp_path):
-    """Real names, a tiny model and invented rows behind them."""
-    argv = [f"--config={TASK / 'configs' / 't4.yaml'}", "--fp16=false", "--max_steps=1", "--max_length=64"]
-    argv += ["--max_train_rows=40", "--max_test_rows=10", "--warmup_steps=0", f"--output_dir={tmp_path / 'run'}"]
-    ran = command(*argv, **hub.env_for("write", home=tmp_path / "home"))
-    assert ran.returncode == 0, ran.stderr
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "- stanfordnlp/imdb" in card and "no label 40" in card and "neg, pos" in card
-
-
 @pytest.mark.parametrize("config", sorted(path.name for path in (TASK / "configs").glob("*.yaml")))
 def test_configurations_are_read(config):
     argv = [f"--config={TASK / 'configs' / config}", "--fp16=false"]

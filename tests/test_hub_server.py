@@ -740,6 +740,13 @@ def test_data_sets_load_by_their_names(hub):
         ("timdettmers/openassistant-guanaco", None, ["text"], {"train": 400, "test": 80}),
         ("stanfordnlp/imdb", None, ["text", "label"], {"train": 400, "test": 80, "unsupervised": 40}),
         ("tatsu-lab/alpaca", None, ["instruction", "input", "output", "text"], {"train": 400}),
+        ("databricks/databricks-dolly-15k", None, ["instruction", "context", "response", "category"], {"train": 400}),
+        (
+            "HuggingFaceH4/no_robots",
+            None,
+            ["prompt", "prompt_id", "messages", "category"],
+            {"train": 400, "test": 80},
+        ),
     ]
     seeded = {name.removeprefix("datasets/") for name in hub.repos if name.startswith("datasets/")} - {"alice/rows"}
     assert seeded == {name for name, *_ in wanted}

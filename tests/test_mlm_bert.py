@@ -426,19 +426,6 @@ def test_dry_run_plans_and_writes_nothing(bert, documents, tmp_path, capsys, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_the_t4_recipe_streams_its_articles(hub, tmp_path):
-    """Real names, a tiny model and few articles behind them; only as many rows as asked for are kept."""
-    options = ("--fp16=false", "--max_steps=1", "--max_length=64", "--per_device_train_batch_size=4")
-    few = ("--max_train_rows=40", "--max_test_rows=5", "--warmup_steps=0", f"--output_dir={tmp_path / 'run'}")
-    home = hub.env_for("write", home=tmp_path / "home")
-    ran = command(f"--config={TASK / 'configs' / 't4.yaml'}", *options, *few, **home)
-    assert ran.returncode == 0, ran.stderr
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "read 50 = kept 50" in card and "base_model: google-bert/bert-base-uncased" in card
-    assert "- wikimedia/wikipedia" in card and "15% of the words" in card
-    assert not [path for path in (tmp_path / "home").rglob("*.parquet")]  # streamed, not downloaded
-
-
 @pytest.mark.parametrize("config", sorted(path.name for path in (TASK / "configs").glob("*.yaml")))
 def test_configurations_are_read(config):
     script_args, args, run_args = parse(

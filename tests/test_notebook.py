@@ -18,9 +18,7 @@ from jupyter_client.manager import KernelManager
 
 NOTEBOOK = ROOT / "notebooks" / "colab_t4.ipynb"
 SMALL = "--fp16 false --use_cpu true --max_steps 2 --max_train_rows 24 --max_test_rows 6 --max_validation_rows 4 "
-SMALL += (
-    "--max_length 256 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 --logging_steps 1"
-)
+SMALL += "--max_length 256 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 --logging_steps 1"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import gzip
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -514,24 +513,6 @@ def test_the_folder_runs_from_anywhere_and_pads_where_it_must(models, files, tmp
     )
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "run" / "README.md").exists()
-
-
-@pytest.mark.parametrize(("config", "unanswerable"), [("t4", False), ("t4_squad_v2", True)])
-def test_the_hub_recipes_run(hub, tmp_path, config, unanswerable):
-    """The published command against a Hub on this machine; only steps and precision differ."""
-    argv = [f"--config=tasks/qa_squad/configs/{config}.yaml", f"--output_dir={tmp_path / 'run'}"]
-    ran = subprocess.run(
-        [str(ROOT / ".venv/bin/accelerate"), "launch", "--config_file", "accelerate/t4.yaml"]
-        + ["tasks/qa_squad/train.py", *argv, "--fp16=false", "--max_steps=2"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **hub.env, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found = results(tmp_path / "run")
-    assert ("test_no_answer_f1" in found) == unanswerable and found["test_rows"] == 80
-    assert "base_model: google-bert/bert-base-uncased" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

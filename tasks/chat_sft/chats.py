@@ -2,6 +2,8 @@
 
 import re
 
+from trl.chat_template_utils import has_generation_markers
+
 from shared import UserError
 from shared.cleaning import clean_text, malformed
 
@@ -27,8 +29,10 @@ GREETING = re.compile(
 )
 
 # For models without a template, such as GPT-2: plain words, since such a tokenizer has no tokens for roles. Each reply starts on
-# a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained.
+# a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained. Llama 2 was
+# pretrained with its start token in front; GPT-2 and Falcon have none of their own.
 PLAIN_TEMPLATE = (
+    "{% if bos_token is defined and bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'Assistant:\n' }}{% generation %}"
     "{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ ('System:\n' if message['role'] == 'system' else 'User:\n') + message['content'] + '\n' }}{% endif %}{% endfor %}"
@@ -145,16 +149,46 @@ def spare_token(tokenizer) -> str:
     )
 
 
+def reply_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and from where to where each reply reaches in it, its end token included.
+
+    For templates that do not mark replies, such as SmolLM2's and Llama 2's: a reply is what a template adds to the
+    conversation before it. A reply without anything before it is not trained.
+
+    Raises:
+        UserError: the template changes earlier turns when later ones follow, or drops them.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0):
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                "the chat template does not mark what the assistant says, and does not show it by itself either. Put "
+                "{% generation %} and {% endgeneration %} around the reply and its end token, and save the tokenizer."
+            )
+        end = text.find(tokenizer.eos_token, len(before), len(after))
+        spans.append((len(before), len(after) if end < 0 else end + len(tokenizer.eos_token)))
+    return text, spans
+
+
 def tokenize(messages: list[dict], tokenizer, max_length: int) -> dict:
     """Token ids, labels (-100 where nothing is trained) and whether the row was cut.
 
     Only the assistant's turns are trained, each with its end token. A row that is too long is cut after the last whole reply
     that fits; where not even one fits, in its middle.
     """
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    if has_generation_markers(tokenizer.chat_template):
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    else:
+        text, spans = reply_spans(messages, tokenizer)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        mask = [any(start <= at < end for start, end in spans) for at, _ in encoded["offset_mapping"]]
     truncated = len(ids) > max_length
     if truncated:
         ends = [i + 1 for i in range(max_length) if mask[i] and not mask[i + 1]]

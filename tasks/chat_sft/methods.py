@@ -1,5 +1,6 @@
 """The model and what is trained of it: full, LoRA, QLoRA, P-tuning; its tokenizer and its replies. Used by train.py."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,20 +14,23 @@ from shared import UserError
 from shared.packed_attention import PACKED
 
 
+def check_method(script_args) -> None:
+    """Raises UserError where other options do not go with `--method`."""
+    if script_args.save_merged and script_args.method in ("full", "p_tuning"):
+        raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
+    if script_args.load_in_4bit and script_args.method == "full":
+        raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+
+
 def load_tokenizer(source: Path):
-    """The model's tokenizer with a chat template that marks what is trained, and with pad different from the end token."""
+    """The model's tokenizer with a chat template, marked by trl where it knows the template; pad is not the end token."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = spare_token(tokenizer)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif not has_generation_markers(tokenizer.chat_template):
-        try:
+        with suppress(ValueError):  # not a template that trl knows: see chats.reply_spans
             tokenizer.chat_template = get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise UserError(
-                f"{source}: its chat template does not mark what the assistant says. Put {{% generation %}} and "
-                "{{% endgeneration %}} around the reply and its end token, and save the tokenizer."
-            ) from error
     return tokenizer
 
 
@@ -40,8 +44,8 @@ def four_bit(args) -> BitsAndBytesConfig:
     )
 
 
-def load_model(source: Path, method: str, args):
-    """The base model, in fp32 (4-bit NF4 for qlora).
+def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False):
+    """The base model, in fp32 (4-bit NF4 for qlora, or where asked for); `empty`: shapes without weights, for a plan.
 
     Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
@@ -49,12 +53,15 @@ def load_model(source: Path, method: str, args):
     """
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source))]
     packs = architecture._supports_attention_backend and method != "p_tuning"
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=PACKED if packs else "sdpa",
-        quantization_config=four_bit(args) if method == "qlora" else None,
+        quantization_config=four_bit(args) if method == "qlora" or in_4bit else None,
     )
 
 
@@ -62,13 +69,13 @@ def add_adapter(model, script_args, args):
     """Freezes the base and adds what `--method` trains."""
     if script_args.method == "full":
         return model
+    if script_args.method == "qlora" or script_args.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     if script_args.method == "p_tuning":
         tokens = script_args.virtual_tokens
         return get_peft_model(
             model, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, encoder_hidden_size=128)
         )
-    if script_args.method == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=script_args.lora_r,
@@ -111,13 +118,14 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def usage(repo: str, method: str) -> str:
+def usage(repo: str, method: str, in_4bit: bool = False) -> str:
     """The lines of Python that load what a run has left; shown on the model card."""
+    in_4bit = in_4bit or method == "qlora"
     loader, library = (
         ("AutoModelForCausalLM", "transformers") if method == "full" else ("AutoPeftModelForCausalLM", "peft")
     )
     names, quantized = "AutoTokenizer", ""
-    if method == "qlora":
+    if in_4bit:
         names += ", BitsAndBytesConfig"
         quantized = ", quantization_config=four_bit"
     return "\n".join(
@@ -128,7 +136,7 @@ def usage(repo: str, method: str) -> str:
             *[
                 'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
             ]
-            * (method == "qlora"),
+            * in_4bit,
             f'model = {loader}.from_pretrained("{repo}"{quantized})',
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
         ]

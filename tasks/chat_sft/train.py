@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared import UserError
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -34,8 +33,22 @@ class ScriptArguments:
     )
     lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Hold the frozen base in 4 bits (NF4) for p_tuning and lora; qlora always does."},
+    )
     virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens that p_tuning puts in front."})
     max_validation_rows: int = field(default=200, metadata={"help": "Rows of the validation split in each evaluation."})
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data sets to train on beside the conversations: texts with summaries (as CNN/DailyMail) and questions about "
+            'texts (as SQuAD), each tested by its own metric. A configuration follows the name: "abisee/cnn_dailymail 3.0.0".'
+        },
+    )
+    mixture_weights: list[float] = field(
+        default_factory=list, metadata={"help": "Shares of the training rows: of --dataset, then of each of --mixture."}
+    )
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
@@ -93,9 +106,10 @@ def main(script_args, args, run_args) -> None:
     # Setup
     from contextlib import nullcontext
 
+    import mixture
     from chats import preflight, sample_talks, show, tokenize
     from datasets import Dataset
-    from methods import add_adapter, load_model, load_tokenizer, reply, save_merged, usage
+    from methods import add_adapter, check_method, load_model, load_tokenizer, reply, save_merged, usage
     from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
@@ -103,15 +117,15 @@ def main(script_args, args, run_args) -> None:
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
     from shared.packed_attention import PACKED
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
-    if script_args.save_merged and script_args.method in ("full", "p_tuning"):
-        raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
+    check_method(script_args)
 
     # Data
-    source = pull(run_args.model_name_or_path)
+    source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
     tokenizer = load_tokenizer(source)
     splits, cleaning = load_rows(run_args, args.seed)
     limits = {
@@ -119,6 +133,7 @@ def main(script_args, args, run_args) -> None:
         "validation": script_args.max_validation_rows,
         "test": run_args.max_test_rows,
     }
+    splits, asked = mixture.mix(splits, script_args, limits, tokenizer, args)
     tokenized = {}
     for name, most in limits.items():
         chosen = first_rows(splits[name], most)
@@ -132,11 +147,13 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)
-    model = add_adapter(load_model(source, script_args.method, args), script_args, args)
+    base = load_model(source, script_args.method, args, script_args.load_in_4bit, empty=run_args.dry_run)
+    model = add_adapter(base, script_args, args)
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
-        return print_plan(model, args, run_args, **facts)
+        in_4bit = script_args.load_in_4bit or script_args.method == "qlora"
+        return print_plan(model, args, run_args, in_4bit=in_4bit, smaller="--method qlora", **facts)
 
     # Train
     method = script_args.method
@@ -175,18 +192,22 @@ def main(script_args, args, run_args) -> None:
     prompts = [talk[:-1] for talk in talks]
     trainer.model.eval()
     after = reply(trainer.model, tokenizer, prompts)
+    trained_answers = mixture.answer(trainer.model, tokenizer, asked, args, "trained model")
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
         base = trainer.model.get_base_model() if adapted else load_model(source, "full", args).to(args.device).eval()
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before = reply(base, tokenizer, prompts)
+        base_answers = mixture.answer(base, tokenizer, asked, args, "base model")
     unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
     helped = report.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
+    others = mixture.compare(asked, base_answers, trained_answers)
     metrics = {
         **compute_metrics(trained_rows, "test"),
         **compute_metrics(base_rows, "base"),
         **compute_metrics(unigram, "baseline"),
         **helped,
+        **others["metrics"],
         "test_rows": len(base_rows["nll"]),
     }
 
@@ -202,13 +223,14 @@ def main(script_args, args, run_args) -> None:
         args,
         run_args,
         metrics=metrics,
-        samples=samples,
+        samples=samples + others["samples"],
         preflight=facts,
-        line=helped["line"],
+        line=" ".join([helped["line"], *others["lines"]]),
+        more_data=others["data"],
         training={"method": method, "data": cleaning},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
-        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method),
+        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method, script_args.load_in_4bit),
         limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
         "predicts such conversations, not how useful its replies are.",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import UserError
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -124,6 +124,7 @@ def main(script_args, args, run_args) -> None:
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
     from shared.out_of_memory import evaluate_within_memory
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)

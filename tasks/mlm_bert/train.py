@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -95,6 +95,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, SeededCollator, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)

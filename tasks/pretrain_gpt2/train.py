@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared import UserError
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 NGRAM_TOKENS = 20_000_000  # of a stream, for the n-gram models: their counts then stay below two gigabytes
 
@@ -88,12 +88,13 @@ def main(script_args, args, run_args) -> None:
     from documents import load_documents, open_stream
     from gpt2_models import build_model, load_tokenizer, usage, write_samples
     from ngrams import ngram_scores
-    from trainer_gpt2 import PretrainTrainer, score_documents
+    from trainer_gpt2 import CHUNK, PretrainTrainer, score_documents
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
+    from shared.plan import print_plan
 
     setup(args, run_args)
     args.remove_unused_columns = False  # blocks have just the columns that the loss needs
@@ -149,7 +150,7 @@ def main(script_args, args, run_args) -> None:
 
     model = new_model()
     if run_args.dry_run:
-        return print_plan(model, args, run_args, **facts)
+        return print_plan(model, args, run_args, longest_row=length, positions_at_once=CHUNK, **facts)
 
     # Train
     data = repr(held_out) if streaming else hashlib.sha256(blocks.blocks.tobytes()).hexdigest()

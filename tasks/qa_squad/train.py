@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import UserError
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # What the best threshold would give on the test split itself; the one that is used is chosen on validation.
 BEST = ("f1", "threshold", "exact_match", "exact_match_threshold")
@@ -100,6 +100,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)
@@ -132,8 +133,8 @@ def main(script_args, args, run_args) -> None:
             f"--max_length {script_args.max_length}: {run_args.model_name_or_path} reads at most {longest} tokens."
         )
     if run_args.dry_run:
-        plan = {"rows": facts["windows"], "tokens": facts["tokens"], "supervised_share": 0}
-        return print_plan(model, args, run_args, **plan)
+        plan = {"rows": facts["windows"], "tokens": facts["tokens"], "longest_row": facts["longest_window"]}
+        return print_plan(model, args, run_args, supervised_share=0.0, **plan)
 
     # Train
     digest = hashlib.sha256(windows["train"].ids.tobytes() + windows["train"].answer.tobytes()).hexdigest()

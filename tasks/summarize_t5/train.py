@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from shared.run import begin, finish, log, print_plan, run, setup
+from shared.run import begin, finish, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -110,6 +110,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.plan import print_plan
     from shared.splits import first_rows
 
     setup(args, run_args)
@@ -146,7 +147,9 @@ def main(script_args, args, run_args) -> None:
     first = tokenized["train"][0]
     log.info("first row: %s\n -> %s", *(tokenizer.decode(first[key])[:1000] for key in ("input_ids", "labels")))
     if run_args.dry_run:
-        return print_plan(model, args, run_args, **facts)
+        facts |= {"longest_row": max(tokenized["train"]["length"]), "supervised_share": 1.0}
+        longest_target = max(map(len, tokenized["train"]["labels"]))
+        return print_plan(model, args, run_args, longest_target=longest_target, **facts)
 
     # Train
     digest = hashlib.sha256()
