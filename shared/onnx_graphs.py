@@ -11,7 +11,9 @@ SmolLM2-135M on this class of machine, and its fusions found no attention in the
 import contextlib
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.export import Dim
@@ -214,8 +216,7 @@ class _CrossStates(torch.nn.Module):
         with _tracing(_Trace(padding=attention_mask.to(torch.int32))):
             states = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         # A step of the decoder shows them; whatever else it computes is not asked for, and so not in the graph
-        caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        layers = _decoder_layers(self.model)
+        caches, layers = EncoderDecoderCache(DynamicCache(), DynamicCache()), _decoder_layers(self.model)
         empty = states.new_zeros(states.shape[0], *_heads(self.model)[:1], 1, _heads(self.model)[1])
         with _tracing(_Trace([(empty, empty)] * layers, padding=attention_mask.to(torch.int32))) as trace:
             caches.self_attention_cache = trace
@@ -226,13 +227,21 @@ class _CrossStates(torch.nn.Module):
         return tuple(x for layer in caches.cross_attention_cache.layers for x in (layer.keys, layer.values))
 
 
+@dataclass
+class _Crosses:
+    """Keys and values of the encoder's states a layer, where a decoder looks for them."""
+
+    layers: list
+
+
 class _CrossDecoder(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids, encoder_attention_mask, pasts, crosses):
-        caches = EncoderDecoderCache(DynamicCache(), DynamicCache([(key, value) for key, value in crosses]))
+        caches = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        caches.cross_attention_cache = _Crosses([SimpleNamespace(keys=key, values=value) for key, value in crosses])
         caches.is_updated = dict.fromkeys(range(len(crosses)), True)
         states = crosses[0][0].new_zeros(
             input_ids.shape[0], encoder_attention_mask.shape[1], 1
@@ -262,7 +271,12 @@ def export_encoder_decoder(model, folder: Path) -> None:
     names = ["input_ids", "encoder_attention_mask", *_cache_names("past_key_values", layers), *crosses]
     outputs = ["logits", *_cache_names("present", layers)]
     _write(
-        _CrossDecoder(model), (example[:, :1], example, pasts, across), shapes, names, outputs, folder / "decoder.onnx"
+        _CrossDecoder(model),
+        (torch.ones(2, 1, dtype=torch.long), example, pasts, across),
+        shapes,
+        names,
+        outputs,
+        folder / "decoder.onnx",
     )
 
 
