@@ -201,8 +201,9 @@ def export_encoder(model, path: Path, segments: bool) -> None:
     names = ["input_ids", "attention_mask", *["token_type_ids"] * segments]
     tokens = {0: Dim("batch"), 1: Dim("sequence")}
     outputs = ["start_logits", "end_logits"] if "QuestionAnswering" in type(model).__name__ else ["logits"]
-    example = torch.ones(2, 5, dtype=torch.long)
-    _write(_Encoder(model), (example,) * len(names), (tokens,) * len(names), names, outputs, path)
+    # Not one tensor for all: the trace would take them for one input
+    examples = tuple(torch.ones(2, 5, dtype=torch.long) for _ in names)
+    _write(_Encoder(model), examples, (tokens,) * len(names), names, outputs, path)
 
 
 class _CrossStates(torch.nn.Module):
@@ -262,9 +263,9 @@ def export_encoder_decoder(model, folder: Path) -> None:
     layers, (heads, width) = _decoder_layers(model), _heads(model)
     batch, source, past = map(Dim, ("batch", "source", "past"))
     crosses, tokens = _cache_names("cross", layers), {0: batch, 1: source}
-    example = torch.ones(2, 5, dtype=torch.long)
+    ids, mask = (torch.ones(2, 5, dtype=torch.long) for _ in range(2))
     names = ["input_ids", "attention_mask"]
-    _write(_CrossStates(model), (example, example), (tokens, tokens), names, crosses, folder / "encoder.onnx")
+    _write(_CrossStates(model), (ids, mask), (tokens, tokens), names, crosses, folder / "encoder.onnx")
     pasts = [(torch.zeros(2, heads, 3, width), torch.zeros(2, heads, 3, width)) for _ in range(layers)]
     across = [(torch.zeros(2, heads, 5, width), torch.zeros(2, heads, 5, width)) for _ in range(layers)]
     shapes = ({0: batch}, tokens, [({0: batch, 2: past},) * 2] * layers, [({0: batch, 2: source},) * 2] * layers)
@@ -272,7 +273,7 @@ def export_encoder_decoder(model, folder: Path) -> None:
     outputs = ["logits", *_cache_names("present", layers)]
     _write(
         _CrossDecoder(model),
-        (torch.ones(2, 1, dtype=torch.long), example, pasts, across),
+        (torch.ones(2, 1, dtype=torch.long), mask, pasts, across),
         shapes,
         names,
         outputs,
@@ -314,3 +315,45 @@ def _write(module, examples, shapes, inputs: list[str], outputs: list[str], path
             verbose=False,
         )
     program.save(str(path), external_data=True)
+
+
+def export(model, folder: Path, task: str, segments: bool) -> None:
+    """Writes the graphs of a model; it is changed by that and of no further use. `segments`: see `export_encoder`."""
+    if task == "summarization":
+        export_encoder_decoder(model, folder)
+    elif task == "text-generation":
+        export_decoder(model, folder / "model.onnx")
+    else:
+        export_encoder(model, folder / "model.onnx", segments)
+
+
+def quantize(source: Path, target: Path, bits: int, task: str) -> None:
+    """Writes a graph with its matrix products in 8 or 4 bits.
+
+    A model that writes reads all its weights for each token, so only weights are rounded, 32 with a scale (MatMulNBits). An
+    encoder computes instead: both sides of its products are rounded to 8 bits, weights by channel. Weights get 7 of the 8 bits:
+    without VNNI, products of two 8-bit numbers are added in 16 bits and saturate.
+    """
+    import onnx
+
+    if task in ("text-generation", "summarization"):
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
+        quantizer = MatMulNBitsQuantizer(
+            onnx.load(source), bits=bits, block_size=32, is_symmetric=True, accuracy_level=4
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+    else:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        logging.getLogger("root").setLevel(logging.ERROR)
+        quantize_dynamic(
+            source,
+            target,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],
+        )

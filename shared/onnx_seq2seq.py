@@ -18,6 +18,7 @@ class OnnxEncoderDecoder(GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = False
     _supports_cache_class = True
+    base_model_prefix = "model"
     hf_device_map = None
 
     def __init__(self, config, generation, encoder, decoder):
