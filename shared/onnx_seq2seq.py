@@ -4,11 +4,21 @@ shared/onnx_model.py.
 
 import numpy as np
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
-class OnnxEncoderDecoder(GenerationMixin):
+class _Callable:
+    """`generate` calls an encoder, and looks at the parameters of its `forward`."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, *arguments, **named):
+        return self.forward(*arguments, **named)
+
+
+class OnnxEncoderDecoder(PreTrainedModel, GenerationMixin):
     """What `generate` needs of a model, on two sessions; one object a call, since it keeps what the encoder has said.
 
     Args:
@@ -16,19 +26,27 @@ class OnnxEncoderDecoder(GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    _is_stateful = False
-    _supports_cache_class = True
     base_model_prefix = "model"
-    hf_device_map = None
+    _supports_sdpa = True  # not asked for; what the configuration names would be refused otherwise
 
     def __init__(self, config, generation, encoder, decoder):
-        self.config, self.generation_config = config, generation
-        self.encoder, self.decoder = encoder, decoder
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        super().__init__(config)
+        self.generation_config = generation
+        self.encoder_session, self.decoder_session = encoder, decoder
         self.names = [each.name for each in decoder.get_inputs()]
         self.outputs = [each.name for each in decoder.get_outputs()]
         shape = next(each.shape for each in decoder.get_inputs() if each.name.startswith("past_"))
         self.heads, self.width = shape[1], shape[3]
+
+    @property
+    def device(self):
+        """Where the tensors are that `generate` makes."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self):
+        """Of the scores."""
+        return torch.float32
 
     def can_generate(self) -> bool:
         """Asked by `generate`."""
@@ -36,20 +54,16 @@ class OnnxEncoderDecoder(GenerationMixin):
 
     def get_encoder(self, *_, **__):
         """Asked by `generate`, which calls it once with all rows."""
-        return self.encode
+        return _Callable(self.encode)
 
     def encode(self, input_ids, attention_mask=None, **_):
         """The keys and values of each decoder layer's cross-attention, in the place of the encoder's states."""
         feed = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        states = self.encoder.run(None, feed)
+        states = self.encoder_session.run(None, feed)
         # `generate` repeats rows for beams along the first axis of last_hidden_state: it holds row numbers
-        self.cross = dict(zip([each.name for each in self.encoder.get_outputs()], states, strict=True))
+        self.cross = dict(zip([each.name for each in self.encoder_session.get_outputs()], states, strict=True))
         self.crossed = None
         return BaseModelOutput(last_hidden_state=torch.arange(len(input_ids)).view(-1, 1, 1))
-
-    def __call__(self, **inputs):
-        """Asked by `generate`."""
-        return self.forward(**inputs)
 
     def forward(
         self,
@@ -74,7 +88,7 @@ class OnnxEncoderDecoder(GenerationMixin):
             for part in ("key", "value"):
                 empty = np.zeros((len(tokens), self.heads, 0, self.width), np.float32)
                 feed[f"past_key_values.{i}.{part}"] = getattr(cache.layers[i], f"{part}s").numpy() if filled else empty
-        found = self.decoder.run(self.outputs, {name: feed[name] for name in self.names})
+        found = self.decoder_session.run(self.outputs, {name: feed[name] for name in self.names})
         found = {name: torch.from_numpy(values) for name, values in zip(self.outputs, found, strict=True)}
         for i in range(layers):
             key, value = found[f"present.{i}.key"], found[f"present.{i}.value"]
