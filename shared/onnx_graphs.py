@@ -46,6 +46,10 @@ class _Trace:
 
     def update(self, key, value, layer, *_, **__):
         self.layer = layer
+        if self.padding is not None:  # T5 counts the keys for its position bias
+            past = self.pasts[layer]
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+            self.presents.append((key, value))
         return key, value
 
     def get_seq_length(self, *_):
@@ -74,33 +78,27 @@ def _attend(module, query, key, value, mask, scaling=None, position_bias=None, *
 
     scale = float(width**-0.5 if scaling is None else scaling)
     layer, trace.layer = trace.layer, None
-    new, dtypes = (batch, length, heads * width), [query.dtype] * 3
     if layer is not None and trace.padding is None:
         kept = (batch, key.shape[1], trace.columns, width)
         out, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             [flat(query), flat(key), flat(value), *trace.pasts[layer], trace.lengths, trace.total],
             {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scale},
-            dtypes=dtypes,
-            shapes=[new, kept, kept],
+            dtypes=[query.dtype] * 3,
+            shapes=[(batch, length, heads * width), kept, kept],
             version=1,
         )
         trace.presents.append(present)
         return out.view(batch, length, heads, width), None
-    attributes = {"num_heads": heads, "scale": scale}
-    if layer is not None:  # a decoder with an encoder: the new token after those before
-        past = trace.pasts[layer][0].shape[2]
-        kept = (batch, heads, past + length, width)
-        inputs = [flat(query), flat(key), flat(value), None, None, position_bias, *trace.pasts[layer]]
-        out, *present = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::MultiHeadAttention", inputs, attributes, dtypes=dtypes, shapes=[new, kept, kept], version=1
-        )
-        trace.presents.append(present)
-    else:
-        inputs = [flat(query), flat(key), flat(value), None, trace.padding, position_bias]
-        out = torch.onnx.ops.symbolic(
-            "com.microsoft::MultiHeadAttention", inputs, attributes, dtype=query.dtype, shape=new, version=1
-        )
+    padding = trace.padding if layer is None else None  # a decoder writes one token at a time, after all others
+    out = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        [flat(query), flat(key), flat(value), None, padding, position_bias],
+        {"num_heads": heads, "scale": scale},
+        dtype=query.dtype,
+        shape=(batch, length, heads * width),
+        version=1,
+    )
     return out.view(batch, length, heads, width), None
 
 
