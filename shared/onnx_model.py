@@ -589,6 +589,8 @@ def load_adapter(folder: Path, auto, options: dict):
     name = config.base_model_name_or_path or ""
     source = pull(f"{name}@{config.revision}" if config.revision and "/" in name and not Path(name).is_dir() else name)
     base = auto.from_pretrained(source, **options)
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize().to(options["dtype"])
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError) as error:
