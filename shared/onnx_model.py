@@ -9,6 +9,7 @@ pickle or runs code that came with a model.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -326,7 +327,9 @@ class Model:
         if isinstance(prompt, list):
             return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if isinstance(prompt, dict):
-            return self.tokenizer(prompt["question"], prompt["context"])["input_ids"]
+            return self.tokenizer(
+                prompt["question"], prompt["context"], truncation="only_second", max_length=self.context
+            )["input_ids"]
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
     def golden_outputs(self, prompts: list, new_tokens: int = 16) -> list:
@@ -567,6 +570,7 @@ def load_torch(folder: Path, task: str):
     """
     import transformers
 
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at each product, that it computes in fp16
     gpu = torch.cuda.is_available()
     auto = getattr(transformers, TASKS[task])
     options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32}
