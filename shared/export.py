@@ -91,7 +91,7 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         auto = getattr(transformers, TASKS[task])
         auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32).save_pretrained(target)
-    elif task == "text-generation" and _architecture(folder) in GENAI:
+    elif task == "text-generation" and _genai_builds(folder):
         _build_with_genai(folder, target, {"onnx": "fp32", "onnx-int8": "int8", "int4": "int4"}[name])
     else:
         from shared import onnx_graphs
@@ -310,8 +310,11 @@ def card(result: dict) -> str:
     )
 
 
-def _architecture(folder: Path) -> str:
-    return (_read(folder / "config.json").get("architectures") or [""])[0]
+def _genai_builds(folder: Path) -> bool:
+    """Whether onnxruntime-genai knows the architecture, and its rotary embeddings the width of the heads."""
+    config = _read(folder / "config.json")
+    width = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    return (config.get("architectures") or [""])[0] in GENAI and width % 16 == 0
 
 
 def _reads_segments(source: Path) -> bool:

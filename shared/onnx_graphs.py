@@ -346,7 +346,7 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
     else:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        logging.getLogger("root").setLevel(logging.ERROR)
+        graph = onnx.load(source, load_external_data=False).graph
         quantize_dynamic(
             source,
             target,
@@ -354,4 +354,5 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
             reduce_range=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=[node.name for node in graph.node if any("qa_outputs" in name for name in node.input)],
         )

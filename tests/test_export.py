@@ -35,6 +35,10 @@ def models(tiny, tiny_bert, tmp_path_factory):
     torch.manual_seed(0)
     for name in ("llama", "gpt2"):
         shutil.copytree(tiny / name, folder / name)
+    # Heads of 16, as onnxruntime-genai asks for
+    wide = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
+    config = transformers.LlamaConfig.from_pretrained(tiny / "llama", **wide)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
     shutil.copytree(tiny_bert, folder / "bert")
     vocabulary = AutoTokenizer.from_pretrained(tiny_bert)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
