@@ -224,6 +224,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics=metrics,
         samples=samples + others["samples"],
+        test_rows=splits["test"].select_columns("messages"),
         preflight=facts,
         line=" ".join([helped["line"], *others["lines"]]),
         more_data=others["data"],
