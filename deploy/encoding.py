@@ -28,7 +28,9 @@ class PlainText:
 
     def __init__(self, tokenizer):
         if not getattr(tokenizer, "is_fast", False):
-            raise UserError("this model's tokenizer has no fast form (tokenizer.json): its control tokens cannot be guarded.")
+            raise UserError(
+                "this model's tokenizer has no fast form (tokenizer.json): its control tokens cannot be guarded."
+            )
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         control = {t["content"] for t in state["added_tokens"] if t["special"] or MARKUP.fullmatch(t["content"])}
         control |= set(tokenizer.all_special_tokens)
@@ -76,7 +78,9 @@ class PlainText:
             # Templates trim texts, or ask whether there is one: only what lies between outer white space is hidden from them.
             core = message["content"].strip()
             mark = f"{secret}x{len(cores)}x" if core else ""
-            marked.append({**message, "content": message["content"].replace(core, mark, 1) if core else message["content"]})
+            marked.append(
+                {**message, "content": message["content"].replace(core, mark, 1) if core else message["content"]}
+            )
             cores.append(core)
         try:
             rendered = self._original.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
