@@ -1,4 +1,4 @@
-"""Answers from logits: `decode` of tasks/qa_squad against the loop of transformers' utils_qa.py, answer by answer.
+"""Answers from logits: `decode` of shared/reading.py against the loop of transformers' utils_qa.py, answer by answer.
 
     python benchmarks/qa_decoding.py --questions 10000
 
@@ -9,16 +9,13 @@ windows. Prints seconds and the ratio, and fails if one answer, score or null sc
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-TASK = Path(__file__).resolve().parent.parent / "tasks" / "qa_squad"
 
 
 def make(questions: int, seed: int = 0):
     """Windows of at most 384 tokens over made-up contexts, and logits for them."""
-    from squad_features import Windows
+    from shared.reading import Windows
 
     random = np.random.default_rng(seed)
     parts, row = {"ids": [], "types": [], "spans": []}, []
@@ -100,8 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=10_000, help="how many questions to answer")
     questions = parser.parse_args().questions
-    sys.path.insert(0, str(TASK))  # the benchmark measures the task's own function
-    from squad_features import decode
+    from shared.reading import decode
 
     windows, start, end = make(questions)
     seconds = {"loop": [], "vectorised": []}

@@ -20,7 +20,7 @@ import torch
 from checkout import ROOT, train_script
 from transformers import AutoTokenizer
 
-from shared import UserError, assets
+from shared import UserError, assets, reading
 from shared.run import parse
 
 qa_squad = train_script("qa_squad")
@@ -228,7 +228,7 @@ LONG = " ".join(f"Item {i} costs {i * 3 + 100} dong." for i in range(60))
 )
 def test_the_tokens_of_a_label_are_the_answer(tokenizer, context, answer):
     rows = [question(context, answer), question(context, None)]
-    windows = squad_features.make_windows(rows, tokenizer, 48, 16)
+    windows = reading.make_windows(rows, tokenizer, 48, 16)
     facts = squad_features.preflight(rows, windows)
     assert facts["answers_read_back"] == 1 and facts["answers_in_no_window"] == 0 and not facts["span_mismatches"]
     assert facts["unanswerable_rows"] == 1 and facts["rows"] == 2 and facts["longest_window"] <= 48
@@ -246,7 +246,7 @@ def test_the_tokens_of_a_label_are_the_answer(tokenizer, context, answer):
 
 
 def test_windows_overlap_and_cover_the_context(tokenizer):
-    windows = squad_features.make_windows([question(LONG, None)], tokenizer, 48, 16)
+    windows = reading.make_windows([question(LONG, None)], tokenizer, 48, 16)
     assert len(windows) > 5
     covered = []
     for i in range(len(windows)):
@@ -265,21 +265,21 @@ def test_preflight_lists_what_a_label_cannot_say(tokenizer):
         question("He came first.", "first", id="good"),
         question("He came first.", None, question="why " * 200),
     ]
-    windows = squad_features.make_windows(rows, tokenizer, 48, 16)
+    windows = reading.make_windows(rows, tokenizer, 48, 16)
     facts = squad_features.preflight(rows, windows)
     assert facts["span_mismatches"] == [{"row": 0, "id": "part", "answer": "10", "tokens": "10th"}]
     assert facts["answers_in_no_window"] == 1 and facts["answers_read_back"] == 1 and facts["cut_questions"] == 1
     assert facts["longest_window"] <= 48 and facts["windows"] == len(windows) and facts["tokens"] == len(windows.ids)
     with pytest.raises(UserError, match="none of 1 answers fits a window"):
         only = [question(LONG, LONG[40:900])]
-        squad_features.preflight(only, squad_features.make_windows(only, tokenizer, 48, 16))
+        squad_features.preflight(only, reading.make_windows(only, tokenizer, 48, 16))
     with pytest.raises(UserError, match="--doc_stride 30 is not below half"):
-        squad_features.make_windows(rows, tokenizer, 48, 30)
+        reading.make_windows(rows, tokenizer, 48, 30)
 
 
 def test_the_answer_of_most_annotators_is_learned():
     answers = {"text": ["the city", "city", "city"], "answer_start": [0, 4, 4]}
-    assert squad_features.gold_answer(answers) == ("city", 4)
+    assert reading.gold_answer(answers) == ("city", 4)
 
 
 @pytest.fixture(scope="module")
@@ -293,11 +293,11 @@ def benchmark():
 def test_decoding_is_that_of_the_loop_and_quicker(benchmark):
     windows, start, end = benchmark.make(800, seed=3)
     for limits in ((20, 30), (5, 3)):
-        found = squad_features.decode(windows, start, end, *limits)
+        found = reading.decode(windows, start, end, *limits)
         ours = list(zip(*(found[name].tolist() for name in ("score", "first", "last", "null")), strict=True))
         assert ours == benchmark.loop(windows, start, end, *limits)
     took = {}
-    for name, function in (("loop", benchmark.loop), ("ours", squad_features.decode)):
+    for name, function in (("loop", benchmark.loop), ("ours", reading.decode)):
         began = time.perf_counter()
         function(windows, start, end)
         took[name] = time.perf_counter() - began
@@ -308,7 +308,7 @@ def flat(*windows):
     """`Windows` from (row, spans of each token), for decoding by hand."""
     spans = [np.array(spans, dtype=np.int32) for _, spans in windows]
     joined = np.concatenate(spans)
-    return squad_features.Windows(
+    return reading.Windows(
         ids=joined[:, 0],
         types=joined[:, 0],
         spans=joined,
@@ -324,12 +324,12 @@ def test_each_question_has_the_null_score_of_its_own_windows():
     windows = flat((0, [outside, outside, *tokens]), (0, [outside, outside, *tokens]), (1, [outside, outside, *tokens]))
     start = np.array([5, 9, 0, 1, 0, 1, 9, 0, 0, 3, -7, 9, 2, 0, 4], dtype=np.float32)
     end = np.array([5, 9, 0, 1, 0, 1, 9, 0, 0, 3, -7, 9, 6, 0, 0], dtype=np.float32)
-    found = squad_features.decode(windows, start, end)
+    found = reading.decode(windows, start, end)
     assert found["null"].tolist() == [2, -14]
     assert found["score"].tolist() == [6, 8]  # not 4 + 6: that end lies before its start; not 9 + 9: in the question
     assert [found["first"].tolist(), found["last"].tolist()] == [[6, 0], [8, 2]]
     assert found["no_answer"].tolist() == [-4, -22]
-    nowhere = squad_features.decode(flat((0, [outside, outside])), start[:2], end[:2])
+    nowhere = reading.decode(flat((0, [outside, outside])), start[:2], end[:2])
     assert np.isneginf(nowhere["score"]).all() and nowhere["first"][0] == nowhere["last"][0] == 0
     assert np.isfinite(nowhere["no_answer"]).all() and nowhere["no_answer"][0] > 1e6
 
@@ -366,7 +366,7 @@ def test_windows_of_a_batch_do_not_see_each_other(models, tokenizer, name):
         question("Far away in Lima or in Oslo it is blue.", "Lima"),
         question("No.", None),
     ]
-    windows = squad_features.make_windows(rows, tokenizer, 64, 16)
+    windows = reading.make_windows(rows, tokenizer, 64, 16)
     collator = reader.WindowCollator(tokenizer, reader.is_packed(model))
     batch = collator([windows[i] for i in range(3)])
     assert batch["input_ids"].shape[0] == (1 if name != "distilbert" else 3)

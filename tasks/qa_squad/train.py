@@ -100,6 +100,7 @@ def main(script_args, args, run_args) -> None:
     from shared import report
     from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
     from shared.hub import pull
+    from shared.reading import decode, make_windows
     from shared.splits import first_rows
 
     setup(args, run_args)
@@ -116,7 +117,7 @@ def main(script_args, args, run_args) -> None:
     rows, windows = {}, {}
     for name, most in limits.items():
         rows[name] = first_rows(splits[name], most)
-        windows[name] = features.make_windows(rows[name], tokenizer, script_args.max_length, script_args.doc_stride)
+        windows[name] = make_windows(rows[name], tokenizer, script_args.max_length, script_args.doc_stride)
     facts = features.preflight(rows["train"], windows["train"])
     mismatches = facts.pop("span_mismatches")
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
@@ -145,9 +146,7 @@ def main(script_args, args, run_args) -> None:
     def answer(model, name: str, title: str) -> tuple[dict, list[str], float]:
         """Best spans of a split with their scores, as text, and the mean loss of its windows."""
         scores = reader.score_windows(model, windows[name], collator, args, f"{name}, {title}")
-        found = features.decode(
-            windows[name], scores["start"], scores["end"], max_answer_length=script_args.max_answer_length
-        )
+        found = decode(windows[name], scores["start"], scores["end"], max_answer_length=script_args.max_answer_length)
         return found, features.spans_of(rows[name], found), float(scores["nll"].mean())
 
     def validate(model) -> dict:
@@ -176,7 +175,8 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     model = trainer.model
-    model.config.max_answer_length = script_args.max_answer_length
+    model.config.max_answer_length = script_args.max_answer_length  # what whoever serves the model needs to know
+    model.config.window_length, model.config.window_stride = script_args.max_length, script_args.doc_stride
     model.config.no_answer_threshold = validate(model)["eval_threshold"]  # None: each question has an answer
     found, texts, loss = answer(model, "test", "trained model")
     no_answer = {}
