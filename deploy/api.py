@@ -24,6 +24,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -300,6 +301,7 @@ class EventStream(Response):
     """Server-sent events. The status is sent with the first event, so that what fails before is an ordinary error."""
 
     def __init__(self, admission, chunks):
+        super().__init__()
         self.admission, self.chunks = admission, chunks
 
     async def __call__(self, scope, receive, send):
@@ -359,32 +361,19 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 class Guard:
-    """Outermost: key, body size, and no foreign page that calls a server without a key by a name of its own."""
+    """Outermost: the key; without one, no foreign page that calls this server by a name of its own (DNS rebinding)."""
 
-    def __init__(self, app, key: str | None, most: int):
-        self.app, self.key, self.most = app, key, most
+    def __init__(self, app, key: str | None):
+        self.app, self.key = app, key
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         refused = self._refuses(scope, headers)
-        length = headers.get(b"content-length", b"0")
-        if not refused and length.isdigit() and int(length) > self.most:
-            refused = Refused(413, f"the body is larger than {self.most:,} bytes.")
         if refused:
             return await error_response(refused)(scope, receive, send)
-        received = 0
-
-        async def counted():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.most:  # no length was announced, or a wrong one
-                raise HTTPException(413, f"the body is larger than {self.most:,} bytes.")
-            return message
-
-        await self.app(scope, counted, send)
+        await self.app(scope, receive, send)
 
     def _refuses(self, scope, headers) -> Refused | None:
         if scope["path"] in HEALTH or scope["method"] == "OPTIONS":  # a browser's preflight carries no key
@@ -394,11 +383,12 @@ class Guard:
             if not hmac.compare_digest(given, self.key.encode()):
                 return Refused(401, "a key is needed: Authorization: Bearer <TASKBOOK_API_KEY>.")
             return None
-        host = headers.get(b"host", b"").decode("latin1").rsplit(":", 1)[0].strip("[]")
         server = (scope.get("server") or ("",))[0]
-        if not (is_loopback(host) and is_loopback(server)):
-            return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
-        return None
+        with suppress(ValueError):  # no address at all in `Host`
+            host = urlsplit("//" + headers.get(b"host", b"").decode("latin1")).hostname or ""
+            if is_loopback(host) and is_loopback(server):
+                return None
+        return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
 
 
 def is_loopback(host: str) -> bool:
@@ -450,7 +440,7 @@ def create_app(
         yield
         loading.cancel()
 
-    app = FastAPI(title="LM Taskbook", lifespan=lifespan)
+    app = FastAPI(title="LM Taskbook", lifespan=lifespan, max_body_size=limits.body)
     app.state.service = service
     errors = {status: {"description": text} for status, text in ERRORS.items()}
 
@@ -582,7 +572,7 @@ def create_app(
 
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    app.add_middleware(Guard, key=key, most=limits.body)
+    app.add_middleware(Guard, key=key)
     return app
 
 

@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from checkout import ROOT
 
-from deploy.api import Limits, create_app
+from deploy.api import Limits, create_app, main
 from shared import UserError
 
 httpx = pytest.importorskip("httpx2")
@@ -156,7 +156,7 @@ def test_a_body_that_is_too_large(server):
     headers = {"content-type": "application/json"}
     for content in (big, iter([big[:50_000], big[50_000:]])):  # the second is sent in chunks, with no length announced
         answer = server.http.post("/v1/chat/completions", content=content, headers=headers)
-        assert answer.status_code == 413 and "100,000 bytes" in answer.json()["error"]["message"]
+        assert answer.status_code == 413
 
 
 def test_full_is_503_and_leaving_frees_the_slot(server):
@@ -281,10 +281,16 @@ def test_key_and_origins(tiny):
 
 
 def test_without_a_key_only_this_machine_is_answered(server):
-    for host in ("evil.example", "192.0.2.1", "localhost.evil.example"):  # a foreign page whose name leads here
+    for host in (
+        "evil.example",
+        "[",
+        "",
+        "192.0.2.1",
+        "localhost.evil.example",
+    ):  # a foreign page whose name leads here
         answer = server.http.get("/v1/models", headers={"Host": host})
         assert answer.status_code == 403 and "TASKBOOK_API_KEY" in answer.json()["error"]["message"]
-    for host in ("localhost:1", "127.0.0.1", f"[::1]:{server.port}"):
+    for host in ("localhost:1", "127.0.0.1", "[::1]", f"[::1]:{server.port}"):
         assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200
     assert (
         "access-control-allow-origin" not in server.http.get("/livez", headers={"Origin": "https://x.example"}).headers
@@ -351,11 +357,10 @@ def test_sigterm_lets_streams_finish(tiny, port, how):
     assert "ready: llama" in output and "secret" not in output
 
 
-def test_what_cannot_be_served_ends_with_code_2(port):
-    for arguments, says in (
-        (("--host", "0.0.0.0"), "TASKBOOK_API_KEY"),
-        (("--model", "./nowhere", "--port", str(port)), "no such folder"),
-    ):
-        process = command("deploy.api", *arguments)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 2 and says in output and "Traceback" not in output, output
+def test_what_cannot_be_served_ends_with_code_2(port, capsys, monkeypatch):
+    monkeypatch.delenv("TASKBOOK_API_KEY", raising=False)
+    assert main(["--host", "0.0.0.0"]) == 2
+    assert "set TASKBOOK_API_KEY" in capsys.readouterr().err
+    assert main(["--model", "./nowhere", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert "no such folder" in error and "Traceback" not in error
