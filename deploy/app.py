@@ -47,6 +47,10 @@ TEXTS = {
         "Everything runs on this machine. Small models make things up: check what matters.",
         "Mọi thứ chạy trên máy này. Mô hình nhỏ hay bịa: hãy kiểm tra điều quan trọng.",
     ),
+    "starters": (
+        "What do you do on a rainy day?|Tell me about the moon.|Plan a small party.",
+        "Trời mưa bạn làm gì?|Kể tôi nghe về mặt trăng.|Tổ chức một bữa tiệc nhỏ.",
+    ),
     "say": ("Write a message", "Nhập tin nhắn"),
     "stop": ("Stop", "Dừng"),
     "again": ("Regenerate", "Tạo lại"),
@@ -92,10 +96,12 @@ TEXTS = {
     "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
 }
 TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
-EXAMPLE = (
-    "The lighthouse of Cordouan was built between 1584 and 1611 by Louis de Foix. It stands in the sea, seven kilometres from "
-    "the coast, at the mouth of the Gironde. Its light was first fed with wood, then with coal and whale oil. In 1823 Augustin "
-    "Fresnel tried his new lens there. Since 2021 it has been on the World Heritage List."
+EXAMPLE = (  # from Python's own documentation, the kind of text that the laptop runs learn
+    "str.split(sep=None, maxsplit=-1): Return a list of the words in the string, using sep as the delimiter string. If maxsplit "
+    "is given, at most maxsplit splits are done, thus the list will have at most maxsplit+1 elements. If sep is given, consecutive "
+    "delimiters are not grouped together and are deemed to delimit empty strings. Splitting an empty string with a specified "
+    "separator returns a list with one empty string. If sep is not specified or is None, runs of consecutive whitespace are "
+    "regarded as a single separator. An empty separator raises ValueError."
 )
 
 
@@ -159,7 +165,7 @@ def task_of(folder: Path) -> str | None:
 
 
 def names_for(task: str | None) -> list[str]:
-    """Models to choose from: those that TASKBOOK_MODELS names, or the runs in outputs/, the newest first, and the packaged one."""
+    """Models to choose from: those of TASKBOOK_MODELS, or the runs in outputs/, the newest first, and the packaged one."""
     named = os.environ.get("TASKBOOK_MODELS", "").split()
     folders = [Path(name) for name in named if Path(name).is_dir()]
     if not named:
@@ -219,6 +225,11 @@ def chat_page(engine: Engine) -> None:
     if not chat:
         st.subheader(t("hello"))
         st.caption(t("hello_more"))
+        with st.container(horizontal=True, gap="small"):
+            for text in t("starters").split("|"):
+                if st.button(text):
+                    chat.append({"role": "user", "content": text})
+                    st.rerun()
     for message in chat:
         show_message(message)
     if not chat:
@@ -370,7 +381,7 @@ def summarize_page(engine: Engine) -> None:
 def ask_page(engine: Engine) -> None:
     """A question, and the place in the text that answers it."""
     context = st.text_area(t("text"), EXAMPLE, height=200)
-    question = st.text_input(t("question"), "Who built the lighthouse?")
+    question = st.text_input(t("question"), "What does split return?")
     if st.button(t("find"), type="primary", icon=":material/search:") and context.strip() and question.strip():
         with closing(stream(lambda emit: engine.answer(question, context, emit))) as results, st.spinner(""):
             found = next(results)
@@ -386,15 +397,13 @@ def ask_page(engine: Engine) -> None:
 
 def fill_page(engine: Engine) -> None:
     """Words for a blank, the likeliest first."""
-    text = st.text_input(t("sentence"), "The function returns a ___ of integers.")
+    text = st.text_input(t("sentence"), "Return the number of ___ in the list.")
     if st.button(t("guess"), type="primary", icon=":material/match_word:"):
         with closing(stream(lambda emit: engine.fill(text, 8, emit))) as results, st.spinner(""):
             words = next(results)
         with st.container(border=True):
             for word in words:
-                left, right = st.columns([1, 3], vertical_alignment="center")
-                left.markdown(f"**{literally(word['token_str'].strip())}**")
-                right.progress(word["score"], f"{word['score']:.1%}")
+                st.progress(word["score"], f"**{literally(word['token_str'].strip())}**  {word['score']:.1%}")
 
 
 def model_page(engine: Engine) -> None:
@@ -405,8 +414,8 @@ def model_page(engine: Engine) -> None:
         t("artifact"): engine.artifact,
         t("context"): f"{engine.context:,}",
     }
-    for column, (title, value) in zip(st.columns(len(facts)), facts.items(), strict=True):
-        column.metric(title, value, border=True)
+    with st.container(border=True):
+        st.markdown("  \n".join(f"{title}: **{value}**" for title, value in facts.items()))
     results = read_json(folder / "all_results.json")
     rows = [
         {
@@ -444,16 +453,17 @@ def main() -> None:
             key="language",
             label_visibility="collapsed",
         )
-    page = st.segmented_control(
+    asked = st.query_params.get("page")
+    page = st.pills(
         "Page",
         list(PAGES),
-        default="chat",
+        default=asked if asked in PAGES else "chat",
         required=True,
         key="page",
         format_func=lambda name: f"{PAGES[name][1]} {t(name)}",
         label_visibility="collapsed",
-        bind="query-params",
     )
+    st.query_params["page"] = page
     with st.sidebar:
         name = choose_model(page)
     if not name:
@@ -465,4 +475,5 @@ def main() -> None:
         st.error(literally(str(error)), icon=":material/error:")
 
 
-main()
+if __name__ == "__main__":
+    main()
