@@ -96,13 +96,18 @@ TEXTS = {
     "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
 }
 TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
-EXAMPLE = (  # from Python's own documentation, the kind of text that the laptop runs learn
-    "str.split(sep=None, maxsplit=-1): Return a list of the words in the string, using sep as the delimiter string. If maxsplit "
-    "is given, at most maxsplit splits are done, thus the list will have at most maxsplit+1 elements. If sep is given, consecutive "
-    "delimiters are not grouped together and are deemed to delimit empty strings. Splitting an empty string with a specified "
-    "separator returns a list with one empty string. If sep is not specified or is None, runs of consecutive whitespace are "
-    "regarded as a single separator. An empty separator raises ValueError."
-)
+EXAMPLE = """\
+Split the text into a list of words.
+
+Parameters:
+sep : str, default: None
+The delimiter; runs of white space where it is None.
+maxsplit : int, default: -1
+The largest number of splits to do.
+
+Raises:
+ValueError
+If the delimiter is empty."""  # a docstring, which is what the laptop runs learn
 
 
 def t(key: str, *values) -> str:
@@ -381,7 +386,7 @@ def summarize_page(engine: Engine) -> None:
 def ask_page(engine: Engine) -> None:
     """A question, and the place in the text that answers it."""
     context = st.text_area(t("text"), EXAMPLE, height=200)
-    question = st.text_input(t("question"), "What does split return?")
+    question = st.text_input(t("question"), "When is ValueError raised?")
     if st.button(t("find"), type="primary", icon=":material/search:") and context.strip() and question.strip():
         with closing(stream(lambda emit: engine.answer(question, context, emit))) as results, st.spinner(""):
             found = next(results)

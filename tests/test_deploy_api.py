@@ -64,8 +64,8 @@ def wait_for(condition, seconds=10.0):
 
 
 @pytest.fixture(scope="module")
-def server(tiny):
-    with Server([tiny / "llama", tiny / "gpt2"], limits=Limits(admitted=4, running=2, body=100_000)) as running:
+def server(tiny, tiny_served):
+    with Server([tiny / "gpt2", *tiny_served.values()], limits=Limits(admitted=4, running=2, body=100_000)) as running:
         yield running
 
 
@@ -91,7 +91,7 @@ def generated(server):
 
 def test_the_official_client_chats(server):
     client = server.client
-    assert {model.id for model in client.models.list()} == {"llama", "gpt2"}
+    assert {"llama", "gpt2", "answers", "summaries"} < {model.id for model in client.models.list()}
     ask = {"model": "llama", "messages": CHAT, "max_tokens": 12, "seed": 7, "temperature": 1.0}
     whole = client.chat.completions.create(**ask)
     usage = whole.usage
@@ -122,6 +122,47 @@ def test_the_official_client_completes(server):
     whole = server.client.completions.create(**ask)
     streamed = "".join(chunk.choices[0].text for chunk in server.client.completions.create(**ask, stream=True))
     assert whole.choices[0].text == streamed and whole.usage.completion_tokens == 8
+
+
+def test_answers_summaries_and_blanks(server, tiny_bert):
+    """The routes give what the model itself gives; what waits together is computed together, and alone it is the same."""
+    post = server.http.post
+    answers = server.service.engines["answers"].model
+    texts = [f"The colour of house {i} is green, and [SEP] that of the door is red." for i in range(3)]
+    found = [
+        post("/answer", json={"model": "answers", "question": "What is green?", "context": text}).json()
+        for text in texts
+    ]
+    for text, answer in zip(texts, found, strict=True):
+        assert answer["answer"] == text[answer["start"] : answer["end"]] and 0 <= answer["confidence"] <= 1
+    batches, original = [], answers.answer
+
+    def slow(questions, contexts):
+        batches.append(len(questions))
+        time.sleep(0.2)
+        return original(questions, contexts)
+
+    answers.answer = slow
+    with ThreadPoolExecutor(4) as pool:
+        ask = lambda i: post(
+            "/answer", json={"model": "answers", "question": "What is green?", "context": texts[i % 3]}
+        ).json()
+        together = list(pool.map(ask, range(4)))
+    answers.answer = original
+    assert sum(batches) == 4 and len(batches) < 4, batches
+    assert [answer["answer"] for answer in together] == [found[i % 3]["answer"] for i in range(4)]
+    summary = post("/summarize", json={"model": "summaries", "text": texts[0], "max_tokens": 5}).json()["summary"]
+    assert summary == server.service.engines["summaries"].model.summarize([texts[0]], max_new_tokens=5)[0]
+    too_long = post("/summarize", json={"model": "summaries", "text": "word " * 600})
+    assert too_long.status_code == 400 and "602 tokens" in too_long.json()["error"]["message"]
+    words = post("/fill-mask", json={"model": tiny_bert.name, "text": "A [MASK] </s> [SEP] day.", "top_k": 3}).json()[
+        "words"
+    ]
+    assert len(words) == 3 and words[0]["score"] >= words[1]["score"] > 0
+    none = post("/fill-mask", json={"model": tiny_bert.name, "text": "No blank."})
+    assert none.status_code == 400 and "[MASK]" in none.json()["error"]["message"]
+    wrong = post("/answer", json={"model": "llama", "question": "What?", "context": "That."})
+    assert wrong.status_code == 400 and "text-generation" in wrong.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
