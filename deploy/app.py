@@ -8,9 +8,11 @@ never as HTML, and no image is fetched.
 """
 
 import json
+import logging
 import os
 import re
 import time
+import traceback
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import streamlit as st
 from deploy.inference import DEFAULT_MODEL, Engine, Piece, Sampling, Workers, stream
 from shared import UserError
 
+log = logging.getLogger("deploy")
 PAGES = {  # task of its models, icon
     "chat": ("text-generation", ":material/chat:"),
     "summarize": ("summarization", ":material/short_text:"),
@@ -81,17 +84,14 @@ TEXTS = {
     "confidence": ("Confidence that the text answers this: {:.0%}", "Độ tin rằng văn bản có câu trả lời: {:.0%}"),
     "sentence": ("Sentence with ___ where a word is missing", "Câu có ___ ở chỗ thiếu từ"),
     "guess": ("Guess", "Đoán"),
-    "facts": ("Facts", "Thông tin"),
     "task": ("Task", "Việc"),
     "artifact": ("Form", "Dạng"),
-    "parameters": ("Parameters", "Tham số"),
     "context": ("Context", "Ngữ cảnh"),
     "metrics": ("Metrics", "Chỉ số"),
     "metric": ("Metric", "Chỉ số"),
     "trained": ("trained", "đã huấn luyện"),
     "untrained": ("base", "gốc"),
     "loss": ("Loss", "Hàm mất mát"),
-    "artifacts": ("Forms: size and speed", "Các dạng: kích thước và tốc độ"),
     "card": ("Card", "Thẻ mô hình"),
     "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
 }
@@ -446,7 +446,7 @@ def model_page(engine: Engine) -> None:
 
 def main() -> None:
     """One run of the page, which Streamlit repeats after each click."""
-    st.set_page_config("LM Taskbook", ":material/menu_book:", layout="centered")
+    st.set_page_config("LM Taskbook", "📖", layout="centered")  # an emoji: a named icon would be fetched from elsewhere
     with st.sidebar:
         st.markdown("### :material/menu_book: LM Taskbook")
         st.segmented_control(
@@ -478,6 +478,9 @@ def main() -> None:
         pages[page](engine_of(name))
     except UserError as error:
         st.error(literally(str(error)), icon=":material/error:")
+    except Exception as error:  # its place is logged, not its text, which may quote what somebody typed
+        log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+        st.error(t("failed"), icon=":material/error:")
 
 
 if __name__ == "__main__":

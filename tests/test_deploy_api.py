@@ -144,10 +144,8 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
 
     answers.answer = slow
     with ThreadPoolExecutor(4) as pool:
-        ask = lambda i: post(
-            "/answer", json={"model": "answers", "question": "What is green?", "context": texts[i % 3]}
-        ).json()
-        together = list(pool.map(ask, range(4)))
+        asked = [{"model": "answers", "question": "What is green?", "context": texts[i % 3]} for i in range(4)]
+        together = list(pool.map(lambda body: post("/answer", json=body).json(), asked))
     answers.answer = original
     assert sum(batches) == 4 and len(batches) < 4, batches
     assert [answer["answer"] for answer in together] == [found[i % 3]["answer"] for i in range(4)]

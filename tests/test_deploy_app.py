@@ -46,10 +46,10 @@ def test_every_label_has_both_languages():
     for key, (english, vietnamese) in TEXTS.items():
         assert english and vietnamese, key
         assert english.count("{") == vietnamese.count("{") and english.count("|") == vietnamese.count("|"), key
-    source = Path(APP).read_text("utf8")
-    assert {key for key in re.findall(r"\bt\(\"(\w+)\"", source)} <= set(TEXTS)
-    unused = {key for key in TEXTS if f'"{key}"' not in source.split("def t(")[1]} - set(PAGES)
-    assert not unused, "labels that nothing shows"
+    source = Path(APP).read_text("utf8").split("def t(")[1]
+    shown = set(re.findall(r"""["'](\w+)["']""", source)) | set(PAGES)
+    assert not set(TEXTS) - shown, "labels that nothing shows"
+    assert set(re.findall(r"""\bt\(["'](\w+)["']""", source)) <= set(TEXTS)
 
 
 def test_the_chat_page(open_page):
@@ -114,7 +114,7 @@ def test_the_pages_for_texts(open_page):
     labelled(app.text_input, "question", "vi").set_value("What?")
     labelled(app.button, "find", "vi").click().run()
     assert not app.exception
-    marked = app.markdown[-1].value
+    marked = app.main.markdown[-1].value
     shown = re.sub(r":green-background\[((?:\\.|[^\]])*)\]", r"\1", marked)
     assert shown.replace("  \n", "\n") == literally(context).replace("  \n", "\n"), "the text, and a mark in it"
     app = open_page("fill")
@@ -127,7 +127,7 @@ def test_the_pages_for_texts(open_page):
 
 def test_the_model_page_and_names(open_page, tmp_path, monkeypatch):
     app = open_page("model")
-    assert "text-generation" in app.markdown[-1].value
+    assert "text-generation" in app.main.markdown[-1].value
     monkeypatch.delenv("TASKBOOK_MODELS")
     monkeypatch.chdir(tmp_path)
     assert (
@@ -143,8 +143,7 @@ def test_the_model_page_and_names(open_page, tmp_path, monkeypatch):
     app = AppTest.from_file(APP, default_timeout=60)
     app.query_params["page"] = "fill"
     app.run()
-    assert "cannot" in app.error[0].value or "words" in app.error[0].value, "one line, not a traceback"
-    assert not app.exception
+    assert len(app.error) == 1 and not app.exception, "a folder without weights is one line"
 
 
 @pytest.mark.parametrize(
@@ -200,8 +199,8 @@ def chromium():
 def test_a_person_at_the_page(address, chromium):
     """Chats, stops, regenerates, edits, summarizes, asks; nothing is fetched from elsewhere, and a second person sees nothing."""
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
-    page.set_default_timeout(60_000)
-    expect.set_options(timeout=60_000)
+    page.set_default_timeout(40_000)
+    expect.set_options(timeout=40_000)
     elsewhere = []
     page.on("request", lambda r: elsewhere.append(r.url) if not re.match(f"{address}|data:|blob:", r.url) else None)
 
@@ -225,23 +224,24 @@ def test_a_person_at_the_page(address, chromium):
     expect(page.get_by_text("16 tokens")).to_be_visible()
     button("Edit").click()
     page.get_by_test_id("stForm").get_by_role("textbox").fill("Another one")
-    button("Send").last.click()
+    page.get_by_test_id("stForm").get_by_role("button", name="Send").click()
     expect(page.get_by_test_id("stChatMessage")).to_have_count(2)
     expect(page.get_by_test_id("stChatMessage").first).to_contain_text("Another one")
     expect(button("Regenerate")).to_be_visible()
 
     other = chromium.new_context().new_page()
     other.goto(address)
-    expect(other.get_by_placeholder("Write a message")).to_be_visible(timeout=60_000)
+    expect(other.get_by_placeholder("Write a message")).to_be_visible(timeout=40_000)
     expect(other.get_by_test_id("stChatMessage")).to_have_count(0)
 
-    button("Summarize").first.click()
-    page.get_by_role("button", name="Summarize").last.click()
+    tabs = page.get_by_test_id("stButtonGroup")
+    tabs.get_by_text("Summarize").click()
+    button("Summarize").last.click()
     expect(page.get_by_text("Summary", exact=True)).to_be_visible()
-    button("Ask a text").click()
+    tabs.get_by_text("Ask a text").click()
     button("Find the answer").click()
     expect(page.get_by_text("Confidence")).to_be_visible()
-    button("Model").last.click()
+    tabs.get_by_text("Model").click()
     page.get_by_text("Card", exact=True).first.click()
     expect(page.get_by_role("heading", name="Card")).to_be_visible()
     assert page.evaluate("window.bad") is None
