@@ -11,15 +11,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx2 as httpx
 import openai
 import pytest
+import schemathesis
 import uvicorn
 from checkout import ROOT
+from hypothesis import HealthCheck, given, settings, strategies
+from schemathesis import GenerationMode
 
 from deploy.api import Limits, create_app, main
 from shared import UserError
 
-httpx = pytest.importorskip("httpx2")
 CHAT = [{"role": "user", "content": "Tell me a story."}]
 
 
@@ -334,6 +337,43 @@ def test_without_a_key_only_this_machine_is_answered(server):
     assert (
         "access-control-allow-origin" not in server.http.get("/livez", headers={"Origin": "https://x.example"}).headers
     )
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch):
+    """Requests that the schema allows, and such that it does not; about half of them for the model that the route is for."""
+    monkeypatch.setattr("deploy.inference.DEFAULT_MAX_TOKENS", 4)
+    schema, seen = schemathesis.openapi.from_url(f"{server.url}/openapi.json"), {}
+    right = {
+        "/v1/chat/completions": "llama",
+        "/v1/completions": "gpt2",
+        "/summarize": "summaries",
+        "/answer": "answers",
+    }
+    right["/fill-mask"] = tiny_bert.name
+    for operation in (found.ok() for found in schema.get_all_operations()):
+        if mode == GenerationMode.NEGATIVE and operation.path not in right:
+            continue  # nothing to send that could be wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode), named=strategies.booleans())
+        @settings(
+            max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
+        def check(case, named):
+            if isinstance(case.body, dict) and named and case.operation.path in right:
+                case.body["model"] = right[case.operation.path]
+                if isinstance(case.body.get("max_tokens"), int):
+                    case.body["max_tokens"] = min(case.body["max_tokens"], 20)
+            response = case.call(timeout=60)
+            seen.setdefault(case.operation.path, set()).add(response.status_code)
+            assert response.status_code < 500, (case.operation.path, case.body, response.text)
+
+        check()
+    if mode == GenerationMode.POSITIVE:
+        assert len(seen) == 9 and all(200 in seen[path] for path in seen), seen
+    else:
+        assert set(seen) == set(right) and all(422 in seen[path] for path in right), seen
+    assert server.http.get("/readyz").status_code == 200 and server.service.admitted == 0
 
 
 def test_limits_from_the_environment(monkeypatch):
