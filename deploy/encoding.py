@@ -32,6 +32,7 @@ class PlainText:
                 "this model's tokenizer has no fast form (tokenizer.json): its control tokens cannot be guarded."
             )
         state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["truncation"] = state["padding"] = None  # some files ask for it: nothing is cut without a word
         control = {t["content"] for t in state["added_tokens"] if t["special"] or MARKUP.fullmatch(t["content"])}
         control |= set(tokenizer.all_special_tokens)
         secret = secrets.token_hex(16)

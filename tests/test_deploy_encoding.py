@@ -120,6 +120,8 @@ def test_pairs_and_masks_of_an_encoder(tiny_bert):
     ids = safe("Is [SEP] here?", "No [MASK] [CLS] [PAD].")["input_ids"]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.sep_token_id]
     assert [i for i in ids if i in tokenizer.all_special_ids] == special
+    long = "word " * 600  # MiniLM's tokenizer.json asks to cut at 128
+    assert len(PlainText(tokenizer).encode(long)) == 602
     assert safe(f"a {safe.mask_token} b")["input_ids"] == tokenizer("a [MASK] b")["input_ids"]
 
 
