@@ -40,6 +40,7 @@ from shared import UserError
 
 log = logging.getLogger("uvicorn.error")
 HEALTH = ("/livez", "/readyz")
+WORK = ("/v1/chat/completions", "/v1/completions", "/summarize", "/answer", "/fill-mask")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Service:
         self.names, self.limits, self.engines = names, limits, {}
         self.ready = self.draining = False
         self.error: UserError | None = None
-        self.admitted, self._deadlines = 0, set()
+        self.admitted, self.deadlines = 0, set()
         self.registry = CollectorRegistry()
         counter = {"registry": self.registry, "labelnames": ("route",)}
         self.accepted = Counter("taskbook_accepted", "Requests admitted", **counter)
@@ -120,42 +121,18 @@ class Service:
             raise Refused(404, f"no model {model!r} here; GET /v1/models lists them.")
         return self.engines[model]
 
-    @asynccontextmanager
-    async def admit(self, route: str):
-        """Room for one request, or 503 at once; counts how it ended, holds its deadline."""
-        if self.admitted >= self.limits.admitted:
-            self.refused.labels(route).inc()
-            raise Refused(503, f"{self.admitted} requests are being served, which is the limit.", 2)
-        self.admitted += 1
-        self.accepted.labels(route).inc()
-        began, outcome = time.perf_counter(), "failed"
-        deadline = asyncio.timeout(self.limits.total_seconds)
-        self._deadlines.add(deadline)
-        try:
-            async with deadline:
-                yield
-            outcome = "finished"
-        except (ClientGone, asyncio.CancelledError):
-            outcome = "cancelled"
-            raise
-        except TimeoutError as error:
-            raise Refused(504, "the answer took longer than the server allows.") from error
-        except (Refused, UserError):
-            raise
-        except Exception as error:  # a defect: its place is logged, never its text, which may quote a prompt
-            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-            raise Refused(500, "the server failed.") from None
-        finally:
-            self._deadlines.discard(deadline)
-            self.admitted -= 1
-            self.outcomes.labels(route, outcome).inc()
-            self.total.labels(route).observe(time.perf_counter() - began)
+    def full(self, route: str) -> Refused | None:
+        """The refusal where no room is left."""
+        if self.admitted < self.limits.admitted:
+            return None
+        self.refused.labels(route).inc()
+        return Refused(503, f"{self.admitted} requests are being served, which is the limit.", 2)
 
     def drain(self) -> None:
         """No new work; what runs may finish within `drain_seconds`."""
         self.draining = True
         latest = asyncio.get_running_loop().time() + self.limits.drain_seconds
-        for deadline in self._deadlines:
+        for deadline in self.deadlines:
             if deadline.when() is not None and deadline.when() > latest:
                 deadline.reschedule(latest)
 
@@ -298,36 +275,29 @@ class FillBody(Body):
 
 
 class EventStream(Response):
-    """Server-sent events. The status is sent with the first event, so that what fails before is an ordinary error."""
+    """Server-sent events. The status is sent with the first one, so that what fails before is an ordinary error."""
 
-    def __init__(self, admission, chunks):
+    def __init__(self, chunks):
         super().__init__()
-        self.admission, self.chunks = admission, chunks
+        self.chunks = chunks
 
     async def __call__(self, scope, receive, send):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         started = False
+        async with aclosing(self.chunks) as chunks:
+            async for chunk in chunks:
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                content = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-        async def event(content: str) -> None:
-            nonlocal started
-            if not started:
-                started = True
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True})
 
-        try:
-            async with self.admission, aclosing(self.chunks) as chunks:
-                async for chunk in chunks:
-                    await event(json.dumps(chunk, ensure_ascii=False))
-                await event("[DONE]")
-        except ClientGone:
-            return
-        except (Refused, UserError) as error:
-            if not started:
-                return await error_response(error)(scope, receive, send)
-            with suppress(TimeoutError):  # a client that does not read is not waited for again
-                await asyncio.wait_for(event(json.dumps(explain(error)[1])), 1)
-        await send({"type": "http.response.body", "body": b""})
+def defect(error: Exception) -> Refused:
+    """500 for what should not happen. Its place is logged, never its text, which may quote a prompt."""
+    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return Refused(500, "the server failed.")
 
 
 def explain(error: Exception) -> tuple[int, dict]:
@@ -360,20 +330,59 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(content, status, headers)
 
 
-class Guard:
-    """Outermost: the key; without one, no foreign page that calls this server by a name of its own (DNS rebinding)."""
+class Door:
+    """Outermost: the key, admission, the deadline of a request and how it ended. Full is said before anything is parsed."""
 
-    def __init__(self, app, key: str | None):
-        self.app, self.key = app, key
+    def __init__(self, app, service: Service, key: str | None):
+        self.app, self.service, self.key = app, service, key
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        refused = self._refuses(scope, headers)
-        if refused:
-            return await error_response(refused)(scope, receive, send)
-        await self.app(scope, receive, send)
+        refused = self._refuses(scope, dict(scope["headers"]))
+        if not refused and scope["method"] == "POST" and scope["path"] in WORK:
+            refused = self.service.full(scope["path"])
+            if not refused:
+                return await self._admitted(scope, receive, send)
+        await (error_response(refused) if refused else self.app)(scope, receive, send)
+
+    async def _admitted(self, scope, receive, send):
+        service, route, status = self.service, scope["path"], None
+
+        async def watched(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        service.admitted += 1
+        service.accepted.labels(route).inc()
+        began, outcome, failure = time.perf_counter(), "failed", None
+        deadline = asyncio.timeout(service.limits.total_seconds)
+        service.deadlines.add(deadline)
+        try:
+            async with deadline:
+                await self.app(scope, receive, watched)
+            outcome = "finished" if status == 200 else "failed"
+        except ClientGone:
+            outcome = "cancelled"
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        except TimeoutError:
+            failure = Refused(504, "the answer took longer than the server allows.")
+        except Exception as error:
+            failure = error.__cause__ if isinstance(error.__cause__, Refused | UserError) else defect(error)
+        finally:
+            service.deadlines.discard(deadline)
+            service.admitted -= 1
+            service.outcomes.labels(route, outcome).inc()
+            service.total.labels(route).observe(time.perf_counter() - began)
+        if failure and status is None:
+            await error_response(failure)(scope, receive, send)
+        elif failure:  # in the middle of a stream
+            body = f"data: {json.dumps(explain(failure)[1])}\n\n".encode()
+            with suppress(TimeoutError):  # a client that does not read is not waited for again
+                await asyncio.wait_for(send({"type": "http.response.body", "body": body}), 1)
 
     def _refuses(self, scope, headers) -> Refused | None:
         if scope["path"] in HEALTH or scope["method"] == "OPTIONS":  # a browser's preflight carries no key
@@ -414,6 +423,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app):
         loop, previous = asyncio.get_running_loop(), None
+        sys.setswitchinterval(0.0005)  # threads that compute would keep the event loop waiting for 5 ms each time
 
         def stop(number, frame):
             loop.call_soon_threadsafe(service.drain)
@@ -451,15 +461,10 @@ def create_app(
     async def failed(request, error):
         return error_response(error)
 
-    @app.exception_handler(ClientGone)
-    async def gone(request, error):
-        return Response(status_code=499)  # nobody reads it
-
     async def one(request: Request, submit) -> dict | list:
-        async with service.admit(request.url.path):
-            async for event in service.events(request, submit):
-                result = event
-            return result
+        async for event in service.events(request, submit):
+            result = event
+        return result
 
     async def text(request: Request, body: SamplingBody, submit, kind: str):
         """Both of OpenAI's routes; `kind` is the object's name in its answers."""
@@ -471,15 +476,14 @@ def create_app(
             "model": name,
         }
         if body.stream:
-            return EventStream(service.admit(request.url.path), streamed(request, body, submit, head, chat))
+            return EventStream(streamed(request, body, submit, head, chat))
         texts, reasons = [""] * body.n, [None] * body.n
-        async with service.admit(request.url.path):
-            async for event in service.events(request, submit):
-                if isinstance(event, Piece):
-                    texts[event.row] += event.text
-                    reasons[event.row] = event.reason or reasons[event.row]
-                else:
-                    usage = as_usage(event)
+        async for event in service.events(request, submit):
+            if isinstance(event, Piece):
+                texts[event.row] += event.text
+                reasons[event.row] = event.reason or reasons[event.row]
+            else:
+                usage = as_usage(event)
         choices = [
             {"index": row, **({"message": {"role": "assistant", "content": t}} if chat else {"text": t})}
             | {"logprobs": None, "finish_reason": reason}
@@ -572,7 +576,7 @@ def create_app(
 
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    app.add_middleware(Guard, key=key)
+    app.add_middleware(Door, service=service, key=key)
     return app
 
 

@@ -190,7 +190,7 @@ def test_what_is_refused_says_why(server, change, status, says):
         answer = server.http.post("/v1/chat/completions", json=body | {"stream": stream})
         error = answer.json()["error"]
         assert answer.status_code == status and says in error["message"], answer.text
-    assert server.service.admitted == 0
+    wait_for(lambda: server.service.admitted == 0)
 
 
 def test_a_body_that_is_too_large(server):
@@ -239,6 +239,7 @@ def test_full_is_503_and_leaving_frees_the_slot(server):
     time.sleep(0.2)
     restore()
     assert count[0] == stopped_at < 4000, "nobody waits any more, and nothing is generated"
+    wait_for(lambda: server.service.admitted == 0)
     after = server.outcomes()
     changed = {outcome: after[outcome] - before[outcome] for outcome in after}
     assert changed == {"finished": 1, "failed": 0, "cancelled": 4}
@@ -282,7 +283,8 @@ def test_deadlines(tiny):
         with server.http.stream("POST", "/v1/chat/completions", json=long | {"stream": True}) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert stream.status_code == 200 and "longer than" in json.loads(lines[-1][6:])["error"]["message"]
-        assert server.outcomes() == {"finished": 0, "failed": 3, "cancelled": 0} and server.service.admitted == 0
+        wait_for(lambda: server.service.admitted == 0)
+        assert server.outcomes() == {"finished": 0, "failed": 3, "cancelled": 0}
 
 
 def test_a_defect_is_500_and_quotes_nothing(server, caplog):
@@ -310,6 +312,7 @@ def test_key_and_origins(tiny):
         assert server.http.get("/livez").status_code == server.http.get("/readyz").status_code == 200
         right = {"Authorization": "Bearer " + "k" * 40}
         assert server.http.post("/v1/chat/completions", json=chat, headers=right).status_code == 200
+        wait_for(lambda: server.service.admitted == 0)
         text = server.http.get("/metrics", headers=right).text
         assert 'taskbook_done_total{outcome="finished",route="/v1/chat/completions"} 1.0' in text
         ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
@@ -375,7 +378,8 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
         )  # no [MASK] by chance
     else:
         assert set(seen) == set(right) and all(422 in seen[path] for path in right), seen
-    assert server.http.get("/readyz").status_code == 200 and server.service.admitted == 0
+    assert server.http.get("/readyz").status_code == 200
+    wait_for(lambda: server.service.admitted == 0)
 
 
 def test_limits_from_the_environment(monkeypatch):
