@@ -347,11 +347,12 @@ class Door:
         await (error_response(refused) if refused else self.app)(scope, receive, send)
 
     async def _admitted(self, scope, receive, send):
-        service, route, status = self.service, scope["path"], None
+        service, route, status, complete = self.service, scope["path"], None, False
 
         async def watched(message):
-            nonlocal status
+            nonlocal status, complete
             status = message.get("status", status)
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
         service.admitted += 1
@@ -371,7 +372,10 @@ class Door:
         except TimeoutError:
             failure = Refused(504, "the answer took longer than the server allows.")
         except Exception as error:
-            failure = error.__cause__ if isinstance(error.__cause__, Refused | UserError) else defect(error)
+            if complete:  # the client left as the last byte was written
+                outcome = "finished" if status == 200 else "failed"
+            else:
+                failure = error.__cause__ if isinstance(error.__cause__, Refused | UserError) else defect(error)
         finally:
             service.deadlines.discard(deadline)
             service.admitted -= 1
