@@ -20,7 +20,19 @@ from shared.report import TOKEN, without_paths
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-NEVER_PUSHED = ("checkpoint-*/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.lock", ".*", "*/.*", "runs/*", "__pycache__/*")
+NEVER_PUSHED = (
+    "checkpoint-*/*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.lock",
+    ".*",
+    "*/.*",
+    "runs/*",
+    "__pycache__/*",
+    "test.jsonl",
+)
 TEXT = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", ".csv")
 PATH_OF_A_MACHINE = re.compile(r"^(?:/|~|[A-Za-z]:\\)")
 

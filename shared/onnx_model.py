@@ -9,7 +9,7 @@ pickle or runs code that came with a model.
 """
 
 import json
-import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from shared import UserError
 from shared.hub import pull, refuse_unsafe
 
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see README.md
+ONNX = ("int4", "onnx-int8", "onnx")
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
@@ -110,8 +111,7 @@ class Model:
         if self.task not in TASKS:
             raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._lock = threading.Lock()
-        self._runner = _TorchRunner(folder, self.task)
+        self._runner = (_OnnxRunner if artifact in ONNX else _TorchRunner)(folder, self.task)
         self.config, self.generation = self._runner.config, self._runner.generation
         most = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
         most = [n for n in most if n and n < 1e9]
@@ -170,7 +170,7 @@ class Model:
             if cancelled is not None and cancelled():
                 break
             if decoding is None:
-                decoding = self._runner.start(*pad_left(ids, self.tokenizer.pad_token_id or 0), most)
+                decoding = self._runner.start(ids, self.tokenizer.pad_token_id or 0, most)
             else:
                 decoding.feed(tokens)
             logits = decoding.logits.float()
@@ -327,7 +327,9 @@ class Model:
         if isinstance(prompt, list):
             return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         if isinstance(prompt, dict):
-            return self.tokenizer(prompt["question"], prompt["context"])["input_ids"]
+            return self.tokenizer(
+                prompt["question"], prompt["context"], truncation="only_second", max_length=self.context
+            )["input_ids"]
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
     def golden_outputs(self, prompts: list, new_tokens: int = 16) -> list:
@@ -396,16 +398,14 @@ class _TorchRunner:
     """A checkpoint or adapter in PyTorch: in fp32 on a CPU, in its own precision on a GPU."""
 
     def __init__(self, folder: Path, task: str):
-        import transformers
-
         self.model = load_torch(folder, task)
         self.device = self.model.device
         self.config = self.model.config
         self.generation = getattr(self.model, "generation_config", None)
-        self.task, self.transformers = task, transformers
 
     @torch.inference_mode()
-    def start(self, ids: torch.Tensor, mask: torch.Tensor, most: int):
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
+        ids, mask = pad_left(rows, pad)
         return _TorchDecoding(self.model, ids.to(self.device), mask.to(self.device))
 
     @torch.inference_mode()
@@ -459,6 +459,107 @@ class _TorchDecoding:
         self._run({"input_ids": tokens[:, None].to(self.mask.device)})
 
 
+class _OnnxRunner:
+    """Graphs of shared/onnx_graphs.py or onnxruntime-genai in ONNX Runtime, on the CPU."""
+
+    def __init__(self, folder: Path, task: str):
+        from transformers import AutoConfig, GenerationConfig
+
+        self.config = AutoConfig.from_pretrained(folder)
+        has_settings = (folder / "generation_config.json").is_file()
+        self.generation = GenerationConfig.from_pretrained(folder) if has_settings else None
+        if task == "summarization":
+            self.encoder, self.decoder = (open_session(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
+        else:
+            self.session = open_session(folder / "model.onnx")
+            self.inputs = {each.name for each in self.session.get_inputs()}
+            self.outputs = [each.name for each in self.session.get_outputs()]
+
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
+        return _OnnxDecoding(self, rows, pad, most)
+
+    def logits(self, row: Sequence[int]) -> np.ndarray:
+        if any(name.startswith("past_") for name in self.inputs):
+            return _OnnxDecoding(self, [row], 0, 0, every=True).logits[0].numpy()
+        batch = {"input_ids": [row], "attention_mask": [[1] * len(row)], "token_type_ids": [[0] * len(row)]}
+        return self.encode({name: np.array(values, np.int64) for name, values in batch.items()})[0][0]
+
+    def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        return tuple(self.session.run(self.outputs, {n: v for n, v in batch.items() if n in self.inputs}))
+
+    def seq2seq(self, ids: torch.Tensor, mask: torch.Tensor, changes: dict) -> torch.Tensor:
+        from shared.onnx_seq2seq import OnnxEncoderDecoder
+
+        writer = OnnxEncoderDecoder(self.config, self.generation, self.encoder, self.decoder)
+        return writer.generate(input_ids=ids, attention_mask=mask, do_sample=False, **changes)
+
+
+class _OnnxDecoding:
+    """As _TorchDecoding, with keys and values in buffers of their final length, which the graph fills in place. Padding stands
+    right: the attention of ONNX Runtime knows the length of each row, and the next token overwrites the padding.
+    """
+
+    def __init__(self, runner: _OnnxRunner, rows: Sequence[Sequence[int]], pad: int, most: int, every: bool = False):
+        import onnxruntime
+
+        self.session, self.inputs, self.every = runner.session, runner.inputs, every
+        self.lengths = np.array([len(row) for row in rows])
+        longest, config = int(self.lengths.max()), runner.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (len(rows), heads, longest + most, width)
+        self.cache = {
+            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32)
+            for name in runner.inputs
+            if name.startswith("past_")
+        }
+        ids = np.array([list(row) + [pad] * (longest - len(row)) for row in rows], np.int64)
+        mask = (np.arange(longest) < self.lengths[:, None]).astype(np.int64)
+        positions = np.minimum(np.arange(longest), self.lengths[:, None] - 1)
+        self._run(ids, mask, positions, self.lengths - 1)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, last: np.ndarray):
+        binding = self.session.io_binding()
+        kept = np.arange(ids.shape[1]) if self.every else np.unique(last)
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": kept}
+        feed = {name: np.ascontiguousarray(values, np.int64) for name, values in feed.items() if name in self.inputs}
+        for name, values in feed.items():
+            binding.bind_cpu_input(name, values)
+        for name, values in self.cache.items():
+            binding.bind_ortvalue_input(name, values)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), values)
+        binding.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(binding)
+        logits = torch.from_numpy(binding.get_outputs()[-1].numpy())
+        if self.every:
+            self.logits = logits
+        else:  # a graph of onnxruntime-genai gives all scores
+            columns = np.searchsorted(kept, last) if "logits_to_keep" in self.inputs else last
+            self.logits = logits[torch.arange(len(ids)), torch.from_numpy(columns)]
+
+    def feed(self, tokens: torch.Tensor):
+        self.lengths = self.lengths + 1
+        mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
+        self._run(tokens[:, None].numpy(), mask, self.lengths[:, None] - 1, np.zeros(len(tokens), int))
+
+
+def open_session(path: Path):
+    """A session of ONNX Runtime on as many threads as torch has, which heeds OMP_NUM_THREADS and the cores of this process.
+
+    Raises:
+        UserError: no such file, or not a graph that this version reads.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common class
+        raise UserError(f"{path}: ONNX Runtime does not open it ({str(error).splitlines()[0][:160]}).") from error
+
+
 def load_torch(folder: Path, task: str):
     """A model in PyTorch, in eval mode. LoRA adapters are merged into their base in memory; virtual tokens stay an adapter.
 
@@ -469,6 +570,7 @@ def load_torch(folder: Path, task: str):
     """
     import transformers
 
+    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at each product, that it computes in fp16
     gpu = torch.cuda.is_available()
     auto = getattr(transformers, TASKS[task])
     options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32}
@@ -491,6 +593,8 @@ def load_adapter(folder: Path, auto, options: dict):
     name = config.base_model_name_or_path or ""
     source = pull(f"{name}@{config.revision}" if config.revision and "/" in name and not Path(name).is_dir() else name)
     base = auto.from_pretrained(source, **options)
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize().to(options["dtype"])
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError) as error:

@@ -9,6 +9,7 @@ import errno
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -404,6 +406,7 @@ def finish(
     usage: str,
     limits: str,
     library: str = "transformers",
+    test_rows: Iterable[dict] = (),
 ) -> None:
     """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
 
@@ -413,6 +416,7 @@ def finish(
         line: of `shared.report.did_it_help`.
         training: facts of this task for the card, shown before those that every run has.
         pipeline, usage, limits, library: see `shared.report.model_card`.
+        test_rows: of the test split, the first of which stay in test.jsonl (never pushed): shared/export.py scores on them.
 
     Raises:
         UserError: a metric is not finite; the push failed (everything is written by then).
@@ -427,6 +431,9 @@ def finish(
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     report.write_samples(output / "samples.jsonl", samples)
+    kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in itertools.islice(test_rows, 200))
+    if kept:
+        (output / "test.jsonl").write_text(kept, encoding="utf8", errors="backslashreplace")
     report.plot_loss(trainer.state.log_history, output / "loss.png")
     seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
     metrics |= {

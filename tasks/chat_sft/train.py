@@ -203,6 +203,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics=metrics,
         samples=samples,
+        test_rows=splits["test"].select_columns("messages"),
         preflight=facts,
         line=helped["line"],
         training={"method": method, "data": cleaning},

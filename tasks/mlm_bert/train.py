@@ -184,6 +184,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics=metrics,
         samples=samples,
+        test_rows=splits["test"].select_columns("text"),
         preflight=facts,
         line=helped["line"],
         training={

@@ -205,6 +205,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics=metrics,
         samples=samples,
+        test_rows=({"text": text} for text in texts["test"]),
         preflight=facts,
         line=helped["line"],
         training={

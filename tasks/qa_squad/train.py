@@ -219,6 +219,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics=metrics,
         samples=samples,
+        test_rows=rows["test"],
         preflight=facts,
         line=helped["line"],
         training={"data": cleaning, "no_answer_threshold": no_answer.get("threshold", "none, all have an answer")},

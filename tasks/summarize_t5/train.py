@@ -210,6 +210,7 @@ def main(script_args, args, run_args) -> None:
         run_args,
         metrics={**metrics, **helped},
         samples=samples,
+        test_rows=splits["test"].select_columns(["document", "summaries"]),
         preflight=facts,
         line=line,
         training={
