@@ -92,6 +92,9 @@ TEXTS = {
     "trained": ("trained", "đã huấn luyện"),
     "untrained": ("base", "gốc"),
     "loss": ("Loss", "Hàm mất mát"),
+    "artifacts": ("Forms: size and speed", "Các dạng: kích thước và tốc độ"),
+    "latency": ("ms for one", "ms cho một lần"),
+    "per_second": ("tokens or answers/s", "token hoặc câu trả lời/giây"),
     "card": ("Card", "Thẻ mô hình"),
     "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
 }
@@ -141,7 +144,8 @@ def load(name: str, changed: float) -> Engine:
 
 def engine_of(name: str) -> Engine:
     """The model of that name. Raises UserError."""
-    weights = [path.stat().st_mtime for path in Path(name).glob("*.safetensors")] if Path(name).is_dir() else []
+    files = (*Path(name).glob("*.safetensors"), Path(name) / "export.json") if Path(name).is_dir() else ()
+    weights = [path.stat().st_mtime for path in files if path.is_file()]
     with st.spinner(t("loading", f"`{name}`")):
         return load(name, max(weights, default=0.0))
 
@@ -155,18 +159,17 @@ def task_of(folder: Path) -> str | None:
     """What a folder in outputs/ is for, at a glance; nothing is loaded."""
     if (folder / "adapter_config.json").is_file():
         return "text-generation"
-    for config in (folder / "config.json", *sorted(folder.glob("*/config.json"))):
-        name = (read_json(config).get("architectures") or [""])[0]
-        for end, task in (
-            ("ForQuestionAnswering", "question-answering"),
-            ("ForMaskedLM", "fill-mask"),
-            ("ForConditionalGeneration", "summarization"),
-            ("LMHeadModel", "text-generation"),
-            ("ForCausalLM", "text-generation"),
-        ):
-            if name.endswith(end):
-                return task
-    return None
+    if exported := read_json(folder / "export.json").get("task"):
+        return exported
+    name = (read_json(folder / "config.json").get("architectures") or [""])[0]
+    ends = {
+        "ForQuestionAnswering": "question-answering",
+        "ForMaskedLM": "fill-mask",
+        "ForConditionalGeneration": "summarization",
+        "LMHeadModel": "text-generation",
+        "ForCausalLM": "text-generation",
+    }
+    return next((task for end, task in ends.items() if name.endswith(end)), None)
 
 
 def names_for(task: str | None) -> list[str]:
@@ -437,6 +440,15 @@ def model_page(engine: Engine) -> None:
     if (folder / "loss.png").is_file():
         st.subheader(t("loss"))
         st.image(str(folder / "loss.png"))
+    forms = read_json(folder / "export.json").get("artifacts", {})  # as shared/export.py measured them
+    if forms:
+        st.subheader(t("artifacts"))
+        rows = [
+            {t("artifact"): name, "MB": numbers["megabytes"], t("latency"): numbers["latency_ms"]["1"]["p50"]}
+            | {t("per_second"): numbers["per_second"]["1"]}
+            for name, numbers in forms.items()
+        ]
+        st.dataframe(rows, hide_index=True, width="stretch")
     card = folder / "README.md"
     if card.is_file():
         text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text("utf8"), flags=re.DOTALL)

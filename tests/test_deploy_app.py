@@ -1,5 +1,6 @@
 """deploy/app.py: each page with Streamlit's own AppTest, then the whole in a browser, at the width of a desk and of a phone."""
 
+import json
 import os
 import re
 import socket
@@ -125,8 +126,12 @@ def test_the_pages_for_texts(open_page):
     assert "MASK" in app.error[0].value
 
 
-def test_the_model_page_and_names(open_page, tmp_path, monkeypatch):
+def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch):
+    numbers = {"megabytes": 12.0, "latency_ms": {"1": {"p50": 3.5}}, "per_second": {"1": 40.0}}
+    (tiny_served["text-generation"] / "export.json").write_text(json.dumps({"artifacts": {"onnx": numbers}}))
     app = open_page("model")
+    assert app.dataframe[0].value.values.tolist() == [["onnx", 12.0, 3.5, 40.0]]
+    (tiny_served["text-generation"] / "export.json").unlink()
     assert "text-generation" in app.main.markdown[-1].value
     monkeypatch.delenv("TASKBOOK_MODELS")
     monkeypatch.chdir(tmp_path)
@@ -138,6 +143,9 @@ def test_the_model_page_and_names(open_page, tmp_path, monkeypatch):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         (tmp_path / "outputs" / name / "config.json").write_text(f'{{"architectures": ["{config}"]}}')
     (tmp_path / "outputs" / "unfinished").mkdir()
+    (tmp_path / "outputs" / "forms").mkdir()
+    (tmp_path / "outputs" / "forms" / "export.json").write_text('{"task": "summarization"}')
+    assert names_for("summarization") == ["outputs/forms"]
     assert names_for("fill-mask") == ["outputs/words"]
     assert names_for("text-generation") == ["outputs/chat_sft", "outputs/gpt", "pypi:smollm2-135m-instruct"]
     app = AppTest.from_file(APP, default_timeout=60)
