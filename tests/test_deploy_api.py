@@ -1,0 +1,451 @@
+"""deploy/api.py over real connections: OpenAI's client, limits, deadlines, clients that leave, keys, SIGTERM."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2 as httpx
+import openai
+import pytest
+import schemathesis
+import uvicorn
+from checkout import ROOT
+from hypothesis import HealthCheck, given, settings, strategies
+from schemathesis import GenerationMode
+
+from deploy.api import Limits, create_app, main
+from shared import UserError
+
+CHAT = [{"role": "user", "content": "Tell me a story."}]
+
+
+class Server:
+    """The application on a free port of 127.0.0.1, in a thread."""
+
+    def __init__(self, names, **options):
+        self.app = create_app([str(name) for name in names], **options)
+        self.service = self.app.state.service
+        self._uvicorn = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="warning"))
+        self._thread = threading.Thread(target=self._uvicorn.run)
+
+    def __enter__(self):
+        self._thread.start()
+        wait_for(lambda: self.service.ready or self.service.error, 60)
+        assert self.service.error is None
+        self.port = self._uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return self
+
+    def __exit__(self, *_):
+        self._uvicorn.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def counted(self, name, **labels):
+        return self.service.registry.get_sample_value(name, labels) or 0
+
+    def outcomes(self, route="/v1/chat/completions"):
+        return {
+            o: self.counted("taskbook_done_total", route=route, outcome=o) for o in ("finished", "failed", "cancelled")
+        }
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tiny_served):
+    with Server([tiny / "gpt2", *tiny_served.values()], limits=Limits(admitted=4, running=2, body=100_000)) as running:
+        yield running
+
+
+def generated(server):
+    """Counts the forwards of the chat model, in the returned list's only entry."""
+    model, count = server.service.engines["llama"].model, [0]
+    runner, start = model._runner, model._runner.start
+
+    def counting(*args):
+        decoding = start(*args)
+        feed = decoding.feed
+
+        def feed_counted(tokens):
+            count[0] += 1
+            return feed(tokens)
+
+        decoding.feed = feed_counted
+        return decoding
+
+    runner.start = counting
+    return count, lambda: setattr(runner, "start", start)
+
+
+def test_the_official_client_chats(server):
+    client = server.client
+    assert {"llama", "gpt2", "answers", "summaries"} < {model.id for model in client.models.list()}
+    ask = {"model": "llama", "messages": CHAT, "max_tokens": 12, "seed": 7, "temperature": 1.0}
+    whole = client.chat.completions.create(**ask)
+    usage = whole.usage
+    prompt = len(server.service.engines["llama"]._text.encode_chat(CHAT))
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (prompt, 12, prompt + 12)
+    assert whole.choices[0].finish_reason == "length" and whole.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert streamed == whole.choices[0].message.content and streamed
+    assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage == usage
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[1].choices[0].delta.role is None
+    other = client.chat.completions.create(**ask | {"seed": 8})
+    assert other.choices[0].message.content != streamed
+    stop = streamed[len(streamed) // 2 :][:3]
+    stopped = client.chat.completions.create(**ask, stop=[stop, "never"])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].message.content == streamed[: streamed.find(stop)]
+    assert stopped.usage.completion_tokens < 12
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Tell me "}, {"type": "text", "text": "a story."}]}]
+    assert client.chat.completions.create(**ask | {"messages": parts}).choices[0].message.content == streamed
+    several = client.chat.completions.create(**ask, n=3)
+    texts = [choice.message.content for choice in several.choices]
+    assert texts[0] == streamed and len(set(texts)) == 3 and several.usage.completion_tokens == 36
+
+
+def test_the_official_client_completes(server):
+    ask = {"model": "gpt2", "prompt": "Once upon", "max_tokens": 8, "temperature": 0}
+    whole = server.client.completions.create(**ask)
+    streamed = "".join(chunk.choices[0].text for chunk in server.client.completions.create(**ask, stream=True))
+    assert whole.choices[0].text == streamed and whole.usage.completion_tokens == 8
+
+
+def test_answers_summaries_and_blanks(server, tiny_bert):
+    """The routes give what the model itself gives; what waits together is computed together, and alone it is the same."""
+    post = server.http.post
+    answers = server.service.engines["answers"].model
+    texts = [f"The colour of house {i} is green, and [SEP] that of the door is red." for i in range(3)]
+    found = [
+        post("/answer", json={"model": "answers", "question": "What is green?", "context": text}).json()
+        for text in texts
+    ]
+    for text, answer in zip(texts, found, strict=True):
+        assert answer["answer"] == text[answer["start"] : answer["end"]] and 0 <= answer["confidence"] <= 1
+    batches, original = [], answers.answer
+
+    def slow(questions, contexts):
+        batches.append(len(questions))
+        time.sleep(0.2)
+        return original(questions, contexts)
+
+    answers.answer = slow
+    with ThreadPoolExecutor(4) as pool:
+        asked = [{"model": "answers", "question": "What is green?", "context": texts[i % 3]} for i in range(4)]
+        together = list(pool.map(lambda body: post("/answer", json=body).json(), asked))
+    answers.answer = original
+    assert sum(batches) == 4 and len(batches) < 4, batches
+    assert [answer["answer"] for answer in together] == [found[i % 3]["answer"] for i in range(4)]
+    summary = post("/summarize", json={"model": "summaries", "text": texts[0], "max_tokens": 5}).json()["summary"]
+    assert summary == server.service.engines["summaries"].model.summarize([texts[0]], max_new_tokens=5)[0]
+    too_long = post("/summarize", json={"model": "summaries", "text": "word " * 600})
+    assert too_long.status_code == 400 and "602 tokens" in too_long.json()["error"]["message"]
+    words = post("/fill-mask", json={"model": tiny_bert.name, "text": "A [MASK] </s> [SEP] day.", "top_k": 3}).json()[
+        "words"
+    ]
+    assert len(words) == 3 and words[0]["score"] >= words[1]["score"] > 0
+    none = post("/fill-mask", json={"model": tiny_bert.name, "text": "No blank."})
+    assert none.status_code == 400 and "[MASK]" in none.json()["error"]["message"]
+    wrong = post("/answer", json={"model": "llama", "question": "What?", "context": "That."})
+    assert wrong.status_code == 400 and "text-generation" in wrong.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "change, status, says",
+    [
+        ({"model": "../../etc"}, 404, "no model '../../etc'"),
+        ({"model": None}, 404, "/v1/models"),
+        ({"model": "gpt2"}, 400, "no chat template"),
+        ({"temperature": -1}, 422, "temperature"),
+        ({"top_p": 0}, 422, "top_p"),
+        ({"n": 5}, 422, "n:"),
+        ({"logprobs": True}, 422, "logprobs"),
+        ({"tools": []}, 422, "tools"),
+        ({"stop": ["a"] * 5}, 422, "stop"),
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 422, "messages.0.role"),
+        ({"max_tokens": 3000}, 400, "3,000 more are wanted; "),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, 400, "tokens"),
+    ],
+)
+def test_what_is_refused_says_why(server, change, status, says):
+    body = {"model": "llama", "messages": CHAT, "max_tokens": 4} | change
+    for stream in (False, True):
+        answer = server.http.post("/v1/chat/completions", json=body | {"stream": stream})
+        error = answer.json()["error"]
+        assert answer.status_code == status and says in error["message"], answer.text
+    wait_for(lambda: server.service.admitted == 0)
+
+
+def test_a_body_that_is_too_large(server):
+    big = json.dumps({"model": "llama", "messages": [{"role": "user", "content": "x" * 200_000}]}).encode()
+    headers = {"content-type": "application/json"}
+    for content in (big, iter([big[:50_000], big[50_000:]])):  # the second is sent in chunks, with no length announced
+        answer = server.http.post("/v1/chat/completions", content=content, headers=headers)
+        assert answer.status_code == 413
+
+
+def test_full_is_503_and_leaving_frees_the_slot(server):
+    """Four are admitted, of which two compute; the rest is sent away; those who leave make room."""
+    count, restore = generated(server)
+    before, accepted = server.outcomes(), server.counted("taskbook_accepted_total", route="/v1/chat/completions")
+    long = {"model": "llama", "messages": CHAT, "max_tokens": 2000, "temperature": 0}
+    with contextlib.ExitStack() as open_streams, ThreadPoolExecutor(2) as pool:
+        streams = [
+            open_streams.enter_context(server.http.stream("POST", "/v1/chat/completions", json=long | {"stream": True}))
+            for _ in range(2)
+        ]
+        sockets = []  # two more that wait, not streaming
+        for _ in range(2):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            body = json.dumps(long).encode()
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            sockets.append(connection)
+        wait_for(lambda: server.service.admitted == 4)
+        refused = server.http.post("/v1/chat/completions", json=long)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert server.http.get("/readyz").status_code == 200
+        sockets[0].close()  # while it waits: it never starts
+        wait_for(lambda: server.service.admitted == 3)
+        quick = pool.submit(server.http.post, "/v1/chat/completions", json=long | {"max_tokens": 2})
+        wait_for(lambda: server.service.admitted == 4)
+        lines = streams[0].iter_lines()
+        [next(lines) for _ in range(6)]
+        streams[0].close()  # while it streams
+        wait_for(lambda: server.service.admitted <= 3)
+        sockets[1].close()  # computing by now, or about to
+        assert quick.result().status_code == 200, "the freed slot served the one that waited"
+        streams[1].close()
+    wait_for(lambda: server.service.admitted == 0)
+    time.sleep(0.05)
+    stopped_at = count[0]
+    time.sleep(0.2)
+    restore()
+    assert count[0] == stopped_at < 4000, "nobody waits any more, and nothing is generated"
+    wait_for(lambda: server.service.admitted == 0)
+    after = server.outcomes()
+    changed = {outcome: after[outcome] - before[outcome] for outcome in after}
+    assert changed == {"finished": 1, "failed": 0, "cancelled": 4}
+    assert server.counted("taskbook_accepted_total", route="/v1/chat/completions") - accepted == 5
+    assert server.counted("taskbook_refused_total", route="/v1/chat/completions") >= 1
+
+
+def test_generation_stops_within_two_tokens(server):
+    """From the moment at which the connection closes; the model is slowed down so that tokens can be counted."""
+    count, restore = generated(server)
+    model = server.service.engines["llama"].model
+    start = model._runner.start
+
+    def slow(*args):
+        decoding = start(*args)
+        feed = decoding.feed
+        decoding.feed = lambda tokens: (time.sleep(0.05), feed(tokens))
+        return decoding
+
+    model._runner.start = slow
+    long = {"model": "llama", "messages": CHAT, "max_tokens": 200, "stream": True}
+    with server.http.stream("POST", "/v1/chat/completions", json=long) as stream:
+        next(stream.iter_lines())
+    at = count[0]
+    wait_for(lambda: server.service.admitted == 0)
+    time.sleep(0.3)
+    restore()
+    assert count[0] - at <= 2
+
+
+def test_deadlines(tiny):
+    limits = Limits(admitted=8, running=1, queue_seconds=0.3, total_seconds=1)
+    with Server([tiny / "llama"], limits=limits) as server, ThreadPoolExecutor(2) as pool:
+        long = {"messages": CHAT, "max_tokens": 2000}  # one model: it need not be named
+        first = pool.submit(server.http.post, "/v1/chat/completions", json=long)
+        wait_for(lambda: server.service.admitted == 1)
+        time.sleep(0.05)
+        second = server.http.post("/v1/chat/completions", json=long)
+        assert second.status_code == 504 and "no model was free" in second.json()["error"]["message"]
+        assert first.result().status_code == 504 and "longer than" in first.result().json()["error"]["message"]
+        with server.http.stream("POST", "/v1/chat/completions", json=long | {"stream": True}) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert stream.status_code == 200 and "longer than" in json.loads(lines[-1][6:])["error"]["message"]
+        wait_for(lambda: server.service.admitted == 0)
+        assert server.outcomes() == {"finished": 0, "failed": 3, "cancelled": 0}
+
+
+def test_a_defect_is_500_and_quotes_nothing(server, caplog):
+    engine = server.service.engines["gpt2"]
+    original = engine.model.generate
+    engine.model.generate = lambda *a, **k: 1 / 0 if k["max_new_tokens"] == 3 else original(*a, **k)
+    try:
+        body = {"model": "gpt2", "prompt": "my secret", "max_tokens": 3}
+        for stream in (False, True):
+            answer = server.http.post("/v1/completions", json=body | {"stream": stream})
+            assert answer.status_code == 500 and answer.json()["error"]["message"] == "the server failed."
+    finally:
+        engine.model.generate = original
+    assert server.http.post("/v1/completions", json=body).status_code == 200, "its thread lives on"
+    assert "ZeroDivisionError" in caplog.text and "secret" not in caplog.text
+
+
+def test_key_and_origins(tiny):
+    with Server([tiny / "llama"], key="k" * 40, origins=("https://page.example",)) as server:
+        chat = {"messages": CHAT, "max_tokens": 1}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer ü".encode("latin1")}):
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/docs", "/nowhere"):
+                assert server.http.get(path, headers=headers).status_code == 401, path
+            assert server.http.post("/v1/chat/completions", json=chat, headers=headers).status_code == 401
+        assert server.http.get("/livez").status_code == server.http.get("/readyz").status_code == 200
+        right = {"Authorization": "Bearer " + "k" * 40}
+        assert server.http.post("/v1/chat/completions", json=chat, headers=right).status_code == 200
+        wait_for(lambda: server.service.admitted == 0)
+        text = server.http.get("/metrics", headers=right).text
+        assert 'taskbook_done_total{outcome="finished",route="/v1/chat/completions"} 1.0' in text
+        ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        allowed = [
+            server.http.options("/v1/models", headers=ask | {"Origin": origin}).headers.get(
+                "access-control-allow-origin"
+            )
+            for origin in ("https://page.example", "https://evil.example")
+        ]
+        assert allowed == ["https://page.example", None]
+
+
+def test_without_a_key_only_this_machine_is_answered(server):
+    for host in (
+        "evil.example",
+        "[",
+        "",
+        "192.0.2.1",
+        "localhost.evil.example",
+    ):  # a foreign page whose name leads here
+        answer = server.http.get("/v1/models", headers={"Host": host})
+        assert answer.status_code == 403 and "TASKBOOK_API_KEY" in answer.json()["error"]["message"]
+    for host in ("localhost:1", "127.0.0.1", "[::1]", f"[::1]:{server.port}"):
+        assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200
+    assert (
+        "access-control-allow-origin" not in server.http.get("/livez", headers={"Origin": "https://x.example"}).headers
+    )
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch):
+    """Requests that the schema allows, and such that it does not; about half of them for the model that the route is for."""
+    monkeypatch.setattr("deploy.inference.DEFAULT_MAX_TOKENS", 4)
+    schema, seen = schemathesis.openapi.from_url(f"{server.url}/openapi.json"), {}
+    right = {
+        "/v1/chat/completions": "llama",
+        "/v1/completions": "gpt2",
+        "/summarize": "summaries",
+        "/answer": "answers",
+    }
+    right["/fill-mask"] = tiny_bert.name
+    for operation in (found.ok() for found in schema.get_all_operations()):
+        if mode == GenerationMode.NEGATIVE and operation.path not in right:
+            continue  # nothing to send that could be wrong
+
+        @given(case=operation.as_strategy(generation_mode=mode), named=strategies.booleans())
+        @settings(
+            max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
+        def check(case, named):
+            if isinstance(case.body, dict) and named and case.operation.path in right:
+                case.body["model"] = right[case.operation.path]
+                if isinstance(case.body.get("max_tokens"), int):
+                    case.body["max_tokens"] = min(case.body["max_tokens"], 20)
+            response = case.call(timeout=60)
+            seen.setdefault(case.operation.path, set()).add(response.status_code)
+            assert response.status_code < 500, (case.operation.path, case.body, response.text)
+
+        check()
+    if mode == GenerationMode.POSITIVE:
+        assert len(seen) == 9 and all(200 in seen[path] for path in seen if path != "/fill-mask"), (
+            seen
+        )  # no [MASK] by chance
+    else:
+        assert set(seen) == set(right) and all(422 in seen[path] for path in right), seen
+    assert server.http.get("/readyz").status_code == 200
+    wait_for(lambda: server.service.admitted == 0)
+
+
+def test_limits_from_the_environment(monkeypatch):
+    monkeypatch.setenv("TASKBOOK_LIMIT_ADMITTED", "7")
+    assert Limits.from_environment().admitted == 7
+    for wrong in ("many", "-1", "0"):
+        monkeypatch.setenv("TASKBOOK_LIMIT_QUEUE_SECONDS", wrong)
+        with pytest.raises(UserError, match="QUEUE_SECONDS"):
+            Limits.from_environment()
+
+
+def command(*arguments, **environment):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
+    environment.pop("TASKBOOK_API_KEY", None) if "TASKBOOK_API_KEY" not in environment else None
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("how", ["python -m deploy.api", "uvicorn deploy.api:app"])
+def test_sigterm_lets_streams_finish(tiny, port, how):
+    arguments = ["deploy.api", "--model", str(tiny / "llama")] if "-m" in how else ["uvicorn", "deploy.api:app"]
+    process = command(*arguments, "--port", str(port), TASKBOOK_MODELS=str(tiny / "llama"))
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def status(path):
+        try:
+            return http.get(path).status_code
+        except httpx.TransportError:
+            return None
+
+    try:
+        wait_for(lambda: status("/livez") == 200, 60)
+        assert http.get("/v1/models").status_code == 200  # before it is ready
+        wait_for(lambda: status("/readyz") == 200, 60)
+        body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 600, "stream": True}
+        with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: status("/readyz") in (503, None), 1)
+            lines = [line for line in lines if line]
+        assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
+        began = time.monotonic()
+        assert process.wait(30) == 0 and time.monotonic() - began < 10
+    finally:
+        process.kill()
+        output = process.communicate()[0]
+    assert "ready: llama" in output and "secret" not in output
+
+
+def test_what_cannot_be_served_ends_with_code_2(port, capsys, monkeypatch):
+    monkeypatch.delenv("TASKBOOK_API_KEY", raising=False)
+    assert main(["--host", "0.0.0.0"]) == 2
+    assert "set TASKBOOK_API_KEY" in capsys.readouterr().err
+    assert main(["--model", "./nowhere", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert "no such folder" in error and "Traceback" not in error

