@@ -40,7 +40,6 @@ def measure(task: str, argv: list[str]) -> None:
     from shared.run import parse
 
     def train_and_stop(trainer, checkpoint):
-        print("resident", Path("/proc/self/statm").read_text().split()[1], file=sys.stderr)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         trainer.train()
         kilobytes = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -13,7 +13,6 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
+BESIDE_TENSORS = 0.9e9  # bytes of a process on a CPU: Python, libraries, data, buffers of the matrix product
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
 
@@ -214,9 +214,6 @@ def print_plan(
         device = Hardware(
             total, matmul_flops(half=args.fp16 or args.bf16), half if args.fp16 or args.bf16 else torch.float32
         )
-    held = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != "meta")
-    # Python, the libraries and the data, which this process holds by now
-    beside = psutil.Process().memory_info().rss - held if on_cpu else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -229,7 +226,7 @@ def print_plan(
         kept = math.ceil(supervised_share * longest_row)
         kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
         found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
-        return found | {"peak": found["peak"] + beside}
+        return found | {"peak": found["peak"] + BESIDE_TENSORS * on_cpu}
 
     if not on_cpu and model.config._attn_implementation in ("sdpa", PACKED):
         model.set_attn_implementation("planned")
