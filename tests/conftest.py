@@ -2,16 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # read at import; tests/hub_server.py speaks plain LFS
+os.environ["OMP_NUM_THREADS"] = "1"  # one process a core runs the tests: more threads would wait for each other
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and the forks of `datasets` do not go together
 
 import pytest
 from checkout import ROOT
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore Ctrl-C, and so would children
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,15 +113,23 @@ def tiny_served(tmp_path_factory, tiny, tiny_bert):
     }
 
 
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory):
-    """A Hub on 127.0.0.1 with tiny models and data sets under their real names; children use it with `hub.env`."""
-    import hub_seed
+@pytest.fixture(scope="session", autouse=True)
+def empty_hub(tmp_path_factory):
+    """What every program started by a test takes for the Hub, without a token: nothing is sent to the real one."""
     import hub_server
 
     with hub_server.Hub(tmp_path_factory.mktemp("hub")) as server:
-        hub_seed.seed(server)
+        os.environ.update(server.env_for(None))
         yield server
+
+
+@pytest.fixture(scope="session")
+def hub(empty_hub):
+    """A Hub on 127.0.0.1 with tiny models and data sets under their real names; children use it with `hub.env`."""
+    import hub_seed
+
+    hub_seed.seed(empty_hub)
+    return empty_hub
 
 
 @pytest.fixture(scope="session")

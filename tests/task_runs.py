@@ -1,53 +1,135 @@
-"""Runs a task's script as a program of its own: to its end, until a signal, in two processes. Used by the tests of each task."""
+"""Runs a task's script as a program of its own: to its end, until a signal, in two processes. Used by the tests of each task.
+
+Importing torch and the libraries takes longer than a tiny run, so programs are forked from a process that has imported them
+(the fork server of `multiprocessing`). What libraries read from the environment when they are imported must then be the same:
+for a test that wants it otherwise a new interpreter is started.
+"""
 
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from checkout import ROOT
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "OMP_", "MKL_", "ACCELERATE_", "TORCH", "PYTHON")
+READ_LATER = ("HF_TOKEN",)
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
+    [
+        *("torch", "datasets", "peft", "evaluate", "matplotlib.pyplot", "transformers.models.auto.modeling_auto"),
+        *("transformers.trainer_seq2seq", "transformers.pipelines", "trl.trainer.sft_trainer"),
+    ]
+)
 
 
-def command(script: Path, *argv, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
-    """Runs a script to its end."""
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, argv)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **ONE_THREAD, **environment},
-    )
+def _read_at_import(environment) -> dict[str, str]:
+    return {k: v for k, v in environment.items() if k.startswith(READ_AT_IMPORT) and k not in READ_LATER}
+
+
+@cache
+def _environment_of_server() -> dict[str, str]:
+    """What libraries read in the fork server, which starts with the first program."""
+    return _read_at_import(os.environ)
+
+
+@cache
+def _path() -> list[str]:
+    """The search path of a script, without its own folder: that of the tests has more in it."""
+    show = [sys.executable, "-P", "-c", "import json, sys; print(json.dumps(sys.path))"]
+    return json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+
+
+def _in_fork(argv: list[str], cwd: str, environment: dict[str, str], path: list[str], outputs: list[str]) -> None:
+    """What `python argv` does after its imports."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in enumerate(outputs, 1):
+        with open(name, "wb") as file:
+            os.dup2(file.fileno(), number)
+    del sys.modules["task_runs"], sys.modules["checkout"]
+    if argv[0] == "-m":
+        sys.argv, sys.path[:] = argv[1:], ["", *path]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[:] = argv, [str(Path(argv[0]).parent), *path]
+        runpy.run_path(argv[0], run_name="__main__")
+
+
+class Program:
+    """`python argv`, started: `pid`, `running()`, `wait()`."""
+
+    def __init__(self, argv: list, cwd: Path = ROOT, environment: dict[str, str] | None = None):
+        self.argv = [str(arg) for arg in argv]
+        environment = {**os.environ, **ONE_THREAD, **(environment or {})}
+        self.outputs = []
+        for _ in range(2):
+            number, name = tempfile.mkstemp()
+            os.close(number)
+            self.outputs.append(name)
+        self.forked = _read_at_import(environment) == _environment_of_server()
+        if self.forked:
+            target = (self.argv, str(cwd), environment, _path(), self.outputs)
+            self.process = server.Process(target=_in_fork, args=target)
+            self.process.start()
+        else:
+            with open(self.outputs[0], "wb") as out, open(self.outputs[1], "wb") as err:
+                python = [sys.executable, *self.argv]
+                self.process = subprocess.Popen(python, cwd=cwd, env=environment, stdout=out, stderr=err)
+        self.pid = self.process.pid
+
+    def running(self) -> bool:
+        return self.process.is_alive() if self.forked else self.process.poll() is None
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Its exit code, negative for a signal, and what it printed."""
+        if self.forked:
+            self.process.join()
+            code = self.process.exitcode
+        else:
+            code = self.process.wait()
+        out, err = (Path(name).read_text(encoding="utf8", errors="replace") for name in self.outputs)
+        for name in self.outputs:
+            os.unlink(name)
+        return subprocess.CompletedProcess(self.argv, code, out, err)
+
+
+def command(*argv, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python argv`, a script or `-m module`, to its end."""
+    return Program(list(argv), cwd, environment).wait()
 
 
 def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int) -> int:
     """Sends a signal once the checkpoint of step `after` is complete; returns how the script ended."""
-    process = subprocess.Popen(
-        [sys.executable, str(script), *argv],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **ONE_THREAD},
-    )
-    while process.poll() is None and not (run / f"checkpoint-{after}" / "manifest.json").exists():
+    program = Program([script, *argv])
+    while program.running() and not (run / f"checkpoint-{after}" / "manifest.json").exists():
         time.sleep(0.005)
-    process.send_signal(signum)
-    return process.wait()
+    os.kill(program.pid, signum)
+    return program.wait().returncode
 
 
 def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """`accelerate launch` of a task with accelerate/cpu.yaml and two processes."""
-    accelerate = [str(ROOT / ".venv" / "bin" / "accelerate"), "launch", "--config_file", "accelerate/cpu.yaml"]
-    return subprocess.run(
-        [*accelerate, "--num_processes", "2", f"tasks/{task}/train.py", *argv],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ONE_THREAD},
-    )
+    """A task in two processes, with the environment that `accelerate launch` would give them; their outputs joined."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world = {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    script = ROOT / "tasks" / task / "train.py"
+    programs = [Program([script, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    done = [program.wait() for program in programs]
+    code = next((process.returncode for process in done if process.returncode), 0)
+    out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, out, err)
 
 
 def losses(run: Path) -> dict[int, float]:

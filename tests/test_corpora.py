@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -673,8 +674,10 @@ def test_a_failure_leaves_the_old_output(tmp_path):
 # The command.
 
 
-def run_command(*arguments):
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+def run_command(*arguments, **environment):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 def test_the_command_joins_sources_and_says_what_it_did(tmp_path):
@@ -687,6 +690,30 @@ def test_the_command_joins_sources_and_says_what_it_did(tmp_path):
     assert "read 4 = kept 2 + dropped 2 (too short 1, near-duplicate 1); lengths in o.png" in done.stdout
     assert [row["source"] for row in read(tmp_path / "new" / "o.jsonl.gz")] == ["a.txt", "b.csv#1"]
     assert str(tmp_path) not in (tmp_path / "new" / "o.jsonl.gz").read_text(errors="replace")
+
+
+def test_hub_datasets_are_streamed_with_their_licence(hub, tmp_path):
+    output, arguments = tmp_path / "o.jsonl.gz", ("--min_words", 20, "--processes", 1)
+    done = run_command("Skylion007/openwebtext", *arguments, "--output", output, **hub.env)
+    assert done.returncode == 0, done.stderr
+    rows = read(output)
+    assert len(rows) > 100 and {row["license"] for row in rows} == {"cc0-1.0"}
+    assert rows[0]["source"] == "Skylion007/openwebtext#1"
+
+    simple = ("wikimedia/wikipedia", "--dataset_config", "20231101.simple", *arguments, "--output", output)
+    assert run_command(*simple, **hub.env).returncode == 0
+    rows = read(output)
+    assert rows and all(row["title"] and row["source"].startswith("https://en.wikipedia.org/wiki/") for row in rows)
+    assert {row["license"] for row in rows} == {"cc-by-sa-3.0, gfdl"}
+
+    missing = run_command("wikimedia/wikipedia", "--dataset_config", "xx", "--output", output, **hub.env)
+    assert missing.returncode == 2 and "20231101.simple" in missing.stderr and "Traceback" not in missing.stderr
+    assert read(output) == rows  # what was there before stays
+    unknown = run_command("no/such", "--output", output, **hub.env)
+    assert unknown.returncode == 2 and "no/such: cannot be read from the Hub" in unknown.stderr
+    offline = {**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    refused = run_command("Skylion007/openwebtext", "--output", output, **offline)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize(
