@@ -366,7 +366,7 @@ def complete_page(engine: Engine, sampling: Sampling) -> None:
 
 def summarize_page(engine: Engine) -> None:
     """A text, its summary, and how near that is to a reference."""
-    text = st.text_area(t("text"), EXAMPLE, height=220)
+    text = st.text_area(t("text"), EXAMPLE, height=150)
     most = st.slider(t("length"), 16, 256, 96, 8)
     reference = st.text_area(t("reference"), height=80)
     if st.button(t("summarize"), type="primary", icon=":material/short_text:") and text.strip():
@@ -388,7 +388,7 @@ def summarize_page(engine: Engine) -> None:
 
 def ask_page(engine: Engine) -> None:
     """A question, and the place in the text that answers it."""
-    context = st.text_area(t("text"), EXAMPLE, height=200)
+    context = st.text_area(t("text"), EXAMPLE, height=150)
     question = st.text_input(t("question"), "When is ValueError raised?")
     if st.button(t("find"), type="primary", icon=":material/search:") and context.strip() and question.strip():
         with closing(stream(lambda emit: engine.answer(question, context, emit))) as results, st.spinner(""):
