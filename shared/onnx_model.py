@@ -270,6 +270,8 @@ class Model:
 
     def summarize(self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None) -> list[str]:
         """A summary of each text, by the model's generation settings but for those given; what does not fit is cut off."""
+        if not texts:
+            return []
         found = self.summary_ids(texts, max_new_tokens, num_beams)
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
@@ -279,8 +281,6 @@ class Model:
         """`summarize` as token ids, padding removed."""
         if self.task != "summarization":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not summarize.")
-        if not texts:
-            return []
         settings = (getattr(self.config, "task_specific_params", None) or {}).get("summarization", {})
         prefix = settings.get("prefix", "")
         batch = self.tokenizer(

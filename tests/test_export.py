@@ -45,11 +45,11 @@ def models(tiny, tiny_bert, tmp_path_factory):
     config = transformers.BertConfig(vocab_size=len(vocabulary), window_length=32, window_stride=8, **sizes)
     transformers.BertForQuestionAnswering(config).save_pretrained(folder / "qa")
     ends = {"pad_token_id": 0, "eos_token_id": 102, "decoder_start_token_id": 101, "vocab_size": len(vocabulary)}
-    t5 = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=1, num_heads=2, **ends)
+    t5 = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, **ends)
     bart = transformers.BartConfig(
         d_model=32,
         encoder_layers=1,
-        decoder_layers=2,
+        decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
         encoder_ffn_dim=64,
@@ -71,6 +71,7 @@ def models(tiny, tiny_bert, tmp_path_factory):
     contexts = [sentence(i, 60) for i in range(6)]
     rows = {
         "llama": [{"messages": [asked(i), {"role": "assistant", "content": "red"}]} for i in range(6)],
+        "gpt2": [{"text": sentence(i, 30)} for i in range(6)],
         "bert": [{"text": sentence(i, 30)} for i in range(6)],
         "qa": [
             {"question": "where?", "context": c, "answers": {"text": ["river"], "answer_start": [0]}} for c in contexts
@@ -85,10 +86,10 @@ def models(tiny, tiny_bert, tmp_path_factory):
 
 WANTED = {
     "llama": ["merged", "fp16", "int8", "onnx", "onnx-int8", "int4"],
-    "gpt2": ["int8", "onnx", "onnx-int8", "int4"],
-    "bert": ["fp16", "onnx", "onnx-int8"],
-    "qa": ["merged", "int8", "onnx", "onnx-int8"],
-    "t5": ["fp16", "int8", "onnx", "onnx-int8"],
+    "gpt2": ["onnx", "onnx-int8", "int4"],
+    "bert": ["onnx"],
+    "qa": ["int8", "onnx", "onnx-int8"],
+    "t5": ["fp16", "onnx", "onnx-int8"],
     "bart": ["onnx"],
 }
 
@@ -186,7 +187,7 @@ def test_an_encoder_in_onnx_answers_and_fills_as_pytorch_does(models, exports):
     text = "the red [MASK] near the river"
     a, b = original.fill(text), exported.fill(text)
     assert [x["token"] for x in a] == [x["token"] for x in b] and len(b) == 5
-    assert b[0]["score"] == pytest.approx(a[0]["score"], rel=1e-3) and b[0]["token_str"] in b[0]["sequence"]
+    assert b[0]["score"] == pytest.approx(a[0]["score"], rel=1e-3) and b[0]["token_str"].strip("#") in b[0]["sequence"]
     assert len(exported.fill("[MASK] and [MASK]")) == 2
     with pytest.raises(UserError, match=r"holds no \[MASK\]"):
         exported.fill("nothing to fill")
