@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -131,6 +132,10 @@ def _build_with_genai(folder: Path, target: Path, precision: str) -> None:
 
     options = [] if precision == "fp32" else ["block_size=32", "accuracy_level=4"]
     cache = target / ".cache"
+    quantizer = "onnxruntime.quantization.matmul_nbits_quantizer"
+    logging.getLogger(quantizer).setLevel(
+        logging.CRITICAL
+    )  # it calls an error that embeddings stay as they are in int8
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         where = ("", str(folder), str(target), precision, "cpu", str(cache))
         create_model(*where, **parse_extra_options(*where, options))
@@ -374,8 +379,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _quiet_libraries() -> None:
-    import logging
-
     import transformers
 
     transformers.logging.set_verbosity_error()

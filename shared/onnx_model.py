@@ -28,6 +28,7 @@ TASKS = {
     "summarization": "AutoModelForSeq2SeqLM",
 }
 GOLDEN = "golden.json"
+GOLDEN_TOKENS = 8  # of each output in it
 SAME = 0.9  # share of golden outputs that must repeat: another CPU rounds otherwise, and a near tie may then flip
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
@@ -332,14 +333,14 @@ class Model:
             )["input_ids"]
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
-    def golden_outputs(self, prompts: list, new_tokens: int = 16) -> list:
+    def golden_outputs(self, prompts: list) -> list:
         """What the model makes of golden prompts: token ids, or a place in the context. One by one: padding rounds otherwise."""
         if self.task == "text-generation":
-            return [self.generate([self.prompt_ids(p)], max_new_tokens=new_tokens)[0] for p in prompts]
+            return [self.generate([self.prompt_ids(p)], max_new_tokens=GOLDEN_TOKENS)[0] for p in prompts]
         if self.task == "fill-mask":
             return [[guess["token"] for guess in self.fill(p)][:1] for p in prompts]
         if self.task == "summarization":
-            return [self.summary_ids([p], new_tokens)[0] for p in prompts]
+            return [self.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
         found = [self.answer(p["question"], p["context"]) for p in prompts]
         return [[a["start"], a["end"]] for a in found]
 
