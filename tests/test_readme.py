@@ -42,6 +42,12 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         words.insert(1, "--dry-run")  # what these targets do is tested on its own; CI itself is `make test`
     else:
         words[0] = str(ROOT / ".venv" / "bin" / words[0])
+    if "shared.export" in words:  # tests/test_export.py makes each format
+        words[words.index("shared.export") + 1] = str(tiny / "gpt2")
+        words[words.index("--to") + 1 : words.index("--output")] = ["merged"]
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("\n".join(json.dumps({"text": f"row {i} of a few words"}) for i in range(4)))
+        words[words.index("--output") + 1 :] = [str(tmp_path / "exported"), "--dataset", str(rows)]
     if "tasks/chat_sft/train.py" in words:
         if "--dataset" in words:
             words[words.index("--dataset") + 1] = str(data)
