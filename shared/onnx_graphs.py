@@ -347,12 +347,16 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         graph = onnx.load(source, load_external_data=False).graph
-        quantize_dynamic(
-            source,
-            target,
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=[node.name for node in graph.node if any("qa_outputs" in name for name in node.input)],
-        )
+        logging.disable(logging.WARNING)  # it asks the root logger for a step that only images need
+        try:
+            quantize_dynamic(
+                source,
+                target,
+                per_channel=True,
+                reduce_range=True,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_exclude=[node.name for node in graph.node if any("qa_outputs" in name for name in node.input)],
+            )
+        finally:
+            logging.disable(logging.NOTSET)
