@@ -34,6 +34,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from deploy.inference import DEFAULT_MODEL, Engine, Piece, Sampling, TooLong, Usage, Workers
 from shared import UserError
@@ -454,7 +455,7 @@ def create_app(
         yield
         loading.cancel()
 
-    app = FastAPI(title="LM Taskbook", lifespan=lifespan, max_body_size=limits.body)
+    app = FastAPI(title="LM Taskbook", lifespan=lifespan)
     app.state.service = service
     errors = {status: {"description": text} for status, text in ERRORS.items()}
 
@@ -580,6 +581,7 @@ def create_app(
 
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body)
     app.add_middleware(Door, service=service, key=key)
     return app
 

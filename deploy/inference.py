@@ -8,13 +8,11 @@ Work is done in the threads of `Workers`. What a thread has to say it hands to `
 """
 
 import math
-import os
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -111,8 +109,6 @@ class Workers:
             return [job for job in jobs if not job.cancelled.is_set()]
 
     def _work(self) -> None:
-        with suppress(AttributeError, OSError):  # Linux: who computes gives way to who answers, in this process too
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         while True:
             jobs = self._next()
             try:

@@ -193,13 +193,15 @@ def test_what_is_refused_says_why(server, change, status, says):
     wait_for(lambda: server.service.admitted == 0)
 
 
-def test_a_body_that_is_too_large(server):
+def test_a_body_that_is_too_large(server, caplog):
     """By what is announced, or, sent in chunks, by what has come. Bare sockets: the answer comes before the body's end."""
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     for rest in ("Content-Length: 100001\r\n\r\n", f"Transfer-Encoding: chunked\r\n\r\n186a1\r\n{'x' * 100_001}"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
             connection.sendall((head + rest).encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+    wait_for(lambda: server.service.admitted == 0)
+    assert server.outcomes()["failed"] >= 2 and "RuntimeError" not in caplog.text
 
 
 def test_full_is_503_and_leaving_frees_the_slot(server):
