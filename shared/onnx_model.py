@@ -373,6 +373,7 @@ def pick(logits: torch.Tensor, temperature: float, top_p: float, penalty: float,
         logits[places] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if temperature <= 0:
         return int(logits.argmax())
+    logits = (logits - logits.max()).double()  # the largest is 0, so that no temperature, however small, gives infinity
     probabilities = (logits / temperature).softmax(-1)
     if top_p < 1:
         falling, order = probabilities.sort(descending=True)

@@ -357,14 +357,14 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path):
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"), UserError),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), UserError),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), UserError),
-        (RuntimeError("CUDA out of memory"), RuntimeError),
+        (RuntimeError("no kernel image is available"), RuntimeError),
     ],
 )
 def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     def fail(resume_from_checkpoint):
         raise error
 
-    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1)
+    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False)
     state = SimpleNamespace(global_step=6)
     write_checkpoint(tmp_path, 3)
     (tmp_path / "checkpoint-6").mkdir()
@@ -372,9 +372,8 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     stopper.on_train_begin(args, state, None)
     assert signal.getsignal(signal.SIGTERM) != before
     handler = SimpleNamespace(callbacks=[stopper])
-    trainer = SimpleNamespace(
-        args=args, state=state, train=fail, is_world_process_zero=lambda: True, callback_handler=handler
-    )
+    trainer = SimpleNamespace(args=args, state=state, train=fail, training_step=None, evaluate=None)
+    trainer.is_world_process_zero, trainer.callback_handler = lambda: True, handler
     with pytest.raises(expected) as caught:
         checkpoints.train(trainer, None)
     assert signal.getsignal(signal.SIGTERM) == before, "the handlers stay when training raises"
