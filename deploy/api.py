@@ -345,6 +345,9 @@ class Door:
             refused = self.service.full(scope["path"])
             if not refused:
                 return await self._admitted(scope, receive, send)
+        if refused:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(read_away(receive, self.service.limits.body), 1)
         await (error_response(refused) if refused else self.app)(scope, receive, send)
 
     async def _admitted(self, scope, receive, send):
@@ -403,6 +406,15 @@ class Door:
             if is_loopback(host) and is_loopback(server):
                 return None
         return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
+
+
+async def read_away(receive, most: int) -> None:
+    """Takes the body of a request that is refused: left unread, it would reset the connection before the answer is read."""
+    while most > 0:
+        message = await receive()
+        if not message.get("more_body"):
+            return
+        most -= len(message["body"])
 
 
 def is_loopback(host: str) -> bool:
