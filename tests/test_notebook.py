@@ -72,7 +72,11 @@ def test_every_cell_runs(hub, repository, environment, tmp_path, monkeypatch):
     kernel = [str(environment), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     manager = KernelManager()
     manager.kernel_spec.argv = kernel
-    nbclient.NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(work)}}).execute()
+    try:
+        client = nbclient.NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(work)}})
+        client.execute()
+    finally:
+        manager.shutdown_kernel(now=True)
     shown = [
         "".join(output.get("text", "") + str(list(output.get("data", ""))) for output in cell.outputs)
         for cell in notebook.cells
