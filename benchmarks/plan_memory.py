@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,9 +57,10 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         return measure(sys.argv[2], sys.argv[3:])
     print(f"{'configuration':72} {'estimate':>8} {'measured':>8}  ratio")
+    folder = tempfile.mkdtemp()  # stays empty: nothing is saved
     for words in sys.argv[1:] or CONFIGURATIONS:
         task, *flags = words.split()
-        flags += ["--output_dir", "/tmp/plan_memory", "--resume", "never", "--max_steps", "4"]
+        flags += ["--output_dir", folder, "--resume", "never", "--max_steps", "4"]
         flags += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
         planned = [sys.executable, f"tasks/{task}/train.py", *flags, "--dry_run"]
         found = []

@@ -216,8 +216,7 @@ class Engine:
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
         self._needs("summarization")
-        settings = (getattr(self.model.config, "task_specific_params", None) or {}).get("summarization", {})
-        self._fits(len(self._text.encode(settings.get("prefix", "") + text)))  # T5's "summarize: "
+        self._fits(len(self._text.encode(self.model.summary_prefix + text)))
 
         def run(jobs):
             texts = [job.item[0] for job in jobs]

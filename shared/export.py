@@ -132,10 +132,8 @@ def _build_with_genai(folder: Path, target: Path, precision: str) -> None:
 
     options = [] if precision == "fp32" else ["block_size=32", "accuracy_level=4"]
     cache = target / ".cache"
-    quantizer = "onnxruntime.quantization.matmul_nbits_quantizer"
-    logging.getLogger(quantizer).setLevel(
-        logging.CRITICAL
-    )  # it calls an error that embeddings stay as they are in int8
+    # It calls an error that embeddings stay as they are in int8
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.CRITICAL)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         where = ("", str(folder), str(target), precision, "cpu", str(cache))
         create_model(*where, **parse_extra_options(*where, options))
@@ -193,10 +191,11 @@ def export(
 
     source = pull(name)
     task = task or task_of(source)
-    refused = {each: reason for each, reason in impossible(source, task).items() if each in formats}
+    cannot = impossible(source, task)
+    refused = {each: reason for each, reason in cannot.items() if each in formats}
     if refused:
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
-        possible = [each for each in FORMATS if each not in impossible(source, task)]
+        possible = [each for each in FORMATS if each not in cannot]
         raise UserError(f"{name} cannot become {reasons}. Possible: {', '.join(possible) or 'none of them'}.")
     rows, test_data = rows_of(source, task, dataset)
     model = load_torch(source, task).float()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 
 from shared import UserError
@@ -142,6 +143,13 @@ def use(model: Model, prompts: list) -> list:
     return model.golden_outputs(prompts)
 
 
+def _nll(scores: np.ndarray, tokens: np.ndarray) -> float:
+    """Nats that (tokens, vocabulary) scores give these token ids, summed."""
+    return float(
+        torch.nn.functional.cross_entropy(torch.tensor(scores).double(), torch.tensor(tokens), reduction="sum")
+    )
+
+
 def _perplexity(model: Model, rows: list[dict]) -> dict:
     nll, tokens = 0.0, 0
     for row in rows:
@@ -158,10 +166,7 @@ def _perplexity(model: Model, rows: list[dict]) -> dict:
         ids, counted = ids[:most], np.array(counted[:most], bool)[1:]
         if not counted.any():
             continue
-        scores = model.logits([ids])[0][:-1][counted].astype(np.float64)
-        largest = scores.max(-1)
-        log_sums = np.log(np.exp(scores - largest[:, None]).sum(-1)) + largest
-        nll += float((log_sums - scores[np.arange(len(scores)), np.array(ids[1:])[counted]]).sum())
+        nll += _nll(model.logits([ids])[0][:-1][counted], np.array(ids[1:])[counted])
         tokens += int(counted.sum())
     if not tokens:
         raise UserError("the test rows hold no token that can be scored: give others with --dataset.")
@@ -179,10 +184,9 @@ def _masked_accuracy(model: Model, rows: list[dict]) -> dict:
         places = np.random.default_rng(number).choice(usual, max(1, round(0.15 * len(usual))), replace=False)
         asked = ids.copy()
         asked[places] = model.tokenizer.mask_token_id
-        scores = model.logits([asked.tolist()])[0][places].astype(np.float64)
+        scores = model.logits([asked.tolist()])[0][places]
         right += int((scores.argmax(-1) == ids[places]).sum())
-        scores -= scores.max(-1, keepdims=True)
-        nll += float((np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(places)), ids[places]]).sum())
+        nll += _nll(scores, ids[places])
         masked += len(places)
     if not masked:
         raise UserError("the test rows hold no word that can be masked: give others with --dataset.")

@@ -19,7 +19,7 @@ import torch
 from shared import UserError
 from shared.hub import pull, refuse_unsafe
 
-FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see README.md
+FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see shared/README.md
 ONNX = ("int4", "onnx-int8", "onnx")
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
@@ -276,16 +276,20 @@ class Model:
         found = self.summary_ids(texts, max_new_tokens, num_beams)
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
+    @property
+    def summary_prefix(self) -> str:
+        """What stands before each text to summarize: T5's "summarize: ", nothing for most."""
+        settings = (getattr(self.config, "task_specific_params", None) or {}).get("summarization", {})
+        return settings.get("prefix", "")
+
     def summary_ids(
         self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None
     ) -> list[list[int]]:
         """`summarize` as token ids, padding removed."""
         if self.task != "summarization":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not summarize.")
-        settings = (getattr(self.config, "task_specific_params", None) or {}).get("summarization", {})
-        prefix = settings.get("prefix", "")
         batch = self.tokenizer(
-            [prefix + text for text in texts],
+            [self.summary_prefix + text for text in texts],
             truncation=True,
             max_length=self.context,
             padding=True,

@@ -235,7 +235,7 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
         moved = load_file(run / "adapter_model.safetensors")
         assert all(torch.isfinite(value).all() and value.abs().max() > 0 for value in moved.values())
         loaded = {}
-        exec(methods.usage(str(run), method), loaded)  # the lines on the card
+        exec(methods.usage(str(run), method, in_4bit=method == "qlora"), loaded)  # the lines on the card
         model = loaded["model"]
         if method != "qlora":
             frozen = {

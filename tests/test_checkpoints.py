@@ -235,6 +235,17 @@ def test_two_processes_stop_together_go_on_exactly_and_end_when_one_is_out_of_me
     assert result(tmp_path / "stopped") == result(tmp_path / "undisturbed")
 
 
+def test_a_checkpoint_that_only_the_first_machine_has_is_named(tmp_path, monkeypatch):
+    """The first process has decided for a folder that is not on this machine's disk."""
+    second = SimpleNamespace(num_processes=2, is_main_process=False)
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: second)
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", lambda answer: answer.__setitem__(0, tmp_path / "there"))
+    with pytest.raises(
+        UserError, match="there is not on machine .*: --output_dir must lie on a disk that all machines"
+    ):
+        checkpoints.find_checkpoint(tmp_path, "auto")
+
+
 def write_checkpoint(output_dir: Path, step: int, identity: dict | None = IDENTITY) -> Path:
     folder = output_dir / f"checkpoint-{step}"
     (folder / "shards").mkdir(parents=True)

@@ -15,7 +15,8 @@ from shared.packed_attention import PACKED
 
 
 def check_method(script_args) -> None:
-    """Raises UserError where other options do not go with `--method`."""
+    """Raises UserError where other options do not go with `--method`; qlora is LoRA with `load_in_4bit`."""
+    script_args.load_in_4bit |= script_args.method == "qlora"
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
     if script_args.load_in_4bit and script_args.method == "full":
@@ -45,7 +46,7 @@ def four_bit(args) -> BitsAndBytesConfig:
 
 
 def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False):
-    """The base model, in fp32 (4-bit NF4 for qlora, or where asked for); `empty`: shapes without weights, for a plan.
+    """The base model, in fp32 or 4-bit NF4; `empty`: shapes without weights, for a plan.
 
     Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
     front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
@@ -61,7 +62,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=PACKED if packs else "sdpa",
-        quantization_config=four_bit(args) if method == "qlora" or in_4bit else None,
+        quantization_config=four_bit(args) if in_4bit else None,
     )
 
 
@@ -69,7 +70,7 @@ def add_adapter(model, script_args, args):
     """Freezes the base and adds what `--method` trains."""
     if script_args.method == "full":
         return model
-    if script_args.method == "qlora" or script_args.load_in_4bit:
+    if script_args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     if script_args.method == "p_tuning":
         tokens = script_args.virtual_tokens
@@ -120,7 +121,6 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
 
 def usage(repo: str, method: str, in_4bit: bool = False) -> str:
     """The lines of Python that load what a run has left; shown on the model card."""
-    in_4bit = in_4bit or method == "qlora"
     loader, library = (
         ("AutoModelForCausalLM", "transformers") if method == "full" else ("AutoPeftModelForCausalLM", "peft")
     )

@@ -152,8 +152,7 @@ def main(script_args, args, run_args) -> None:
     for configured in (model.config, model.generation_config):
         configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
-        in_4bit = script_args.load_in_4bit or script_args.method == "qlora"
-        return print_plan(model, args, run_args, in_4bit=in_4bit, smaller="--method qlora", **facts)
+        return print_plan(model, args, run_args, in_4bit=script_args.load_in_4bit, smaller="--method qlora", **facts)
 
     # Train
     method = script_args.method
