@@ -226,13 +226,21 @@ class Engine:
         return self.workers.submit(Job(run, emit, (self.name, "summarize", max_tokens), (text,)))
 
     def fill(self, text: str, top_k: int, emit: Callable) -> Job:
-        """Fills one blank, written `[MASK]`, `<mask>` or `___`. Emits the likeliest words with their probability, a list."""
+        """Fills one blank, written `[MASK]`, `<mask>` or `___`. Emits the likeliest words with their probability, a list.
+
+        Texts that wait together are filled together.
+        """
         self._needs("fill-mask")
         if len(MASK.findall(text)) != 1:
             raise UserError("write [MASK] in the text once, where a word is missing.")
         masked = MASK.sub(self._text.tokenizer.mask_token, text)
         self._fits(len(self._text.encode(masked)))
-        return self.workers.submit(Job(lambda jobs: jobs[0].emit(self.model.fill(masked, top_k=top_k)), emit))
+
+        def run(jobs):
+            for job, words in zip(jobs, self.model.fill([job.item[0] for job in jobs], top_k), strict=True):
+                job.emit(words)
+
+        return self.workers.submit(Job(run, emit, (self.name, "fill", top_k), (masked,)))
 
     def _needs(self, task: str) -> None:
         if self.task != task:

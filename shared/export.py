@@ -171,7 +171,7 @@ def export(
         dataset: test rows, see `shared.export_gate.test_rows`.
 
     Returns:
-        What export.json holds: `model`, `task`, `test_data` and, by artifact (the first is "original"), its numbers.
+        What export.json holds: `model`, `license`, `task`, `test_data` and, by artifact (the first is "original"), its numbers.
 
     Raises:
         UserError: a format that is impossible for this model; a damaged model; all that were refused, once all are measured.
@@ -181,7 +181,7 @@ def export(
     from shared import report
     from shared.export_gate import golden_prompts, in_a_process, too_different, write_golden
     from shared.export_gate import test_rows as rows_of
-    from shared.hub import pull
+    from shared.hub import licence, pull
     from shared.onnx_model import load_torch, task_of
 
     begun = time.time()
@@ -244,7 +244,7 @@ def export(
     for numbers in found.values():
         for key in ("outputs", "input_ids", "stop_ids"):
             del numbers[key]
-    result = {"model": _shown(name), "task": task, "test_data": test_data, "artifacts": found}
+    result = {"model": _shown(name), "license": licence(name), "task": task, "test_data": test_data, "artifacts": found}
     report.write_json(output / "export.json", result)
     (output / "README.md").write_text(card(result), encoding="utf8")
     print(table(found, task))
@@ -283,14 +283,11 @@ def table(found: dict, task: str) -> str:
 
 def card(result: dict) -> str:
     """README.md of an export."""
-    from shared.hub import licence
-
     model = result["model"]
-    license = licence(model) if model.startswith("pypi:") else None
     return "\n".join(
         [
             "---",
-            *([f"license: {license}"] if license else []),
+            *([f"license: {result['license']}"] if result["license"] else []),
             f"pipeline_tag: {result['task']}",
             "tags:",
             "- lm-taskbook",

@@ -19,6 +19,8 @@ from shared.report import TOKEN, without_paths
 
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
+# What shared/export.py writes beside that, a folder for each format, and the file that says so
+GRAPHS, EXPORT = ("*.onnx", "*.onnx.data"), "export.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 NEVER_PUSHED = (
     "checkpoint-*/*",
@@ -90,10 +92,9 @@ def _download(repo: str, revision: str, weights: bool) -> Path:
                     f"{where} holds its weights as {pickles[0]}, a pickle, which can run code when it is loaded. Choose a "
                     "revision or a model with safetensors, or convert it where you trust it."
                 )
-        ignored = ["*/*"] if weights else ["*/*", "*.safetensors"]
-        return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(WANTED), ignore_patterns=ignored)
-        )
+        wanted = [*WANTED, *(GRAPHS if EXPORT in root else ())]
+        ignored = ([] if EXPORT in root else ["*/*"]) + ([] if weights else ["*.safetensors"])
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=ignored))
     except GatedRepoError as error:
         raise UserError(
             f"{where} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
@@ -254,16 +255,19 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
 
 
 def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
-    """What `publish` sends of a run folder, in order: each path, and its content where that differs from the file.
+    """What `publish` sends of a run or an export, in order: each path, and its content where that differs from the file.
 
     `adapter_config.json` names the base where it lay when training: the pushed one names it on the Hub. Of the absolute paths
     in run.yaml the last part stays.
 
     Raises:
-        UserError: no run folder, or a file that holds a token.
+        UserError: neither of them, or a file that holds a token.
     """
-    if not (folder / "README.md").is_file() or not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder}: expected a finished run with README.md and *.safetensors; there is none.")
+    whole = list(folder.glob("*.safetensors")) or (folder / EXPORT).is_file()
+    if not (folder / "README.md").is_file() or not whole:
+        raise UserError(
+            f"{folder}: expected a finished run with README.md and *.safetensors, or an export; there is none."
+        )
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         inside = path.relative_to(folder).as_posix()

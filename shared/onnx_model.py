@@ -233,40 +233,48 @@ class Model:
             answers.append(entry | {"no_answer_score": none, "threshold": threshold})
         return answers[0] if isinstance(question, str) else answers
 
-    def fill(self, text: str, top_k: int = 5) -> list[dict]:
-        """The likeliest words for the mask of a text, best first.
+    def fill(self, text: str | list[str], top_k: int = 5) -> list:
+        """The likeliest words for the mask of a text, best first; of a list of texts one result each.
 
         Returns:
             `token`, `token_str`, `score` (probability) and `sequence` of each, as transformers' pipeline names them; for several
             masks one such list a mask.
 
         Raises:
-            UserError: no mask in the text.
+            UserError: no mask in a text.
         """
         if self.task != "fill-mask":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not fill in words.")
-        ids = self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
-        masks = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
-        if not masks:
+        texts = [text] if isinstance(text, str) else text
+        ids = [np.array(self.tokenizer(each, truncation=True, max_length=self.context)["input_ids"]) for each in texts]
+        filled = [None] * len(texts)
+        for batch in _batches(np.array([len(row) for row in ids]), 1024):  # times the vocabulary: 125 MB of BERT's
+            (scores,) = self._encode([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
+            for i, logits in zip(batch, scores, strict=True):
+                filled[i] = self._filled(ids[i], logits, top_k)
+        return filled[0] if isinstance(text, str) else filled
+
+    def _filled(self, ids: np.ndarray, logits: np.ndarray, top_k: int) -> list:
+        """The guesses of one text: (tokens,) ids, and (at least as many, vocabulary) scores."""
+        masks = np.flatnonzero(ids == self.tokenizer.mask_token_id)
+        if not len(masks):
             raise UserError(f"the text holds no {self.tokenizer.mask_token}: write it where a word is to be filled in.")
-        logits = self.logits([ids])[0]
         filled = []
         for place in masks:
-            probabilities = torch.from_numpy(logits[place]).softmax(-1)
-            scores, tokens = probabilities.topk(top_k)
-            filled.append(
-                [
+            scores, tokens = torch.from_numpy(logits[place]).softmax(-1).topk(top_k)
+            guesses = []
+            for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
+                whole = [*ids[:place], token, *ids[place + 1 :]]
+                sequence = self.tokenizer.decode(whole, skip_special_tokens=True)
+                guesses.append(
                     {
                         "token": token,
                         "token_str": self.tokenizer.decode([token]),
                         "score": score,
-                        "sequence": self.tokenizer.decode(
-                            [*ids[:place], token, *ids[place + 1 :]], skip_special_tokens=True
-                        ),
+                        "sequence": sequence,
                     }
-                    for token, score in zip(tokens.tolist(), scores.tolist(), strict=True)
-                ]
-            )
+                )
+            filled.append(guesses)
         return filled[0] if len(filled) == 1 else filled
 
     def summarize(self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None) -> list[str]:
@@ -422,7 +430,7 @@ class _TorchRunner:
     @torch.inference_mode()
     def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         out = self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in batch.items()})
-        return out.start_logits.float().cpu().numpy(), out.end_logits.float().cpu().numpy()
+        return tuple(scores.float().cpu().numpy() for scores in out.to_tuple())
 
     @torch.inference_mode()
     def seq2seq(self, ids: torch.Tensor, mask: torch.Tensor, changes: dict) -> torch.Tensor:

@@ -127,6 +127,23 @@ def test_the_official_client_completes(server):
     assert whole.choices[0].text == streamed and whole.usage.completion_tokens == 8
 
 
+def computed_together(server, model, method, route, bodies):
+    """The answers to requests sent at once; asserts that the model was called fewer times than there are requests."""
+    calls, original = [], getattr(model, method)
+
+    def slow(texts, *more):
+        calls.append(len(texts))
+        time.sleep(0.2)
+        return original(texts, *more)
+
+    setattr(model, method, slow)
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        found = list(pool.map(lambda body: server.http.post(route, json=body).json(), bodies))
+    setattr(model, method, original)
+    assert sum(calls) == len(bodies) and len(calls) < len(bodies), calls
+    return found
+
+
 def test_answers_summaries_and_blanks(server, tiny_bert):
     """The routes give what the model itself gives; what waits together is computed together, and alone it is the same."""
     post = server.http.post
@@ -138,20 +155,13 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
     ]
     for text, answer in zip(texts, found, strict=True):
         assert answer["answer"] == text[answer["start"] : answer["end"]] and 0 <= answer["confidence"] <= 1
-    batches, original = [], answers.answer
-
-    def slow(questions, contexts):
-        batches.append(len(questions))
-        time.sleep(0.2)
-        return original(questions, contexts)
-
-    answers.answer = slow
-    with ThreadPoolExecutor(4) as pool:
-        asked = [{"model": "answers", "question": "What is green?", "context": texts[i % 3]} for i in range(4)]
-        together = list(pool.map(lambda body: post("/answer", json=body).json(), asked))
-    answers.answer = original
-    assert sum(batches) == 4 and len(batches) < 4, batches
+    asked = [{"model": "answers", "question": "What is green?", "context": texts[i % 3]} for i in range(4)]
+    together = computed_together(server, answers, "answer", "/answer", asked)
     assert [answer["answer"] for answer in together] == [found[i % 3]["answer"] for i in range(4)]
+    blanks = [{"model": tiny_bert.name, "text": f"House {i} is [MASK]."} for i in range(4)]
+    alone = [post("/fill-mask", json=body).json()["words"] for body in blanks]
+    together = computed_together(server, server.service.engines[tiny_bert.name].model, "fill", "/fill-mask", blanks)
+    assert [[w["token"] for w in each["words"]] for each in together] == [[w["token"] for w in ws] for ws in alone]
     summary = post("/summarize", json={"model": "summaries", "text": texts[0], "max_tokens": 5}).json()["summary"]
     assert summary == server.service.engines["summaries"].model.summarize([texts[0]], max_new_tokens=5)[0]
     too_long = post("/summarize", json={"model": "summaries", "text": "word " * 600})

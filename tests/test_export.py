@@ -2,15 +2,21 @@
 golden set, errors. One export a model, for all tests of this file."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
+from checkout import ROOT
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from deploy.inference import Engine, Sampling, stream
 from shared import UserError, export_gate
 from shared.export import FORMATS, export, impossible, main
 from shared.onnx_model import load, load_torch, pick
@@ -188,7 +194,12 @@ def test_an_encoder_in_onnx_answers_and_fills_as_pytorch_does(models, exports):
     a, b = original.fill(text), exported.fill(text)
     assert [x["token"] for x in a] == [x["token"] for x in b] and len(b) == 5
     assert b[0]["score"] == pytest.approx(a[0]["score"], rel=1e-3) and b[0]["token_str"].strip("#") in b[0]["sequence"]
-    assert len(exported.fill("[MASK] and [MASK]")) == 2
+    texts = ["people read [MASK]", text, "[MASK] and [MASK] about stars"]
+    for model in (original, exported):  # together or alone
+        alone, together = [model.fill(each) for each in texts], model.fill(texts)
+        assert [len(each) for each in together] == [5, 5, 2]
+        assert [w["token"] for w in together[0]] == [w["token"] for w in alone[0]], "padding leaks"
+        assert together[1][0]["score"] == pytest.approx(alone[1][0]["score"], rel=1e-4)
     with pytest.raises(UserError, match=r"holds no \[MASK\]"):
         exported.fill("nothing to fill")
 
@@ -215,6 +226,68 @@ def test_every_format_is_measured_verified_and_the_fastest_is_taken(models, expo
     order = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")
     assert load(folder).artifact == next(each for each in order if each in WANTED[name])
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):
+    """deploy/ takes the fastest format of a folder: the same tokens as from the model itself, for each task."""
+    prompt, context = [asked(1)], sentence(3, 70)
+    engine = Engine(str(exports("llama")))
+    assert engine.artifact == "int4" and engine.chats
+    settings = Sampling(max_tokens=6, temperature=0, repetition_penalty=1)
+    pieces = list(stream(lambda emit: engine.chat(prompt, settings, emit)))
+    ids = load(exports("llama")).prompt_ids(prompt)
+    expected = load(exports("llama")).generate([ids], max_new_tokens=6)[0]
+    text = engine.model.tokenizer.decode(expected, skip_special_tokens=True)
+    assert "".join(piece.text for piece in pieces[:-1]) == text and pieces[-1].completion_tokens == len(expected)
+    engine = Engine(str(exports("qa")))
+    (answer,) = stream(lambda emit: engine.answer("where?", context, emit))
+    assert engine.artifact == "onnx-int8" and answer["answer"] == context[answer["start"] : answer["end"]]
+    engine = Engine(str(exports("t5")))
+    (summary,) = stream(lambda emit: engine.summarize(context, 5, emit))
+    assert engine.artifact == "onnx-int8" and summary["summary"] == engine.model.summarize([context], 5)[0]
+    engine = Engine(str(exports("bert")), "onnx")
+    (words,) = stream(lambda emit: engine.fill("the ___ near the river", 3, emit))
+    assert words == load(exports("bert")).fill("the [MASK] near the river", 3)
+    drifted = shutil.copytree(exports("bert") / "onnx", tmp_path / "drifted")
+    golden = json.loads((drifted / "golden.json").read_text())
+    for item in golden["items"]:
+        item["output"] = [item["output"][0] + 1]
+    (drifted / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(UserError, match="golden outputs are repeated"):
+        Engine(str(drifted))
+
+
+def test_an_export_travels_over_the_hub(exports, hub, tmp_path):
+    """Pushed as one commit, pulled by name elsewhere: the same golden outputs."""
+    folder = exports("gpt2")
+    push = [sys.executable, "-m", "shared.hub", "push", folder, "--repo_id", "alice/exported"]
+    pushed = subprocess.run(push, capture_output=True, text=True, cwd=ROOT, env=os.environ | hub.env_for("write"))
+    assert pushed.returncode == 0, pushed.stderr
+    program = "from shared.onnx_model import load; m = load('alice/exported'); m.verify(); print(m.artifact)"
+    elsewhere = os.environ | hub.env_for("read", home=tmp_path / "home")
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=elsewhere)
+    assert loaded.stdout == "int4\n", loaded.stderr
+    files = set(hub.files("alice/exported"))
+    assert {"export.json", "README.md", "onnx/model.onnx", "int4/golden.json", "int4/tokenizer.json"} <= files
+    assert not [name for name in files if "/." in name or name.startswith(".") and name != ".gitattributes"]
+
+
+def test_a_graph_that_reads_outside_its_folder_is_refused(exports, tmp_path):
+    """The weights of a graph may lie in a file beside it, whose name the graph holds."""
+    folder = shutil.copytree(exports("gpt2") / "onnx", tmp_path / "model")
+    graph = onnx.load(folder / "model.onnx")  # its weights too
+    onnx.save(graph, folder / "model.onnx", save_as_external_data=True, location="weights")
+    load(folder).verify()
+    (folder / "weights").rename(tmp_path / "weights")
+    with pytest.raises(UserError, match="does not open it"):
+        load(folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../weights" if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match="does not open it"):
+        load(folder)
 
 
 def test_verify_sees_other_weights_tokens_templates_and_stop_ids(exports, tmp_path):
