@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -417,6 +419,14 @@ def command(*arguments, **environment):
     )
 
 
+def status(url):
+    """Of a GET; None where nobody listens."""
+    try:
+        return httpx.get(url).status_code
+    except httpx.TransportError:
+        return None
+
+
 @pytest.fixture
 def port():
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -427,24 +437,17 @@ def port():
 def test_sigterm_lets_streams_finish(tiny, port, how):
     arguments = ["deploy.api", "--model", str(tiny / "llama")] if "-m" in how else ["uvicorn", "deploy.api:app"]
     process = command(*arguments, "--port", str(port), TASKBOOK_MODELS=str(tiny / "llama"))
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-
-    def status(path):
-        try:
-            return http.get(path).status_code
-        except httpx.TransportError:
-            return None
-
+    url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: status("/livez") == 200, 60)
-        assert http.get("/v1/models").status_code == 200  # before it is ready
-        wait_for(lambda: status("/readyz") == 200, 60)
+        wait_for(lambda: status(f"{url}/livez") == 200, 60)
+        assert status(f"{url}/v1/models") == 200  # before it is ready
+        wait_for(lambda: status(f"{url}/readyz") == 200, 60)
         body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 600, "stream": True}
-        with http.stream("POST", "/v1/chat/completions", json=body) as stream:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
-            wait_for(lambda: status("/readyz") in (503, None), 1)
+            wait_for(lambda: status(f"{url}/readyz") in (503, None), 1)
             lines = [line for line in lines if line]
         assert lines[-1] == "data: [DONE]" and json.loads(lines[-2][6:])["choices"][0]["finish_reason"] == "length"
         began = time.monotonic()
@@ -453,6 +456,27 @@ def test_sigterm_lets_streams_finish(tiny, port, how):
         process.kill()
         output = process.communicate()[0]
     assert "ready: llama" in output and "secret" not in output
+
+
+def test_the_commands_of_the_readme(tiny_served, port, tmp_path, capsys):
+    """Server, official client and curl as printed, with tiny models where the two runs would be, and a free port."""
+    text = (ROOT / "deploy" / "README.md").read_text(encoding="utf8").replace(":8000", f":{port}")
+    bash = re.findall(r"```bash\n(.*?)```", text, re.S)
+    start, curl = (next(block for block in bash if block.startswith(word)) for word in ("python", "curl"))
+    assert sorted(bash) == sorted([start, curl, "make chat\n"]), "a command that no test runs"
+    for name, task in (("chat_sft", "text-generation"), ("qa_squad", "question-answering")):
+        shutil.copytree(tiny_served[task], tmp_path / "outputs" / name)
+    words = [sys.executable, *start.split()[1:], "--port", str(port)]
+    with subprocess.Popen(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: status(f"{url}/readyz") == 200, 60)
+            exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+            assert capsys.readouterr().out
+            answer = subprocess.run(["bash", "-c", f"{curl.rstrip()} -sS"], capture_output=True, text=True, timeout=60)
+            assert json.loads(answer.stdout)["start"] >= 0, answer.stdout + answer.stderr
+        finally:
+            process.send_signal(signal.SIGTERM)
 
 
 def test_what_cannot_be_served_ends_with_code_2(port, capsys, monkeypatch):

@@ -3,6 +3,7 @@ golden set, errors. One export a model, for all tests of this file."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -270,6 +271,17 @@ def test_an_export_travels_over_the_hub(exports, hub, tmp_path):
     files = set(hub.files("alice/exported"))
     assert {"export.json", "README.md", "onnx/model.onnx", "int4/golden.json", "int4/tokenizer.json"} <= files
     assert not [name for name in files if "/." in name or name.startswith(".") and name != ".gitattributes"]
+
+
+def test_the_snippets_of_readme_and_card(exports, tmp_path, monkeypatch):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "chat_sft-export").symlink_to(exports("gpt2"))
+    monkeypatch.chdir(tmp_path)
+    for readme in (ROOT / "shared" / "README.md", exports("gpt2") / "README.md"):
+        (snippet,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf8"), re.S)
+        used = {}
+        exec(snippet.replace("<this folder>", "outputs/chat_sft-export"), used)
+        assert used["model"].artifact == "int4"
 
 
 def test_a_graph_that_reads_outside_its_folder_is_refused(exports, tmp_path):

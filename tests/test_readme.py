@@ -12,7 +12,8 @@ from checkout import ROOT
 
 from shared import assets
 
-READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md")])
+# deploy/README.md: tests/test_deploy_api.py
+READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md"), ROOT / "shared" / "README.md"])
 COMMANDS = sorted(
     {
         line
