@@ -27,6 +27,7 @@ from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
 BESIDE_TENSORS = 0.9e9  # bytes of a process on a CPU: Python, libraries, data, buffers of the matrix product
+GAPS = 1.1  # of what training holds beside the weights: rows of different lengths leave gaps in the heap of a CPU's process
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
 
@@ -226,7 +227,9 @@ def print_plan(
         kept = math.ceil(supervised_share * longest_row)
         kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
         found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
-        return found | {"peak": found["peak"] + BESIDE_TENSORS * on_cpu}
+        if on_cpu:
+            found["peak"] += BESIDE_TENSORS + (GAPS - 1) * (found["peak"] - found["weights"])
+        return found
 
     if not on_cpu and model.config._attn_implementation in ("sdpa", PACKED):
         model.set_attn_implementation("planned")
