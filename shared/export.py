@@ -29,7 +29,7 @@ HELP = {
     "int8": "safetensors with 8-bit weights (bitsandbytes)",
     "onnx": "ONNX Runtime in fp32",
     "onnx-int8": "ONNX Runtime with 8-bit weights",
-    "int4": "ONNX Runtime with 4-bit weights",
+    "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
 }
 # Architectures that onnxruntime-genai builds itself, with rotary embeddings inside of its attention; others are traced
 GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
@@ -92,16 +92,17 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         auto = getattr(transformers, TASKS[task])
         auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32).save_pretrained(target)
-    elif task == "text-generation" and _genai_builds(folder):
-        _build_with_genai(folder, target, {"onnx": "fp32", "onnx-int8": "int8", "int4": "int4"}[name])
     else:
         from shared import onnx_graphs
 
-        traced = target.parent / ".traced"
-        if not traced.is_dir():
-            traced.mkdir()
-            onnx_graphs.export(model, traced, task, _reads_segments(source))
-        for graph in sorted(traced.glob("*.onnx")):
+        graphs = target.parent / ".graphs"  # in fp32, for all three formats
+        if not graphs.is_dir():
+            graphs.mkdir()
+            if task == "text-generation" and _genai_builds(folder):
+                _build_with_genai(folder, graphs)
+            else:
+                onnx_graphs.export(model, graphs, task, _reads_segments(source))
+        for graph in sorted(graphs.glob("*.onnx")):
             if name == "onnx":
                 for file in (graph, graph.with_name(f"{graph.name}.data")):
                     if file.is_file():
@@ -126,17 +127,14 @@ def _save_half(model, target: Path) -> None:
     half.save_pretrained(target)
 
 
-def _build_with_genai(folder: Path, target: Path, precision: str) -> None:
-    """onnxruntime-genai's own builder. Blocks of 32 weights share a scale; activations are rounded to 8 bits."""
+def _build_with_genai(folder: Path, target: Path) -> None:
+    """onnxruntime-genai's own builder."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    options = [] if precision == "fp32" else ["block_size=32", "accuracy_level=4"]
     cache = target / ".cache"
-    # It calls an error that embeddings stay as they are in int8
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.CRITICAL)
+    where = ("", str(folder), str(target), "fp32", "cpu", str(cache))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        where = ("", str(folder), str(target), precision, "cpu", str(cache))
-        create_model(*where, **parse_extra_options(*where, options))
+        create_model(*where, **parse_extra_options(*where, []))
     shutil.rmtree(cache, ignore_errors=True)
 
 
@@ -202,7 +200,7 @@ def export(
     say(f"{name}: {task}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, scored on {test_data}")
     output.mkdir(parents=True, exist_ok=True)
     whole = output / ".whole"
-    for left in (whole, output / ".traced"):  # of an export that was interrupted
+    for left in (whole, output / ".graphs"):  # of an export that was interrupted
         shutil.rmtree(left, ignore_errors=True)
     try:
         model.config.use_cache = True  # training turns it off, and the graph of a decoder is nothing without
@@ -239,7 +237,7 @@ def export(
                     losers[each] = reason
                     shutil.rmtree(output / each)
     finally:
-        for left in (whole, output / ".traced"):
+        for left in (whole, output / ".graphs"):
             shutil.rmtree(left, ignore_errors=True)
     for numbers in found.values():
         for key in ("outputs", "input_ids", "stop_ids"):
@@ -354,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--accept_loss", action="store_true", help="keep a format that loses more than its tolerance")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     try:
         export(
             options.model,
@@ -374,7 +372,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """No progress bars and no notes of the libraries below, which a user cannot act on."""
     import transformers
 
     transformers.logging.set_verbosity_error()

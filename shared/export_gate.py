@@ -248,4 +248,7 @@ def in_a_process(*arguments) -> dict:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shared.export_gate", "shared.metrics", "onnxruntime", "transformers.cache_utils"])
     with context.Pool(1) as pool:
-        return pool.apply(measure, arguments)
+        found = pool.apply(measure, arguments)
+        pool.close()  # leaving the block alone would kill it, and it would complain
+        pool.join()
+    return found

@@ -4,11 +4,12 @@ shared/export.py to compare what it writes with the original.
     model = load("outputs/chat_sft")  # a run, a folder that shared/export.py wrote, or one format of it
     model.generate([model.tokenizer("Hello").input_ids], max_new_tokens=20)
 
-Beneath is PyTorch (safetensors, fp16, int8), ONNX Runtime (onnx, onnx-int8) or onnxruntime-genai (int4). Nothing here loads a
-pickle or runs code that came with a model.
+Beneath is PyTorch (safetensors, fp16, int8) or ONNX Runtime (onnx, onnx-int8, int4). Nothing here loads a pickle or runs code
+that came with a model.
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -584,7 +585,9 @@ def load_torch(folder: Path, task: str):
     """
     import transformers
 
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")  # bitsandbytes, at each product, that it computes in fp16
+    # bitsandbytes says at each product that it computes in fp16, and peft asks transformers by an old name
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     gpu = torch.cuda.is_available()
     auto = getattr(transformers, TASKS[task])
     options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32}

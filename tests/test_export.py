@@ -340,6 +340,29 @@ def test_int8_holds_bytes_and_loads_with_from_pretrained(exports):
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+def weights_by_bits(folder):
+    """Names of the weights of a graph's products by the bits they are held in; 32 are fp32."""
+    found = {}
+    for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node:
+        if node.op_type in ("MatMul", "MatMulInteger", "MatMulNBits"):
+            bits = {"MatMul": 32, "MatMulInteger": 8}.get(node.op_type)
+            bits = bits or next(each.i for each in node.attribute if each.name == "bits")
+            found.setdefault(bits, []).append(node.input[1])
+    return found
+
+
+def test_weights_that_rounding_distorts_most_have_more_bits(exports):
+    for name, four in (("llama", {"o_proj", "gate_proj", "up_proj"}), ("gpt2", {"attn.c_proj", "mlp.c_fc"})):
+        found = weights_by_bits(exports(name) / "int4")
+        assert set(found) == {4, 8} and any("lm_head" in weight for weight in found[8])
+        assert all(any(part in weight for part in four) for weight in found[4]) and len(found[4]) == 2 * len(four)
+        assert set(weights_by_bits(exports(name) / "onnx-int8")) == {8}
+    found = weights_by_bits(exports("qa") / "onnx-int8")
+    assert len(found[8]) == 2 * 5 and not any("layer.0.output.dense" in weight for weight in found[8])
+    kept = [weight for weight in found[32] if "weight" in weight]
+    assert len(kept) == 3 and any("qa_outputs" in weight for weight in kept), kept
+
+
 def lora(folder, base, **options):
     """An adapter with weights that change what the base says."""
     from peft import LoraConfig, get_peft_model
