@@ -347,7 +347,8 @@ class Door:
                 return await self._admitted(scope, receive, send)
         if refused:
             with suppress(TimeoutError):
-                await asyncio.wait_for(read_away(receive, self.service.limits.body), 1)
+                async with asyncio.timeout(1):  # cheaper than wait_for, which makes a task
+                    await read_away(receive, self.service.limits.body)
         await (error_response(refused) if refused else self.app)(scope, receive, send)
 
     async def _admitted(self, scope, receive, send):
@@ -440,7 +441,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app):
         loop, previous = asyncio.get_running_loop(), None
-        sys.setswitchinterval(0.0005)  # threads that compute would keep the event loop waiting for 5 ms each time
+        sys.setswitchinterval(5e-5)  # threads that compute would keep the event loop waiting for 5 ms each time
 
         def stop(number, frame):
             loop.call_soon_threadsafe(service.drain)

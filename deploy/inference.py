@@ -8,7 +8,9 @@ Work is done in the threads of `Workers`. What a thread has to say it hands to `
 """
 
 import math
+import os
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -109,6 +111,8 @@ class Workers:
             return [job for job in jobs if not job.cancelled.is_set()]
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: answering comes before computing
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while True:
             jobs = self._next()
             try:
