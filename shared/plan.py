@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
-BESIDE_TENSORS = 0.9e9  # bytes of a process on a CPU: Python, libraries, data, buffers of the matrix product
+BUFFERS = 0.3e9  # bytes of the libraries once they train on a CPU, above what the planning process holds
 GAPS = 1.1  # of what training holds beside the weights: rows of different lengths leave gaps in the heap of a CPU's process
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
@@ -215,6 +216,9 @@ def print_plan(
         device = Hardware(
             total, matmul_flops(half=args.fp16 or args.bf16), half if args.fp16 or args.bf16 else torch.float32
         )
+    # Python, libraries and the data, as a run would hold them; the model is counted as it trains
+    loaded = sum(each.nbytes for each in (*model.parameters(), *model.buffers()) if not each.is_meta)
+    held = psutil.Process().memory_info().rss - loaded
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -228,7 +232,7 @@ def print_plan(
         kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
         found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
         if on_cpu:
-            found["peak"] += BESIDE_TENSORS + (GAPS - 1) * (found["peak"] - found["weights"])
+            found["peak"] += held + BUFFERS + (GAPS - 1) * (found["peak"] - found["weights"])
         return found
 
     if not on_cpu and model.config._attn_implementation in ("sdpa", PACKED):
