@@ -2,7 +2,7 @@
 
 Called by each `tasks/*/train.py` once data and model are there. The estimate runs two optimizer steps with fake tensors, which
 have shapes and no contents, and counts the storages that are alive at the same time: nothing is computed or allocated.
-benchmarks/plan_memory.py compares it with measured peaks.
+benchmarks/plan_memory.py compares it with measured peaks; the README of tasks/chat_sft has the ratios.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from shared.packed_attention import PACKED
 from shared.run import matmul_flops
 
-BUFFERS = 0.3e9  # bytes of the libraries once they train on a CPU, above what the planning process holds
+BUFFERS = 0.1e9  # bytes of the libraries once they train on a CPU, above what the planning process holds
 GAPS = 1.1  # of what training holds beside the weights: rows of different lengths leave gaps in the heap of a CPU's process
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
