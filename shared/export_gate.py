@@ -8,6 +8,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -239,15 +240,20 @@ def too_different(task: str, artifact: str, original: dict, found: dict) -> str 
     return None
 
 
+def start() -> None:
+    """Starts what the processes of `in_a_process` are forked from. It imports the libraries while something else is done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shared.export_gate", "shared.metrics", "onnxruntime", "transformers.cache_utils"])
+    forkserver.ensure_running()
+
+
 def in_a_process(*arguments) -> dict:
     """`measure` in a process of its own, started from one that has imported the libraries and nothing else.
 
     Raises:
         UserError: the artifact cannot be loaded or used.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shared.export_gate", "shared.metrics", "onnxruntime", "transformers.cache_utils"])
-    with context.Pool(1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
         found = pool.apply(measure, arguments)
         pool.close()  # leaving the block alone would kill it, and it would complain
         pool.join()
