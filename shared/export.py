@@ -177,7 +177,7 @@ def export(
     from transformers import AutoTokenizer
 
     from shared import report
-    from shared.export_gate import golden_prompts, in_a_process, start, too_different, write_golden
+    from shared.export_gate import golden_prompts, in_a_process, start_measuring, too_different, write_golden
     from shared.export_gate import test_rows as rows_of
     from shared.hub import licence, pull
     from shared.onnx_model import load_torch, task_of
@@ -195,7 +195,7 @@ def export(
         reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
         possible = [each for each in FORMATS if each not in cannot]
         raise UserError(f"{name} cannot become {reasons}. Possible: {', '.join(possible) or 'none of them'}.")
-    start()
+    start_measuring()
     rows, test_data = rows_of(source, task, dataset)
     model = load_torch(source, task).float()
     say(f"{name}: {task}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, scored on {test_data}")

@@ -240,7 +240,7 @@ def too_different(task: str, artifact: str, original: dict, found: dict) -> str 
     return None
 
 
-def start() -> None:
+def start_measuring() -> None:
     """Starts what the processes of `in_a_process` are forked from. It imports the libraries while something else is done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shared.export_gate", "shared.metrics", "onnxruntime", "transformers.cache_utils"])
