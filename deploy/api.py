@@ -10,6 +10,8 @@ Neither prompts nor keys are logged.
 
 import argparse
 import asyncio
+import functools
+import gc
 import hmac
 import ipaddress
 import json
@@ -94,7 +96,7 @@ class Service:
         self.names, self.limits, self.engines = names, limits, {}
         self.ready = self.draining = False
         self.error: UserError | None = None
-        self.admitted, self.deadlines = 0, set()
+        self.admitted, self.deadlines, self.turn = 0, set(), asyncio.Lock()
         self.registry = CollectorRegistry()
         counter = {"registry": self.registry, "labelnames": ("route",)}
         self.accepted = Counter("taskbook_accepted", "Requests admitted", **counter)
@@ -110,6 +112,8 @@ class Service:
         workers = Workers(self.limits.running)
         for name in self.names:
             self.engines[model_id(name)] = Engine(name, workers=workers)
+        gc.collect()
+        gc.freeze()  # libraries and models stay: looking through them again for garbage halts the server for 0.2 s each time
         self.ready = True
 
     def engine(self, model: str | None) -> Engine:
@@ -121,13 +125,6 @@ class Service:
         if model not in self.engines:
             raise Refused(404, f"no model {model!r} here; GET /v1/models lists them.")
         return self.engines[model]
-
-    def full(self, route: str) -> Refused | None:
-        """The refusal where no room is left."""
-        if self.admitted < self.limits.admitted:
-            return None
-        self.refused.labels(route).inc()
-        return Refused(503, f"{self.admitted} requests are being served, which is the limit.", 2)
 
     def drain(self) -> None:
         """No new work; what runs may finish within `drain_seconds`."""
@@ -336,20 +333,24 @@ class Door:
 
     def __init__(self, app, service: Service, key: str | None):
         self.app, self.service, self.key = app, service, key
+        full = Refused(503, f"{service.limits.admitted} requests are being served, which is the limit.", 2)
+        self.full = error_response(full)  # made once: a flood of them must cost little
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        refused = self._refuses(scope, dict(scope["headers"]))
+        service, refused = self.service, self._refuses(scope, dict(scope["headers"]))
+        answer = error_response(refused) if refused else self.app
         if not refused and scope["method"] == "POST" and scope["path"] in WORK:
-            refused = self.service.full(scope["path"])
-            if not refused:
+            if service.admitted < service.limits.admitted:
                 return await self._admitted(scope, receive, send)
-        if refused:
+            service.refused.labels(scope["path"]).inc()
+            answer = self.full
+        if answer is not self.app:
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):  # cheaper than wait_for, which makes a task
-                    await read_away(receive, self.service.limits.body)
-        await (error_response(refused) if refused else self.app)(scope, receive, send)
+                    await read_away(receive, service.limits.body)
+        await answer(scope, receive, send)
 
     async def _admitted(self, scope, receive, send):
         service, route, status, complete = self.service, scope["path"], None, False
@@ -367,6 +368,8 @@ class Door:
         service.deadlines.add(deadline)
         try:
             async with deadline:
+                async with service.turn:  # one begins after the other, so that a refusal does not wait for their work
+                    await asyncio.sleep(0.002)
                 await self.app(scope, receive, watched)
             outcome = "finished" if status == 200 else "failed"
         except ClientGone:
@@ -409,6 +412,11 @@ class Door:
         return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
 
 
+def not_full(record: logging.LogRecord) -> bool:
+    """No line in the access log for each 503: /metrics counts them, and a flood of lines would slow the refusals."""
+    return record.args[-1:] != (503,)
+
+
 async def read_away(receive, most: int) -> None:
     """Takes the body of a request that is refused: left unread, it would reset the connection before the answer is read."""
     while most > 0:
@@ -418,6 +426,7 @@ async def read_away(receive, most: int) -> None:
         most -= len(message["body"])
 
 
+@functools.lru_cache
 def is_loopback(host: str) -> bool:
     """Whether a name or address is this machine's own."""
     if host == "localhost":
@@ -442,6 +451,7 @@ def create_app(
     async def lifespan(app):
         loop, previous = asyncio.get_running_loop(), None
         sys.setswitchinterval(5e-5)  # threads that compute would keep the event loop waiting for 5 ms each time
+        logging.getLogger("uvicorn.access").addFilter(not_full)
 
         def stop(number, frame):
             loop.call_soon_threadsafe(service.drain)

@@ -112,7 +112,7 @@ class Workers:
 
     def _work(self) -> None:
         if sys.platform == "linux":  # where a thread has a priority of its own: answering comes before computing
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while True:
             jobs = self._next()
             try:

@@ -1,7 +1,9 @@
 """deploy/api.py over real connections: OpenAI's client, limits, deadlines, clients that leave, keys, SIGTERM."""
 
+import asyncio
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +24,7 @@ from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
 
-from deploy.api import Limits, create_app, main
+from deploy.api import Door, Limits, Service, create_app, main
 from shared import UserError
 
 CHAT = [{"role": "user", "content": "Tell me a story."}]
@@ -216,8 +218,10 @@ def test_a_body_that_is_too_large(server, caplog):
     assert server.outcomes()["failed"] >= 2 and "RuntimeError" not in caplog.text
 
 
-def test_full_is_503_and_leaving_frees_the_slot(server):
+def test_full_is_503_and_leaving_frees_the_slot(server, caplog):
     """Four are admitted, of which two compute; the rest is sent away; those who leave make room."""
+    caplog.set_level("INFO", "uvicorn.access")
+    logging.getLogger("uvicorn.access").addHandler(caplog.handler)
     count, restore = generated(server)
     before, accepted = server.outcomes(), server.counted("taskbook_accepted_total", route="/v1/chat/completions")
     long = {"model": "llama", "messages": CHAT, "max_tokens": 2000, "temperature": 0}
@@ -236,7 +240,11 @@ def test_full_is_503_and_leaving_frees_the_slot(server):
         wait_for(lambda: server.service.admitted == 4)
         refused = server.http.post("/v1/chat/completions", json=long)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert "4 requests are being served" in refused.json()["error"]["message"]
         assert server.http.get("/readyz").status_code == 200
+        logging.getLogger("uvicorn.access").removeHandler(caplog.handler)
+        assert '"GET /readyz HTTP/1.1" 200' in caplog.text
+        assert " 503" not in caplog.text, "a flood is counted, not logged"
         sockets[0].close()  # while it waits: it never starts
         wait_for(lambda: server.service.admitted == 3)
         quick = pool.submit(server.http.post, "/v1/chat/completions", json=long | {"max_tokens": 2})
@@ -260,6 +268,32 @@ def test_full_is_503_and_leaving_frees_the_slot(server):
     assert changed == {"finished": 1, "failed": 0, "cancelled": 4}
     assert server.counted("taskbook_accepted_total", route="/v1/chat/completions") - accepted == 5
     assert server.counted("taskbook_refused_total", route="/v1/chat/completions") >= 1
+
+
+def test_a_refusal_does_not_wait_for_work():
+    """Of 200 requests at one instant three are admitted, and each refusal is on its way before the first of them begins."""
+    happened = []
+
+    async def work(scope, receive, send):
+        happened.append("work")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message):
+        if "status" in message:
+            happened.append(message["status"])
+
+    async def burst():
+        door = Door(work, Service([], Limits(admitted=3)), None)
+        scope = {"type": "http", "method": "POST", "path": "/answer", "server": ("127.0.0.1", 80)}
+        scope["headers"] = [(b"host", b"localhost")]
+        await asyncio.gather(*(door(scope, receive, send) for _ in range(200)))
+
+    asyncio.run(burst())
+    assert happened == [503] * 197 + ["work", 200] * 3
 
 
 def test_generation_stops_within_two_tokens(server):
