@@ -153,15 +153,18 @@ def _nll(scores: np.ndarray, tokens: np.ndarray) -> float:
 
 def _perplexity(model: Model, rows: list[dict]) -> dict:
     nll, tokens = 0.0, 0
-    for row in rows:
+    for row in rows:  # `verbose` would warn of long rows, which are cut below
         if "messages" in row:
             encoded = model.tokenizer.apply_chat_template(
-                row["messages"], return_dict=True, return_assistant_tokens_mask=True
+                row["messages"],
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                tokenizer_kwargs={"verbose": False},
             )
             ids, counted = encoded["input_ids"], encoded["assistant_masks"]
             counted = counted if any(counted) else [1] * len(ids)  # a template without marks
         else:
-            ids = model.tokenizer(row["text"])["input_ids"]
+            ids = model.tokenizer(row["text"], verbose=False)["input_ids"]
             counted = [1] * len(ids)
         most = min(ROW_TOKENS, model.context)
         ids, counted = ids[:most], np.array(counted[:most], bool)[1:]
