@@ -87,7 +87,7 @@ class ClientGone(Exception):
 
 
 class Service:
-    """Models, counters and limits of one server. Touched by the event loop only, so it needs no lock.
+    """Models, counters and limits of one server. Touched by the event loop only: its only lock, `turn`, spaces out beginnings.
 
     accepted = finished + failed + cancelled + those in `admitted` now.
     """
