@@ -369,7 +369,7 @@ class Door:
         try:
             async with deadline:
                 async with service.turn:  # one begins after the other, so that a refusal does not wait for their work
-                    await asyncio.sleep(0.002)
+                    await asyncio.sleep(0.002)  # as long as about ten refusals take
                 await self.app(scope, receive, watched)
             outcome = "finished" if status == 200 else "failed"
         except ClientGone:
@@ -412,8 +412,8 @@ class Door:
         return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
 
 
-def not_full(record: logging.LogRecord) -> bool:
-    """No line in the access log for each 503: /metrics counts them, and a flood of lines would slow the refusals."""
+def is_not_503(record: logging.LogRecord) -> bool:
+    """Filter of the access log: /metrics counts what a full server refuses, and a line for each would slow a flood of them."""
     return record.args[-1:] != (503,)
 
 
@@ -426,7 +426,7 @@ async def read_away(receive, most: int) -> None:
         most -= len(message["body"])
 
 
-@functools.lru_cache
+@functools.lru_cache  # asked twice for each request, a refused one too
 def is_loopback(host: str) -> bool:
     """Whether a name or address is this machine's own."""
     if host == "localhost":
@@ -451,7 +451,7 @@ def create_app(
     async def lifespan(app):
         loop, previous = asyncio.get_running_loop(), None
         sys.setswitchinterval(5e-5)  # threads that compute would keep the event loop waiting for 5 ms each time
-        logging.getLogger("uvicorn.access").addFilter(not_full)
+        logging.getLogger("uvicorn.access").addFilter(is_not_503)
 
         def stop(number, frame):
             loop.call_soon_threadsafe(service.drain)
