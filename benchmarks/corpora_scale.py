@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from shared import docs
-from shared.cleaning import NearDuplicates, clean_text, repetitive, shingles
+from shared.data import docs
+from shared.data.cleaning import clean_text, repetitive
+from shared.data.near_duplicates import NearDuplicates, shingles
 
 MEGABYTE, TARGET = 10**6, 10**10
 

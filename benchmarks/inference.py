@@ -18,10 +18,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer, set_seed
 
-from shared import assets
-from shared.export import FORMATS, impossible, quiet_libraries, write
-from shared.onnx_model import Model, load, load_torch, task_of
-from shared.sources import load_data
+from shared.data import assets
+from shared.data.load import load_data
+from shared.export.export import quiet_libraries
+from shared.export.formats import FORMATS, impossible, write
+from shared.inference.model import Model, load, task_of
+from shared.inference.torch_runner import load_torch
 
 
 def random_model(kind: str, folder: Path) -> Path:

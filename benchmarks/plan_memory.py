@@ -37,8 +37,8 @@ def measure(task: str, argv: list[str]) -> None:
     spec = importlib.util.spec_from_file_location("train", script)
     sys.modules["train"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from shared import checkpoints
-    from shared.run import parse
+    from shared.training import checkpoints
+    from shared.training.arguments import parse
 
     def train_and_stop(trainer, checkpoint):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

@@ -1,4 +1,4 @@
-"""Answers from logits: `decode` of shared/reading.py against the loop of transformers' utils_qa.py, answer by answer.
+"""Answers from logits: `decode` of shared/inference/qa_windows.py against the loop of transformers' utils_qa.py, one by one.
 
     python benchmarks/qa_decoding.py --questions 10000
 
@@ -15,7 +15,7 @@ import numpy as np
 
 def make(questions: int, seed: int = 0):
     """Windows of at most 384 tokens over made-up contexts, and logits for them."""
-    from shared.reading import Windows
+    from shared.inference.qa_windows import Windows
 
     random = np.random.default_rng(seed)
     parts, row = {"ids": [], "types": [], "spans": []}, []
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=10_000, help="how many questions to answer")
     questions = parser.parse_args().questions
-    from shared.reading import decode
+    from shared.inference.qa_windows import decode
 
     windows, start, end = make(questions)
     seconds = {"loop": [], "vectorised": []}

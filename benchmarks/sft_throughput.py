@@ -18,9 +18,9 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-from shared import assets
-from shared.cleaning import CleaningReport, clean_rows
-from shared.sources import load_data
+from shared.data import assets
+from shared.data.cleaning import CleaningReport, clean_rows
+from shared.data.load import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ROOT / "tasks" / "chat_sft"

@@ -12,7 +12,7 @@ import random
 import resource
 import time
 
-from shared.splits import cluster, split_rows
+from shared.data.splits import cluster, split_rows
 
 WORDS = [f"{a}{b}{c}" for a in ("ba", "do", "ku", "mi") for b in range(10) for c in range(500)]
 

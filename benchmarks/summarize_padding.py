@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from shared.sources import load_data
+from shared.data.load import load_data
 
 TASK = Path(__file__).resolve().parent.parent / "tasks" / "summarize_t5"
 SIDES = {"random": "random", "grouped": "group_by_length"}

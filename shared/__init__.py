@@ -1,4 +1,4 @@
-"""What every task uses: configuration, assets, cleaning, splits, metrics, checkpoints, reports. Knows no task."""
+"""What every task uses, in packages whose imports point one way: see README.md. Knows no task."""
 
 
 class UserError(Exception):

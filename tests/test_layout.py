@@ -63,6 +63,41 @@ def arrows(root: Path) -> list[str]:
     return found
 
 
+# What each package of shared/ may import of the others
+INSIDE_SHARED = {
+    "metrics": set(),
+    "data": set(),
+    "corpora": {"data"},
+    "publish": {"data", "metrics"},
+    "training": {"data", "metrics", "publish"},
+    "inference": {"data", "metrics", "publish"},
+    "export": {"data", "metrics", "publish", "inference"},
+}
+
+
+def arrows_inside_shared(root: Path) -> list[str]:
+    """{metrics, data} <- publish <- {training, inference}; data <- corpora; inference <- export."""
+    found = []
+    for path, _, tree in sources(root, "shared"):
+        package = path.parts[1] if len(path.parts) > 2 else None
+        if package is None and path.name != "__init__.py":
+            found.append(f"{path}: lies in no package")
+        for line, module in imported(tree):
+            parts = module.split(".")
+            target = parts[1] if parts[0] == "shared" and len(parts) > 1 else None
+            if target in INSIDE_SHARED and target != package and target not in INSIDE_SHARED.get(package, set()):
+                found.append(f"{path}:{line} imports {module}")
+    return found
+
+
+def long_files(root: Path) -> list[str]:
+    """No file of shared/ or deploy/ is longer than 450 lines."""
+    lengths = {
+        path: len((root / path).read_text("utf8").splitlines()) for path, *_ in sources(root, "shared", "deploy")
+    }
+    return [f"{path}: {length} lines" for path, length in lengths.items() if length > 450]
+
+
 def shadows(root: Path) -> list[str]:
     """A script's folder is first on the path: a file there hides a module of the same name."""
     modules = set(importlib.metadata.packages_distributions()) | sys.stdlib_module_names
@@ -117,7 +152,7 @@ def code_from_data(root: Path) -> list[str]:
 
 
 def large_files(root: Path) -> list[str]:
-    """A clone stays small; data and weights come from the names in shared/assets.py."""
+    """A clone stays small; data and weights come from the names in shared/data/assets.py."""
     return [f"{p.relative_to(root)}: {p.stat().st_size} bytes" for p in files(root) if p.stat().st_size > 1_000_000]
 
 
@@ -177,14 +212,18 @@ def missing_targets(root: Path) -> list[str]:
 
 
 def installation(root: Path) -> list[str]:
-    """`-e .` comes last, and every package of `shared` is declared (an editable install hides a missing one)."""
+    """`-e .` comes last; only `shared` is installed, and all of it: a folder of it without __init__.py would be missing."""
     found = []
     lines = [line.strip() for line in (root / "requirements.txt").read_text("utf8").splitlines()]
     if [line for line in lines if line and not line.startswith("#")][-1] != "-e .":
         found.append("requirements.txt does not end with -e .")
-    declared = set(tomllib.loads((root / "pyproject.toml").read_text("utf8"))["tool"]["setuptools"]["packages"])
-    packages = {".".join(path.parent.parts) for path, *_ in sources(root, "shared")}
-    return found + [f"pyproject.toml: packages differ in {name}" for name in sorted(declared ^ packages)]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf8"))
+    if project["tool"]["setuptools"]["packages"]["find"] != {"include": ["shared*"]}:
+        found.append("pyproject.toml: packages.find includes something else than shared*")
+    folders = {path.parent for path, *_ in sources(root, "shared")}
+    return found + [
+        f"{folder}: no __init__.py" for folder in sorted(folders) if not (root / folder / "__init__.py").exists()
+    ]
 
 
 def configs(root: Path) -> list[Path]:
@@ -236,6 +275,8 @@ def docstrings(root: Path) -> list[str]:
 
 RULES = (
     arrows,
+    arrows_inside_shared,
+    long_files,
     shadows,
     import_path,
     code_from_data,
@@ -260,21 +301,26 @@ PLANTED = [
     (arrows, "tasks/one/train.py", "def f():\n    from tasks.two import train\n"),
     (arrows, "tasks/one/train.py", "import features_of_two\n"),
     (arrows, "tasks/one/train.py", "import deploy.api\n"),
-    (arrows, "shared/run.py", "import features_of_two\n"),
-    (arrows, "shared/run.py", "import importlib\nimportlib.import_module('tasks.one.train')\n"),
-    (arrows, "shared/run.py", "from deploy import api\n"),
+    (arrows, "shared/training/arguments.py", "import features_of_two\n"),
+    (arrows, "shared/training/arguments.py", "import importlib\nimportlib.import_module('tasks.one.train')\n"),
+    (arrows, "shared/training/arguments.py", "from deploy import api\n"),
     (arrows, "deploy/api.py", "import tasks.one.train\n"),
+    (arrows_inside_shared, "shared/data/load.py", "from shared.publish import hub\n"),
+    (arrows_inside_shared, "shared/inference/model.py", "from shared.training.plan import estimate\n"),
+    (arrows_inside_shared, "shared/publish/card.py", "def f():\n    from shared import training\n"),
+    (arrows_inside_shared, "shared/helpers.py", "x = 1\n"),
+    (long_files, "deploy/api.py", "x = 1\n" * 451),
     (shadows, "tasks/one/evaluate.py", "x = 1\n"),
     (shadows, "tasks/one/datasets.py", "x = 1\n"),
     (shadows, "tasks/one/statistics.py", "x = 1\n"),
     (import_path, "tasks/one/train.py", "import sys\nsys.path.insert(0, '.')\n"),
-    (import_path, "shared/run.py", "import os\nos.environ['PYTHONPATH'] = '.'\n"),
+    (import_path, "shared/training/arguments.py", "import os\nos.environ['PYTHONPATH'] = '.'\n"),
     (import_path, "Makefile", "test:\n\tPYTHONPATH=. pytest\n"),
-    (code_from_data, "shared/run.py", "load(x, trust_remote_code=True)\n"),
-    (code_from_data, "shared/run.py", "load(x, **{'trust_remote_code': True})\n"),
+    (code_from_data, "shared/training/arguments.py", "load(x, trust_remote_code=True)\n"),
+    (code_from_data, "shared/training/arguments.py", "load(x, **{'trust_remote_code': True})\n"),
     (code_from_data, "tasks/one/train.py", "import torch\ntorch.load('x')\n"),
     (code_from_data, "tasks/one/train.py", "from torch import load\n"),
-    (code_from_data, "shared/run.py", "import pickle\n"),
+    (code_from_data, "shared/training/arguments.py", "import pickle\n"),
     (code_from_data, "tasks/one/configs/laptop.yaml", "# accelerate launch, 3 min\ntrust_remote_code: true\n"),
     (large_files, "tests/weights.bin", "0" * 1_000_001),
     (broken_links, "README.md", "see [there](docs/nowhere.md#part)\n"),
@@ -283,6 +329,7 @@ PLANTED = [
     (missing_targets, "CONTRIBUTING.md", "then `make lunch`\n"),
     (installation, "requirements.txt", "-e .\ntorch\n"),
     (installation, "shared/metrics/rouge/rouge.py", "x = 1\n"),
+    (installation, "pyproject.toml", '[tool.setuptools.packages.find]\ninclude = ["*"]\n'),
     (
         configurations,
         "tasks/one/configs/laptop.yaml",
@@ -290,7 +337,7 @@ PLANTED = [
     ),
     (configurations, "tasks/one/configs/t4.yaml", "# accelerate launch tasks/one/train.py, 3 min\na: 1\n"),
     (configurations, "tasks/one/configs/laptop.yaml", "# accelerate launch\na: 1\n"),
-    (docstrings, "shared/run.py", '"""File."""\ndef public():\n    pass\n'),
+    (docstrings, "shared/training/arguments.py", '"""File."""\ndef public():\n    pass\n'),
     (docstrings, "tasks/one/train.py", "x = 1\n"),
 ]
 
@@ -301,13 +348,13 @@ PLANTED = [
 def test_a_violation_is_found(rule, name, text, tmp_path):
     clean = {
         "shared/__init__.py": "",
-        "tasks/one/train.py": '"""One."""\nimport json\nimport features_of_one\nfrom shared import run\n',
+        "tasks/one/train.py": '"""One."""\nimport json\nimport features_of_one\nfrom shared.training import launch\n',
         "tasks/one/features_of_one.py": '"""One."""\n',
         "tasks/two/features_of_two.py": '"""Two."""\n',
         "tasks/one/configs/laptop.yaml": "# accelerate launch tasks/one/train.py\n# Not yet measured.\nlr: 1\n",
-        "deploy/api.py": '"""Serves."""\nfrom shared import run\n',
+        "deploy/api.py": '"""Serves."""\nfrom shared.training import launch\n',
         "requirements.txt": "torch\n-e .\n",
-        "pyproject.toml": '[tool.setuptools]\npackages = ["shared"]\n',
+        "pyproject.toml": '[tool.setuptools.packages.find]\ninclude = ["shared*"]\n',
         "Makefile": ".PHONY: test\ntest: ## run\n\tpytest\n",
         "README.md": "[one](tasks/one/train.py) [web](https://example.org/x)\n\n    make test\n",
     }

@@ -10,10 +10,10 @@ import pytest
 import task_runs
 from checkout import ROOT
 
-from shared import assets
+from shared.data import assets
 
-# deploy/README.md: tests/test_deploy_api.py
-READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md"), ROOT / "shared" / "README.md"])
+# deploy/README.md: tests/deploy/test_deploy_api.py
+READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md"), *ROOT.glob("shared/**/README.md")])
 COMMANDS = sorted(
     {
         line
@@ -43,7 +43,7 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         words.insert(1, "--dry-run")  # what these targets do is tested on its own; CI itself is `make test`
     else:
         words[0] = str(ROOT / ".venv" / "bin" / words[0])
-    if "shared.export" in words:  # tests/test_export.py makes each format
+    if "shared.export" in words:  # tests/export/test_export.py makes each format
         words[words.index("shared.export") + 1] = str(tiny / "gpt2")
         words[words.index("--to") + 1 : words.index("--output")] = ["merged"]
         rows = tmp_path / "rows.jsonl"

@@ -1,6 +1,6 @@
 """Bootstrap intervals over the rows of a split, and the local `evaluate` modules that lie beside this file.
 
-Called by the modules, the tasks and `shared.report`. Rows are the unit that is drawn: the tokens of one conversation
+Called by the modules, the tasks and `shared.publish.card`. Rows are the unit that is drawn: the tokens of one conversation
 depend on each other, so intervals over tokens would be far too narrow.
 """
 

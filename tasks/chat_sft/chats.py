@@ -5,7 +5,7 @@ import re
 from trl.chat_template_utils import has_generation_markers
 
 from shared import UserError
-from shared.cleaning import clean_text, malformed
+from shared.data.cleaning import clean_text, malformed
 
 # Which columns make a conversation, the first that fits. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -71,7 +71,7 @@ def _reach(row: dict, place: str):
 
 
 def to_messages(row: dict, chat_format: str, places: dict[str, str]) -> dict | str:
-    """One row as `{"messages": [{"role", "content"}, ...]}`, or the reason for dropping it (see `shared.cleaning.clean_rows`).
+    """One row as `{"messages": [{"role", "content"}, ...]}`, or the reason for dropping it (see `clean_rows`).
 
     Runs of one speaker become one turn; turns after the last reply are cut, since nothing is learnt from them. Conversations
     between people (ShareGPT columns whose `from` are names): who speaks first is the user, the other the assistant.

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from shared import UserError
-from shared.packed_attention import PACKED
+from shared.training.packed_attention import PACKED
 
 
 def check_method(script_args) -> None:

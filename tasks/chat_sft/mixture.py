@@ -7,11 +7,12 @@ from datasets import interleave_datasets
 from methods import reply
 from tqdm.auto import tqdm
 
-from shared import UserError, metrics, report
-from shared.cleaning import clean_dataset, clean_text, malformed
+from shared import UserError, metrics
+from shared.data.cleaning import clean_dataset, clean_text, malformed
+from shared.data.load import load_data
+from shared.data.splits import first_rows, split_dataset
 from shared.metrics.rouge.rouge import split_sentences
-from shared.sources import load_data
-from shared.splits import first_rows, split_dataset
+from shared.publish.compare import did_it_help
 
 # How a task is put to the model, and what it says where a text holds no answer.
 SUMMARIZE = "Summarize this text in one or two sentences.\n\n{text}"
@@ -158,7 +159,7 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
     """Each kind by its own metric: the trained model against the base and the trivial baseline, on the same rows.
 
     Returns:
-        `metrics` for all_results.json; `lines` for people (see `shared.report.did_it_help`); `samples` (see `write_samples`);
+        `metrics` for all_results.json; `lines` for people (see `did_it_help`); `samples` (see `write_samples`);
         `data`, on which data set each metric was measured.
     """
     found = {"metrics": {}, "lines": [], "samples": [], "data": {}}
@@ -170,7 +171,7 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
             found["data"] |= dict.fromkeys((name.removeprefix("test_") for name in values), rows["data"][0])
         metric, trivial = METRIC[kind], "Lead-3" if kind == "summarization" else "most frequent answer"
         base_rows, baseline_rows, rows_of_test = ({metric: scores[prefix]} for prefix in ("base", "baseline", "test"))
-        helped = report.did_it_help(base_rows, rows_of_test, metric, baselines={trivial: baseline_rows})
+        helped = did_it_help(base_rows, rows_of_test, metric, baselines={trivial: baseline_rows})
         found["lines"].append(f"{kind.replace('_', ' ').capitalize()}: {helped.pop('line')}")
         found["metrics"] |= {key: value for key, value in helped.items() if key != "better_rows"}
         found["metrics"][f"test_{kind}_rows"] = len(rows)

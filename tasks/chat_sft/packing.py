@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from shared.losses import finite, log_evaluation, step_mean
-from shared.out_of_memory import within_memory
+from shared.training.losses import finite, log_evaluation, step_mean
+from shared.training.out_of_memory import within_memory
 
 
 class RowCollator(DataCollatorForLanguageModeling):

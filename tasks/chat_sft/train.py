@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -56,9 +57,9 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Conversations of the three splits, and the cleaning report as one line."""
     from chats import find_format, text_of, to_messages
 
-    from shared.cleaning import clean_dataset
-    from shared.sources import load_data
-    from shared.splits import split_dataset
+    from shared.data.cleaning import clean_dataset
+    from shared.data.load import load_data
+    from shared.data.splits import split_dataset
 
     data = load_data(run_args.dataset, run_args.dataset_config)
     chat_format, places = find_format(next(iter(data.values())).column_names, run_args.columns)
@@ -113,12 +114,14 @@ def main(script_args, args, run_args) -> None:
     from packing import PackedSFTTrainer, RowCollator, score_rows
     from transformers.trainer_utils import set_seed
 
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.hub import pull
-    from shared.packed_attention import PACKED
-    from shared.plan import print_plan
-    from shared.splits import first_rows
+    from shared.data.splits import first_rows
+    from shared.publish import compare
+    from shared.publish.hub import pull
+    from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.identity import run_identity
+    from shared.training.packed_attention import PACKED
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
@@ -193,7 +196,7 @@ def main(script_args, args, run_args) -> None:
         before = reply(base, tokenizer, prompts)
         base_answers = mixture.answer(base, tokenizer, asked, args, "base model")
     unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
-    helped = report.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
+    helped = compare.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
     others = mixture.compare(asked, base_answers, trained_answers)
     metrics = {
         **compute_metrics(trained_rows, "test"),

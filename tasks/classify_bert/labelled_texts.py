@@ -1,7 +1,7 @@
 """Rows of any table as texts with labels. Used by train.py."""
 
 from shared import UserError
-from shared.cleaning import clean_text, malformed
+from shared.data.cleaning import clean_text, malformed
 
 
 def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
@@ -20,7 +20,7 @@ def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
 
 
 def to_row(row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None) -> dict | str:
-    """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.cleaning.clean_rows`).
+    """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
     Args:
         names: of the classes, where the data set stores numbers and knows their names.

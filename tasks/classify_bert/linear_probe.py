@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
-from shared.losses import finite
+from shared.training.losses import finite
 
 
 class CheckedTrainer(Trainer):

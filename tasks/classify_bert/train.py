@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import UserError
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -38,9 +39,9 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     from datasets import ClassLabel, Dataset, DatasetDict
     from labelled_texts import find_columns, to_row
 
-    from shared.cleaning import clean_dataset
-    from shared.sources import load_data
-    from shared.splits import first_rows, split_dataset
+    from shared.data.cleaning import clean_dataset
+    from shared.data.load import load_data
+    from shared.data.splits import first_rows, split_dataset
 
     data = load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
@@ -120,12 +121,14 @@ def main(script_args, args, run_args) -> None:
         set_seed,
     )
 
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.hub import pull
-    from shared.out_of_memory import evaluate_within_memory
-    from shared.plan import print_plan
-    from shared.splits import first_rows
+    from shared.data.splits import first_rows
+    from shared.publish import compare
+    from shared.publish.hub import pull
+    from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.identity import run_identity
+    from shared.training.out_of_memory import evaluate_within_memory
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
 
@@ -193,7 +196,7 @@ def main(script_args, args, run_args) -> None:
         name: {"correct": (np.asarray(found) == labels).astype(float), "tokens": np.ones(len(labels))}
         for name, found in (("test", predicted), ("base", probed), ("baseline", np.full(len(labels), majority)))
     }
-    helped = report.did_it_help(
+    helped = compare.did_it_help(
         scored["base"], scored["test"], "accuracy", baselines={"most frequent label": scored["baseline"]}
     )
     metrics = {

@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer
 
-from shared.checkpoints import SeededCollator
-from shared.losses import finite, log_evaluation, step_mean
-from shared.out_of_memory import within_memory
+from shared.training.checkpoints import SeededCollator
+from shared.training.losses import finite, log_evaluation, step_mean
+from shared.training.out_of_memory import within_memory
 
 SCORES = ("nll", "tokens", "correct", "correct_top5")
 

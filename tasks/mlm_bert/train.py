@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -48,9 +49,9 @@ def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
     from mlm_rows import text_column
 
-    from shared.cleaning import clean_dataset, document_cleaner
-    from shared.sources import load_data
-    from shared.splits import split_dataset
+    from shared.data.cleaning import clean_dataset, document_cleaner
+    from shared.data.load import load_data
+    from shared.data.splits import split_dataset
 
     # A tenth goes to each of validation and test
     most = None if run_args.max_train_rows is None else math.ceil(run_args.max_train_rows / 0.8)
@@ -92,11 +93,13 @@ def main(script_args, args, run_args) -> None:
     from mlm_rows import count_tokens, cut_into_rows, preflight, sample_prompts
     from torch.nn import Dropout
 
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, SeededCollator, StopOnSignal, run_identity, train
-    from shared.hub import pull
-    from shared.plan import print_plan
-    from shared.splits import first_rows
+    from shared.data.splits import first_rows
+    from shared.publish import compare
+    from shared.publish.hub import pull
+    from shared.training.checkpoints import CompleteCheckpoints, SeededCollator, train
+    from shared.training.identity import run_identity
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
 
@@ -162,7 +165,7 @@ def main(script_args, args, run_args) -> None:
     base_rows = score_documents(base, test, tokenizer, args, "test, untrained model")
     before = fill_mask(base, tokenizer, prompts, args.device)
     baseline = score_most_frequent(counts, test)
-    helped = report.did_it_help(base_rows, trained_rows, baselines={"most frequent token": baseline})
+    helped = compare.did_it_help(base_rows, trained_rows, baselines={"most frequent token": baseline})
     metrics = {
         **compute_metrics(trained_rows, "test"),
         **compute_metrics(base_rows, "base"),

@@ -168,7 +168,7 @@ def read_state(checkpoint: Path | None) -> dict | None:
 def side(text: str, seed: int, missing: tuple[str, ...]) -> str:
     """Split of a streamed document, by a hash of its text: `train`, or one of the splits that the data lacks.
 
-    Exact copies land on one side. Near-duplicates may not: finding them needs the whole corpus, which shared/corpora.py
+    Exact copies land on one side. Near-duplicates may not: finding them needs the whole corpus, which shared/corpora/readers.py
     has read once already.
     """
     share = (

@@ -11,9 +11,9 @@ from blocks import side
 from datasets import IterableDataset
 
 from shared import UserError
-from shared.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
-from shared.sources import load_data, load_stream
-from shared.splits import split_dataset
+from shared.data.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
+from shared.data.load import load_data, load_stream
+from shared.data.splits import split_dataset
 
 LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
 
@@ -70,7 +70,7 @@ class Corpus:
 def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
     """Opens the corpus and collects at most `most[split]` (2,000 where that is None) documents of validation and test.
 
-    Official splits are kept, as in `shared.splits.split_dataset`: validation stands in for a test split that is missing.
+    Official splits are kept, as in `shared.data.splits.split_dataset`: validation stands in for a test split that is missing.
 
     Raises:
         UserError: no training split, no documents, or none that is held out.

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from shared import UserError
-from shared.hub import pull
-from shared.packed_attention import PACKED
+from shared.publish.hub import pull
+from shared.training.packed_attention import PACKED
 
 END = "<|endoftext|>"
 SIZES = {"nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}  # layers, width
@@ -97,7 +97,7 @@ PROMPT, NEW = 16, 64  # tokens of a sample
 
 @torch.no_grad()
 def write_samples(base, trained, tokenizer, documents: list[list[int]], block_length: int, seed: int) -> list[dict]:
-    """How both models go on from the beginnings of three documents, at each temperature; for `shared.report.write_samples`."""
+    """How both models go on from the beginnings of three documents, at each temperature; for `write_samples` of a run."""
     prompt_length = min(PROMPT, block_length // 2)
     chosen = [ids for ids in documents if len(ids) > prompt_length][:3]
     if not chosen:

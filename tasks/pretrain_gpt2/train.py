@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from shared import UserError
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 NGRAM_TOKENS = 20_000_000  # of a stream, for the n-gram models: their counts then stay below two gigabytes
 
@@ -92,9 +93,11 @@ def main(script_args, args, run_args) -> None:
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.plan import print_plan
+    from shared.publish import compare
+    from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.identity import run_identity
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
     args.remove_unused_columns = False  # blocks have just the columns that the loss needs
@@ -191,7 +194,7 @@ def main(script_args, args, run_args) -> None:
     base_rows = score(base, title="test, untrained model")
     seen = blocks.first(min(needed, NGRAM_TOKENS // length)) if streaming else blocks.blocks
     baselines = ngram_scores(seen, whole, held_out["test"], len(tokenizer), end)
-    helped = report.did_it_help(base_rows, trained_rows, baselines=baselines)
+    helped = compare.did_it_help(base_rows, trained_rows, baselines=baselines)
     scored = {"test": trained_rows, "base": base_rows}
     scored |= {f"baseline_{name.replace(' ', '_')}": rows for name, rows in baselines.items()}
     metrics = {"test_rows": len(text_bytes)} | helped

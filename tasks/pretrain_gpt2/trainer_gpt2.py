@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from shared import UserError
-from shared.losses import finite, log_evaluation, step_mean
-from shared.out_of_memory import within_memory
-from shared.packed_attention import PACKED
-from shared.run import matmul_flops
+from shared.training.hardware import matmul_flops
+from shared.training.losses import finite, log_evaluation, step_mean
+from shared.training.out_of_memory import within_memory
+from shared.training.packed_attention import PACKED
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)

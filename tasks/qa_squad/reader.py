@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
-from shared.losses import finite
-from shared.out_of_memory import within_memory
-from shared.packed_attention import PACKED
+from shared.training.losses import finite
+from shared.training.out_of_memory import within_memory
+from shared.training.packed_attention import PACKED
 
 # Models whose attention takes further arguments and whose positions count from 0 (RoBERTa's do not); others are padded.
 PACKABLE = ("bert", "electra")

@@ -1,5 +1,5 @@
 """Rows of any SQuAD-like file -> questions with their answers; what windows of them teach; baselines, samples. Used by train.py;
-needs no torch. Windows and their decoding are in shared/reading.py.
+needs no torch. Windows and their decoding are in shared/inference/qa_windows.py.
 
 An answer is a place in its context, so contexts are taken as they are: cleaning would move them.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from shared import UserError
-from shared.cleaning import malformed
-from shared.reading import Windows, gold_answer
+from shared.data.cleaning import malformed
+from shared.inference.qa_windows import Windows, gold_answer
 
 NEEDED = ("context", "question", "answers")
 OPTIONAL = ("id", "title", "answer_start")
@@ -80,7 +80,7 @@ def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
 
 
 def to_question(row: dict, places: dict[str, str]) -> dict | str:
-    """A row in the Hub's columns, or the reason for dropping it (see `shared.cleaning.clean_rows`).
+    """A row in the Hub's columns, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
     `answers` may be the Hub's `{"text": [...], "answer_start": [...]}`, a list of `{"text", "answer_start"}`, a text or a list
     of texts. An answer that does not stand at its `answer_start` is looked for in the context, and taken where it occurs once.
@@ -205,7 +205,7 @@ def mark(context: str, first: int, last: int, around: int = 200) -> str:
 
 
 def samples(rows, found: dict, base: list[str], given: list[str], most: int = 20) -> list[dict]:
-    """For `shared.report.write_samples`: the first questions, each with its context, in which the answer given is marked."""
+    """For samples.jsonl: the first questions, each with its context, in which the answer given is marked."""
 
     def shown(answer):
         return answer or "(no answer)"

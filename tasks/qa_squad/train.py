@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import UserError
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 # What the best threshold would give on the test split itself; the one that is used is chosen on validation.
 BEST = ("f1", "threshold", "exact_match", "exact_match_threshold")
@@ -38,9 +39,9 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     from datasets import DatasetDict, Features, List, Value
     from squad_features import find_columns, groups, read_official, to_question
 
-    from shared.cleaning import clean_dataset
-    from shared.sources import load_data
-    from shared.splits import split_dataset
+    from shared.data.cleaning import clean_dataset
+    from shared.data.load import load_data
+    from shared.data.splits import split_dataset
 
     official = read_official(run_args.dataset)
     data = {"train": official} if official else load_data(run_args.dataset, run_args.dataset_config)
@@ -97,12 +98,14 @@ def main(script_args, args, run_args) -> None:
     from transformers import AutoTokenizer
     from transformers.trainer_utils import set_seed
 
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.hub import pull
-    from shared.plan import print_plan
-    from shared.reading import decode, make_windows
-    from shared.splits import first_rows
+    from shared.data.splits import first_rows
+    from shared.inference.qa_windows import decode, make_windows
+    from shared.publish import compare
+    from shared.publish.hub import pull
+    from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.identity import run_identity
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
 
@@ -192,7 +195,7 @@ def main(script_args, args, run_args) -> None:
     if no_answer:
         guesses["silent"] = [""] * len(rows["test"])
     baselines = {name: compute_metrics(rows["test"], texts, f"baseline_{name}") for name, texts in guesses.items()}
-    helped = report.did_it_help(
+    helped = compare.did_it_help(
         base_scores, trained_scores, "f1", {name: scores for name, (_, scores) in baselines.items()}
     )
     whole = {f"baseline_{name}_{metric}" for name in guesses for metric in ("exact_match", "f1")}

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from shared import UserError
-from shared.cleaning import clean_text, malformed
+from shared.data.cleaning import clean_text, malformed
 from shared.metrics.rouge.rouge import split_sentences
 
 # Columns of a document and its summary, the first pair that fits: CNN/DailyMail, XSum, SAMSum, SciTLDR.

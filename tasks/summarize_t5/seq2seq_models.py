@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
-from shared.losses import finite
-from shared.out_of_memory import within_memory
+from shared.training.losses import finite
+from shared.training.out_of_memory import within_memory
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from shared.run import begin, finish, log, run, setup
+from shared.training.finish import finish
+from shared.training.launch import begin, log, run, setup
 
 # Torch is imported inside the functions: a misspelt key or --help is answered before it.
 
@@ -53,9 +54,9 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Documents with summaries of the three splits, and the cleaning report as one line."""
     from articles import find_columns, text_of, to_pair
 
-    from shared.cleaning import clean_dataset
-    from shared.sources import load_data
-    from shared.splits import split_dataset
+    from shared.data.cleaning import clean_dataset
+    from shared.data.load import load_data
+    from shared.data.splits import split_dataset
 
     data = load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
@@ -107,11 +108,13 @@ def main(script_args, args, run_args) -> None:
     from transformers.trainer_utils import set_seed
 
     from shared import metrics as shared_metrics
-    from shared import report
-    from shared.checkpoints import CompleteCheckpoints, StopOnSignal, run_identity, train
-    from shared.hub import pull
-    from shared.plan import print_plan
-    from shared.splits import first_rows
+    from shared.data.splits import first_rows
+    from shared.publish import compare
+    from shared.publish.hub import pull
+    from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.identity import run_identity
+    from shared.training.plan import print_plan
+    from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
     source = pull(run_args.model_name_or_path) if run_args.model_name_or_path else None
@@ -196,7 +199,7 @@ def main(script_args, args, run_args) -> None:
         )
         metrics |= {f"{name}_{key}": value for key, value in perplexity.items()}
     baselines = {f"Lead-{n}": rouge[f"baseline_lead{n}"] for n in (1, 3)}
-    helped = report.did_it_help(rouge["base"], rouge["test"], "rougeL", baselines)
+    helped = compare.did_it_help(rouge["base"], rouge["test"], "rougeL", baselines)
     line = helped["line"] + (f" {NO_SUMMARIZER}" if source is None else "")
 
     # Export

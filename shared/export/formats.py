@@ -1,0 +1,152 @@
+"""The formats: which a model can have, and how each is written. Called by export.py."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+FORMATS = ("merged", "fp16", "int8", "onnx", "onnx-int8", "int4")
+HELP = {
+    "merged": "safetensors in fp32, adapters merged in",
+    "fp16": "safetensors of half the size",
+    "int8": "safetensors with 8-bit weights (bitsandbytes)",
+    "onnx": "ONNX Runtime in fp32",
+    "onnx-int8": "ONNX Runtime with 8-bit weights",
+    "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
+}
+# Architectures that onnxruntime-genai builds itself, with rotary embeddings inside of its attention; others are traced
+GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+NOT_SETTINGS = (
+    "*.index.json",
+    "all_results.json",
+    "trainer_state.json",
+    "preflight.json",
+    "adapter_config.json",
+    "golden.json",
+)
+
+
+def impossible(folder: Path, task: str) -> dict[str, str]:
+    """The formats that this model cannot have, each with the reason."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    adapter = _read(folder / "adapter_config.json")
+    if adapter:
+        from peft import PeftConfig
+
+        if PeftConfig.from_pretrained(folder).is_prompt_learning:
+            return dict.fromkeys(FORMATS, "virtual tokens stand before the prompt and are no change of the weights")
+        from shared.publish.hub import pull
+
+        folder = pull(adapter["base_model_name_or_path"])
+    found = {}
+    config = AutoConfig.from_pretrained(folder)
+    if task != "text-generation":
+        found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
+    elif not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        reason = f"{config.model_type} has attention code of its own, which is no node of ONNX Runtime"
+        found |= dict.fromkeys(("onnx", "onnx-int8", "int4"), reason)
+    return found
+
+
+def write(name: str, folder: Path, model, source: Path, target: Path, task: str) -> None:
+    """Writes one format.
+
+    Args:
+        folder: of the whole model in fp32, which `from_pretrained` reads.
+        model: the same in memory; tracing changes it, so the graphs come last.
+        source: where tokenizer, template and settings are.
+    """
+    import torch
+
+    target.mkdir(parents=True)
+    if name == "merged":
+        model.save_pretrained(target)
+    elif name == "fp16":
+        _save_half(model, target)
+    elif name == "int8":
+        import transformers
+
+        from shared.inference.torch_runner import TASKS
+
+        # The head stays as it is: its rounding is what shows most in the output
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        auto = getattr(transformers, TASKS[task])
+        auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32).save_pretrained(target)
+    else:
+        from shared.export import graphs, quantize
+
+        traced = target.parent / ".graphs"  # in fp32, for all three formats
+        if not traced.is_dir():
+            traced.mkdir()
+            if task == "text-generation" and _genai_builds(folder):
+                _build_with_genai(folder, traced)
+            else:
+                graphs.export(model, traced, task, _reads_segments(source))
+        for graph in sorted(traced.glob("*.onnx")):
+            if name == "onnx":
+                for file in (graph, graph.with_name(f"{graph.name}.data")):
+                    if file.is_file():
+                        shutil.copy(file, target)
+            else:
+                quantize.quantize(graph, target / graph.name, 4 if name == "int4" else 8, task)
+    _copy_settings(source, folder, target, weights=name in ("merged", "fp16", "int8"))
+
+
+def _save_half(model, target: Path) -> None:
+    """fp16 weights, but for what transformers keeps in fp32: T5's feed-forward output overflows in fp16."""
+    import copy
+
+    import torch
+
+    half = copy.deepcopy(model)
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in half.named_parameters():
+        if not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.half()
+    half.config.dtype = torch.float16
+    half.save_pretrained(target)
+
+
+def _build_with_genai(folder: Path, target: Path) -> None:
+    """onnxruntime-genai's own builder."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    cache = target / ".cache"
+    where = ("", str(folder), str(target), "fp32", "cpu", str(cache))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        create_model(*where, **parse_extra_options(*where, []))
+    shutil.rmtree(cache, ignore_errors=True)
+
+
+def _copy_settings(source: Path, folder: Path, target: Path, weights: bool) -> None:
+    """Tokenizer, template and generation settings as the run has them; the configuration as the weights were saved with."""
+    from fnmatch import fnmatch
+
+    for origin in (folder, source):
+        for path in sorted(origin.iterdir()):
+            known = any(fnmatch(path.name, kind) for kind in SETTINGS)
+            if path.is_file() and known and not any(fnmatch(path.name, kind) for kind in NOT_SETTINGS):
+                if path.name == "config.json" and (weights or origin != folder):
+                    continue
+                shutil.copy(path, target / path.name)
+
+
+def _genai_builds(folder: Path) -> bool:
+    """Whether onnxruntime-genai knows the architecture, and its rotary embeddings the width of the heads."""
+    config = _read(folder / "config.json")
+    width = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    return (config.get("architectures") or [""])[0] in GENAI and width % 16 == 0
+
+
+def _reads_segments(source: Path) -> bool:
+    from transformers import AutoTokenizer
+
+    return "token_type_ids" in AutoTokenizer.from_pretrained(source).model_input_names
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}

@@ -1,0 +1,1 @@
+"""Models as they are used, in PyTorch or ONNX Runtime. Used by deploy and export."""

@@ -1,0 +1,384 @@
+"""A model as it is used: `generate`, `answer`, `fill`, `summarize`, whatever runs beneath. Used by deploy, and by
+shared/export/export.py to compare what it writes with the original.
+
+    model = load("outputs/chat_sft")  # a run, a folder that shared/export/export.py wrote, or one format of it
+    model.generate([model.tokenizer("Hello").input_ids], max_new_tokens=20)
+
+Beneath is PyTorch (safetensors, fp16, int8) or ONNX Runtime (onnx, onnx-int8, int4). Nothing here loads a pickle or runs code
+that came with a model.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared import UserError
+from shared.inference.onnx_runner import OnnxRunner
+from shared.inference.sampling import pick
+from shared.inference.torch_runner import TASKS, TorchRunner
+from shared.publish.hub import pull, refuse_unsafe
+
+FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see shared/export/README.md
+ONNX = ("int4", "onnx-int8", "onnx")
+
+GOLDEN = "golden.json"
+GOLDEN_TOKENS = 6  # of each output in it
+SAME = 0.9  # share of golden outputs that must repeat: another CPU rounds otherwise, and a near tie may then flip
+WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
+
+
+def load(folder: Path | str, artifact: str | None = None, task: str | None = None) -> "Model":
+    """The fastest artifact of a folder, or the one named.
+
+    Args:
+        folder: what shared/export wrote (with `export.json`, a folder for each format), one of these formats, a run of a
+            task (adapters too), or any name that `shared.publish.hub.pull` takes.
+        artifact: "int4", "onnx-int8", "onnx", "int8", "fp16", "merged" or "safetensors" (the folder's own weights).
+        task: where the configuration does not tell it; one of TASKS.
+
+    Raises:
+        UserError: no such folder or artifact, or a model of another task.
+    """
+    folder = pull(str(folder))
+    here = [name for name in FASTEST if (folder / name / GOLDEN).is_file()]
+    if not here:
+        own = _read(folder / GOLDEN).get("artifact", "safetensors")
+        if artifact not in (None, own):
+            raise UserError(
+                f"{folder} holds {own}, no {artifact}: write it with python -m shared.export {folder} --to {artifact} "
+                f"--output {folder.name}-export"
+            )
+        return Model(folder, own, task)
+    if artifact is not None and artifact not in here:
+        raise UserError(f"{folder} holds {', '.join(here)}, no {artifact}.")
+    artifact = artifact or here[0]
+    refuse_unsafe(folder / artifact, str(folder / artifact))
+    return Model(folder / artifact, artifact, task)
+
+
+def task_of(folder: Path) -> str:
+    """The task that a checkpoint was trained for, from its architecture by optimum's TasksManager; one of TASKS.
+
+    Raises:
+        UserError: another task, or no configuration.
+    """
+    if (folder / "adapter_config.json").is_file():
+        kind = _read(folder / "adapter_config.json").get("task_type")
+        if kind == "CAUSAL_LM":
+            return "text-generation"
+        raise UserError(f"{folder}: an adapter for {kind}; expected one for a causal language model (CAUSAL_LM).")
+    config = _read(folder / "config.json")
+    if not config:
+        raise UserError(f"{folder}: no config.json, so no model; name a run, an exported model or org/name on the Hub.")
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    name = (config.get("architectures") or [""])[0]
+    try:
+        found = TasksManager.infer_task_from_model(getattr(transformers, name))
+    except (AttributeError, ValueError):
+        found = None
+    if found is not None and config.get("is_encoder_decoder"):  # the manager takes a BART for a masked language model
+        found = "summarization"
+    if found not in TASKS:
+        raise UserError(
+            f"{folder}: {name or config.get('model_type')} is a model for {found or 'an unknown task'}; expected one for "
+            f"{', '.join(TASKS)}. A model whose configuration names no architecture needs --task."
+        )
+    return found
+
+
+class Model:
+    """One artifact, loaded. Calls may come from several threads.
+
+    Attributes:
+        folder, task, artifact: as in `load`.
+        tokenizer, config, generation: transformers' tokenizer, configuration and GenerationConfig.
+        context: most tokens that the model reads, those it writes included where it has no encoder.
+        stop_ids: token ids that end a text.
+    """
+
+    def __init__(self, folder: Path, artifact: str, task: str | None = None):
+        from transformers import AutoTokenizer
+
+        self.folder, self.artifact = folder, artifact
+        self.task = task or task_of(folder)
+        if self.task not in TASKS:
+            raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._runner = (OnnxRunner if artifact in ONNX else TorchRunner)(folder, self.task)
+        self.config, self.generation = self._runner.config, self._runner.generation
+        most = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
+        most = [n for n in most if n and n < 1e9]
+        self.context = min(most) if most else 512  # T5's positions are relative; it was trained on 512 tokens
+        ends = self.generation.eos_token_id if self.generation else None
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.stop_ids = tuple(dict.fromkeys([*ends, *([self.tokenizer.eos_token_id] if not ends else [])]))
+        self.stop_ids = tuple(i for i in self.stop_ids if i is not None)
+
+    def generate(
+        self,
+        ids: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Iterable[int] = (),
+        on_token: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[list[int]]:
+        """Continues each row; all rows run as one batch.
+
+        Args:
+            ids: prompts as token ids; rows of unequal length are padded on the left.
+            max_new_tokens: of each row; fewer where `context` is reached.
+            temperature: 0 takes the likeliest token. Above, `top_p` is the share of the probability that is drawn from.
+            repetition_penalty: divides the scores of tokens that the row already holds (Keskar et al. 2019).
+            seed: the same seed gives the same tokens, whatever other rows there are; row `i` uses seed + i.
+            stop_ids: end a row in addition to `self.stop_ids`.
+            on_token: called with row and token id after each token, not for the one that ends a row.
+            cancelled: asked before each token; True ends the call, which returns what there is.
+
+        Returns:
+            New token ids of each row, without the one that ended it.
+
+        Raises:
+            UserError: an empty prompt, or one that leaves no room in `context`.
+        """
+        if self.task != "text-generation":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not continue texts.")
+        longest = max(map(len, ids), default=0)
+        if not ids or not all(len(row) for row in ids):
+            raise UserError("an empty prompt: give at least one token.")
+        room = self.context - longest
+        if room < 1:
+            raise UserError(f"the prompt has {longest:,} tokens; this model reads fewer than {self.context:,}.")
+        ends, most = {*self.stop_ids, *stop_ids}, min(max_new_tokens, room)
+        draws = [torch.Generator().manual_seed(seed + i) if seed is not None else None for i in range(len(ids))]
+        written: list[list[int]] = [[] for _ in ids]
+        open_rows = set(range(len(ids)))
+        decoding = None
+        tokens = torch.zeros(len(ids), dtype=torch.long)
+        for _ in range(most):
+            if cancelled is not None and cancelled():
+                break
+            if decoding is None:
+                decoding = self._runner.start(ids, self.tokenizer.pad_token_id or 0, most)
+            else:
+                decoding.feed(tokens)
+            logits = decoding.logits.float()
+            for row in sorted(open_rows):
+                seen = [*ids[row], *written[row]] if repetition_penalty != 1 else []
+                tokens[row] = token = pick(logits[row], temperature, top_p, repetition_penalty, seen, draws[row])
+                if token in ends:
+                    open_rows.discard(row)
+                    continue
+                written[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+            if not open_rows:
+                break
+        return written
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Scores of each next token: one (tokens, vocabulary) fp32 array a row."""
+        return [self._runner.logits(row) for row in ids]
+
+    def answer(self, question: str | list[str], context: str | list[str]) -> dict | list[dict]:
+        """The best answer of each context to its question, found as tasks/qa_squad trains and evaluates it.
+
+        Returns:
+            For each: `answer` ("" where the text holds none), `start` and `end` (characters of the context), `score` (sum of
+            the logits of its first and last token), `no_answer_score` (how much better "no answer" fits than the best span) and
+            `threshold` of the latter, None where the model was trained on questions that all have an answer.
+        """
+        from shared.inference.qa_windows import decode, make_windows
+
+        if self.task != "question-answering":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not answer questions about a text.")
+        questions = [question] if isinstance(question, str) else question
+        contexts = [context] if isinstance(context, str) else context
+        nothing = {"text": [], "answer_start": []}
+        rows = [{"question": q, "context": c, "answers": nothing} for q, c in zip(questions, contexts, strict=True)]
+        if not rows:
+            return []
+        length = min(getattr(self.config, "window_length", WINDOW), self.context)
+        stride = min(getattr(self.config, "window_stride", STRIDE), length // 2 - 1)
+        windows = make_windows(rows, self.tokenizer, length, stride)
+        start, end = (np.empty(len(windows.ids), np.float32) for _ in range(2))
+        for batch in _batches(np.diff(windows.starts)):
+            scores = self._encode(
+                [windows[i]["input_ids"] for i in batch], [windows[i]["token_type_ids"] for i in batch]
+            )
+            for i, first, last in zip(batch, *scores, strict=True):
+                inside = slice(windows.starts[i], windows.starts[i + 1])
+                start[inside], end[inside] = (values[: inside.stop - inside.start] for values in (first, last))
+        found = decode(windows, start, end, max_answer_length=getattr(self.config, "max_answer_length", 30))
+        threshold = getattr(self.config, "no_answer_threshold", None)
+        answers = []
+        for i, row in enumerate(rows):
+            first, last, none = int(found["first"][i]), int(found["last"][i]), float(found["no_answer"][i])
+            if threshold is not None and none > threshold:
+                first = last = 0
+            text, score = row["context"][first:last], float(found["score"][i])
+            entry = {"answer": text, "start": first, "end": last, "score": score if np.isfinite(score) else None}
+            answers.append(entry | {"no_answer_score": none, "threshold": threshold})
+        return answers[0] if isinstance(question, str) else answers
+
+    def fill(self, text: str | list[str], top_k: int = 5) -> list:
+        """The likeliest words for the mask of a text, best first; of a list of texts one result each.
+
+        Returns:
+            `token`, `token_str`, `score` (probability) and `sequence` of each, as transformers' pipeline names them; for several
+            masks one such list a mask.
+
+        Raises:
+            UserError: no mask in a text.
+        """
+        if self.task != "fill-mask":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not fill in words.")
+        texts = [text] if isinstance(text, str) else text
+        ids = [np.array(self.tokenizer(each, truncation=True, max_length=self.context)["input_ids"]) for each in texts]
+        filled = [None] * len(texts)
+        for batch in _batches(np.array([len(row) for row in ids]), 1024):  # times the vocabulary: 125 MB of BERT's
+            (scores,) = self._encode([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
+            for i, logits in zip(batch, scores, strict=True):
+                filled[i] = self._filled(ids[i], logits, top_k)
+        return filled[0] if isinstance(text, str) else filled
+
+    def _filled(self, ids: np.ndarray, logits: np.ndarray, top_k: int) -> list:
+        """The guesses of one text: (tokens,) ids, and (at least as many, vocabulary) scores."""
+        masks = np.flatnonzero(ids == self.tokenizer.mask_token_id)
+        if not len(masks):
+            raise UserError(f"the text holds no {self.tokenizer.mask_token}: write it where a word is to be filled in.")
+        filled = []
+        for place in masks:
+            scores, tokens = torch.from_numpy(logits[place]).softmax(-1).topk(top_k)
+            guesses = []
+            for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
+                whole = [*ids[:place], token, *ids[place + 1 :]]
+                sequence = self.tokenizer.decode(whole, skip_special_tokens=True)
+                guesses.append(
+                    {
+                        "token": token,
+                        "token_str": self.tokenizer.decode([token]),
+                        "score": score,
+                        "sequence": sequence,
+                    }
+                )
+            filled.append(guesses)
+        return filled[0] if len(filled) == 1 else filled
+
+    def summarize(self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None) -> list[str]:
+        """A summary of each text, by the model's generation settings but for those given; what does not fit is cut off."""
+        if not texts:
+            return []
+        found = self.summary_ids(texts, max_new_tokens, num_beams)
+        return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+    @property
+    def summary_prefix(self) -> str:
+        """What stands before each text to summarize: T5's "summarize: ", nothing for most."""
+        settings = (getattr(self.config, "task_specific_params", None) or {}).get("summarization", {})
+        return settings.get("prefix", "")
+
+    def summary_ids(
+        self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None
+    ) -> list[list[int]]:
+        """`summarize` as token ids, padding removed."""
+        if self.task != "summarization":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not summarize.")
+        batch = self.tokenizer(
+            [self.summary_prefix + text for text in texts],
+            truncation=True,
+            max_length=self.context,
+            padding=True,
+            return_tensors="pt",
+        )
+        changes = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        out = self._runner.seq2seq(batch["input_ids"], batch["attention_mask"], changes)
+        return [[t for t in row if t != self.tokenizer.pad_token_id] for row in out.tolist()]
+
+    def verify(self) -> None:
+        """Replays the golden set of the folder: prompts are tokenized and rendered as before, and the outputs are the same.
+
+        Raises:
+            UserError: no golden set; other token ids of a prompt; other stop tokens; more than a tenth of other outputs.
+        """
+        golden = _read(self.folder / GOLDEN)
+        if not golden:
+            raise UserError(
+                f"{self.folder}: no {GOLDEN}, so nothing to compare with; shared/export/export.py writes one."
+            )
+        if sorted(self.stop_ids) != sorted(golden["stop_ids"]):
+            raise UserError(
+                f"{self.folder}: texts end at token {list(self.stop_ids)}, at export at {golden['stop_ids']}."
+            )
+        items = golden["items"]
+        for item in items:
+            if self.prompt_ids(item["prompt"]) != item["input_ids"]:
+                raise UserError(
+                    f"{self.folder}: the tokenizer or its template has changed: other tokens for {str(item['prompt'])[:60]!r}."
+                )
+        outputs = self.golden_outputs([item["prompt"] for item in items])
+        same = sum(out == item["output"] for out, item in zip(outputs, items, strict=True))
+        if same < SAME * len(items):
+            raise UserError(
+                f"{self.folder}: only {same} of {len(items)} golden outputs are repeated: the weights or a library have changed. "
+                "Export again and compare."
+            )
+
+    def prompt_ids(self, prompt) -> list[int]:
+        """Token ids of a golden prompt: messages are rendered by the chat template, a question is paired with its context."""
+        if isinstance(prompt, list):
+            return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if isinstance(prompt, dict):
+            return self.tokenizer(
+                prompt["question"], prompt["context"], truncation="only_second", max_length=self.context
+            )["input_ids"]
+        return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
+
+    def golden_outputs(self, prompts: list) -> list:
+        """What the model makes of golden prompts: token ids, or a place in the context. One by one: padding rounds otherwise."""
+        if self.task == "text-generation":
+            return [self.generate([self.prompt_ids(p)], max_new_tokens=GOLDEN_TOKENS)[0] for p in prompts]
+        if self.task == "fill-mask":
+            return [[guess["token"] for guess in self.fill(p)][:1] for p in prompts]
+        if self.task == "summarization":
+            return [self.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
+        found = [self.answer(p["question"], p["context"]) for p in prompts]
+        return [[a["start"], a["end"]] for a in found]
+
+    def _encode(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """Outputs of an encoder for windows padded on the right: each (windows, longest window)."""
+        longest = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        batch = {
+            "input_ids": np.stack([np.pad(x, (0, longest - len(x)), constant_values=pad) for x in ids]),
+            "token_type_ids": np.stack([np.pad(x, (0, longest - len(x))) for x in types]),
+            "attention_mask": np.stack([np.arange(longest) < len(x) for x in ids]),
+        }
+        if "token_type_ids" not in self.tokenizer.model_input_names:
+            del batch["token_type_ids"]
+        return self._runner.encode({name: values.astype(np.int64) for name, values in batch.items()})
+
+
+def _batches(lengths: np.ndarray, tokens: int = 4096) -> list[np.ndarray]:
+    """Numbers of rows of about equal length, at most `tokens` with their padding in each batch."""
+    batches, batch = [], []
+    for i in np.argsort(-lengths, kind="stable"):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+            batches.append(np.array(batch))
+            batch = []
+        batch.append(i)
+    return [*batches, np.array(batch)] if batch else batches
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}

@@ -1,0 +1,43 @@
+"""The next token from its scores, and rows of unequal length as one tensor. Used by model.py and torch_runner.py."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def pick(logits: torch.Tensor, temperature: float, top_p: float, penalty: float, seen: list[int], draw) -> int:
+    """The next token of one row.
+
+    Args:
+        logits: (vocabulary,) fp32.
+        seen: ids of the row so far, for the repetition penalty.
+        draw: torch.Generator, or None for one that is not seeded.
+    """
+    if penalty != 1:
+        logits = logits.clone()
+        places = torch.tensor(sorted(set(seen)))
+        scores = logits[places]
+        logits[places] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if temperature <= 0:
+        return int(logits.argmax())
+    logits = (logits - logits.max()).double()  # the largest is 0, so that no temperature, however small, gives infinity
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        falling, order = probabilities.sort(descending=True)
+        cut = falling.cumsum(0) - falling >= top_p  # the first token that reaches it stays
+        cut[0] = False
+        probabilities[order[cut]] = 0
+    return int(torch.multinomial(probabilities, 1, generator=draw))
+
+
+def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one (rows, longest) tensor of ids, and its attention mask."""
+    longest = max(map(len, ids))
+    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+    return tokens, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids that count the tokens of each row from 0, padding aside."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

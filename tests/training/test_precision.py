@@ -1,0 +1,130 @@
+"""The precision of a run: decided by the GPU (a table of cards, no GPU needed), and what a quantized run really trains in."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkout import ROOT, train_script
+
+from shared import UserError
+from shared.training.arguments import parse
+from shared.training.hardware import check_precision, choose_precision, precision_flags
+from shared.training.launch import setup
+
+CARDS = {
+    "no GPU": ([], "fp32"),
+    "GTX 1080": ([(6, 1)], "fp32"),
+    "V100": ([(7, 0)], "fp16"),
+    "T4": ([(7, 5)], "fp16"),
+    "two T4": ([(7, 5), (7, 5)], "fp16"),
+    "A100": ([(8, 0)], "bf16"),
+    "RTX 3090": ([(8, 6)], "bf16"),
+    "L4": ([(8, 9)], "bf16"),
+    "H100": ([(9, 0)], "bf16"),
+    "B200": ([(10, 0)], "bf16"),
+    "RTX 5090": ([(12, 0)], "bf16"),
+    "an A100 beside a T4": ([(8, 0), (7, 5)], "fp16"),
+}
+SEQ2SEQ = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
+ASKED = {"fp32": (False, False), "fp16": (True, False), "bf16": (False, True)}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_card_decides(card):
+    gpus, expected = CARDS[card]
+    assert choose_precision(gpus) == expected
+    on = {name: str(name == expected).lower() for name in ("bf16", "fp16")}
+    assert precision_flags(set(), gpus) == ["--bf16", on["bf16"], "--fp16", on["fp16"]]
+    check_precision(*ASKED[expected], gpus)
+    check_precision(False, False, gpus)  # fp32 runs anywhere
+    if expected != "bf16" and gpus:
+        with pytest.raises(UserError, match="--bf16 false --fp16 true" if expected == "fp16" else "`--bf16 false`"):
+            check_precision(False, True, gpus)
+    if not gpus:
+        with pytest.raises(UserError, match="fp16 needs a GPU"):
+            check_precision(True, False, gpus)
+
+
+@pytest.mark.parametrize(
+    ("card", "argv", "expected"),
+    [
+        ("no GPU", [], "fp32"),
+        ("T4", [], "fp16"),
+        ("A100", [], "bf16"),
+        ("A100", ["--fp16=true"], "fp16"),
+        ("A100", ["--fp16"], "fp16"),
+        ("T4", ["--bf16", "true"], "bf16"),
+        ("no GPU", ["--fp16", "false"], "fp32"),
+        ("A100", ["--bf16=false"], "fp32"),
+    ],
+)
+@pytest.mark.parametrize("task", ["chat_sft", "summarize_t5"])
+def test_what_is_said_wins(monkeypatch, task, card, argv, expected):
+    """Through the whole parser: trl's SFTConfig turns bf16 on where nothing is said, transformers' does not."""
+    training = {"chat_sft": "trl.trainer.sft_config:SFTConfig", "summarize_t5": SEQ2SEQ}[task]
+    monkeypatch.setattr("shared.training.arguments.gpus", lambda: CARDS[card][0])
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    _, args, run_args = parse(train_script(task).ScriptArguments, training, argv)
+    assert (args.fp16, args.bf16) == ASKED[expected]
+    assert {"fp16", "bf16"} & set(run_args.resolved) == {name for name in ("fp16", "bf16") if name in "".join(argv)}
+
+
+def test_a_recipe_for_a_t4_is_run_in_fp32_by_one_word():
+    config = ROOT / "tasks" / "summarize_t5" / "configs" / "t4.yaml"
+    script = train_script("summarize_t5").ScriptArguments
+    _, args, _ = parse(script, SEQ2SEQ, [f"--config={config}"])
+    assert args.fp16 and not args.bf16
+    _, args, _ = parse(script, SEQ2SEQ, [f"--config={config}", "--fp16=false"])
+    assert not args.fp16 and not args.bf16
+
+
+def test_sharding_without_a_gpu_is_refused(monkeypatch, tmp_path):
+    """accelerate would silently hold the whole model in each process."""
+    script = train_script("summarize_t5").ScriptArguments
+    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP needs GPUs"):
+        setup(args, run_args)
+
+
+def test_four_bit_layers_compute_as_the_run_does():
+    import methods
+
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        fp16, bf16 = ASKED[name]
+        assert methods.four_bit(SimpleNamespace(fp16=fp16, bf16=bf16)).bnb_4bit_compute_dtype == dtype
+
+
+def test_a_qlora_run_trains_fp32_adapters(tiny, data, tmp_path, monkeypatch):
+    """trl casts the adapters of a quantized model to bf16: with fp16's loss scaling, on a T4, that ends in an error."""
+    from packing import PackedSFTTrainer
+
+    seen, compute_loss = [], PackedSFTTrainer.compute_loss
+
+    def look(self, model, inputs, **kwargs):
+        adapters = {p.dtype for p in model.parameters() if p.requires_grad}
+        layers = {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")}
+        loss = compute_loss(self, model, inputs, **kwargs)
+        seen.append((adapters, layers, loss.dtype))
+        return loss
+
+    monkeypatch.setattr(PackedSFTTrainer, "compute_loss", look)
+    task, options = train_script("chat_sft"), {"model_name_or_path": tiny / "llama", "dataset": data, "method": "qlora"}
+    options |= {
+        "output_dir": tmp_path,
+        "use_cpu": True,
+        "max_steps": 1,
+        "max_length": 64,
+        "max_train_rows": 8,
+        "max_test_rows": 4,
+    }
+    options |= {"max_validation_rows": 4, "per_device_train_batch_size": 2, "disable_tqdm": True, "lora_r": 2}
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    argv += ["--columns", "prompt=question", "completion=answer", "--bf16=true"]
+    task.main(*parse(task.ScriptArguments, "trl.trainer.sft_config:SFTConfig", argv))
+    assert seen and all(entry == ({torch.float32}, {torch.bfloat16}, torch.float32) for entry in seen), seen
+    from safetensors.torch import load_file
+
+    assert {value.dtype for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    assert json.loads((tmp_path / "all_results.json").read_text())["test_loss"] > 0
