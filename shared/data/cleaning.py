@@ -1,6 +1,5 @@
 """Text cleaning as pure functions, a pass that counts what it drops, near-duplicates. Called by tasks and splits.py."""
 
-import html
 import logging
 import re
 from collections import Counter
@@ -20,16 +19,6 @@ FTFY = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, explain=False
 )
 LONGEST = 1_000_000  # characters of one text; a longer one is a dump, not an example
-HIDDEN = re.compile(r"<(!--|script\b|style\b)", re.I)
-HIDDEN_END = {
-    "!--": re.compile("-->"),
-    "script": re.compile(r"</script\s*>", re.I),
-    "style": re.compile(r"</style\s*>", re.I),
-}
-BLOCK = re.compile(
-    r"</?(?:p|div|br|hr|li|ul|ol|dl|dt|dd|tr|table|h[1-6]|pre|blockquote|section|article)\b[^<>]*>", re.I
-)
-TAG = re.compile(r"</?[a-zA-Z!?][^<>]*>")
 
 
 def fix_unicode(text: str) -> str:
@@ -45,21 +34,6 @@ def strip_control(text: str) -> str:
     Joiners (U+200C, U+200D) stay: Persian spelling and emoji need them.
     """
     return CONTROL.sub("", text.replace("\x0c", "\n"))
-
-
-def strip_html(text: str) -> str:
-    """The words of a page: no tags, comments, scripts, styles; entities decoded; each paragraph on a line of its own.
-
-    For text that is known to be HTML: code with `<T>` in it would suffer. Linear in the length, whatever the input.
-    """
-    kept, at = [], 0
-    for opening in HIDDEN.finditer(text):
-        if opening.start() >= at:
-            kept.append(text[at : opening.start()])
-            closing = HIDDEN_END[opening[1].lower()].search(text, opening.end())
-            at = closing.end() if closing else len(text)  # never closed: hidden to the end, as in a browser
-    visible = "".join(kept) + text[at:]
-    return html.unescape(TAG.sub("", BLOCK.sub("\n", visible)))
 
 
 def normalize_whitespace(text: str) -> str:

@@ -67,14 +67,15 @@ def split_rows(texts: Sequence[str], seed: int = 42) -> dict[str, list[int]]:
 
 def first_rows(rows, most: int | None):
     """The first `most` rows of a `datasets.Dataset`; all of them for None."""
-    return rows.select(range(min(most or len(rows), len(rows))))
+    return rows if most is None else rows.select(range(min(most, len(rows))))
 
 
 def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
     """A DatasetDict with `train`, `validation`, `test` from one with at least `train`.
 
-    Official splits are kept. A `test` that is missing is replaced by `validation`; what is still missing is taken from
-    `train`: a tenth of it each.
+    Official splits are kept, each in an order that the seed draws: files are often sorted, and then the first rows are all of
+    one kind. A `test` that is missing is replaced by `validation`; what is still missing is taken from `train`: a tenth of it
+    each.
 
     Raises:
         UserError: there is no `train`, or a split is empty.
@@ -92,10 +93,14 @@ def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
             raise UserError(
                 f"The official {name} split has no rows left after cleaning. Remove it to have one taken from train."
             )
+    drawn = {}
     if len(official) < len(SHARES):
         train = data["train"]
         sides = split_rows([text_of(row) for row in train], seed)
         if "test" in official:
             sides["train"] += sides.pop("test")
-        official |= {name: train.select(rows) for name, rows in sides.items()}
-    return datasets.DatasetDict({name: official[name] for name in SHARES})
+        drawn = {name: train.select(rows) for name, rows in sides.items()}  # in the order of their hashes
+        official |= drawn
+    return datasets.DatasetDict(
+        {name: official[name] if name in drawn else official[name].shuffle(seed=seed) for name in SHARES}
+    )

@@ -81,6 +81,7 @@ class RunArguments:
     command: str = field(default="", init=False)
     started: float = field(default_factory=time.time, init=False)
     push: bool = field(default=False, init=False)
+    lock: object = field(default=None, init=False)
 
 
 def parse(script_class: type, training: str, argv: list[str] | None = None) -> tuple:

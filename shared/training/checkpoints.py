@@ -8,8 +8,8 @@ file. What else keeps a resume from being exact, and where it is cured (transfor
 
 - `group_by_length` shuffles with the global random state, which a resume inside an epoch restores too late
   (`CompleteCheckpoints.on_epoch_begin`); plain shuffling derives each epoch's order from the seed;
-- a collator that draws random numbers: batches are fetched one ahead, before the random state is restored
-  (`SeededCollator`);
+- a collator that draws random numbers: batches are fetched one ahead, before the random state is restored (that of
+  tasks/mlm_bert seeds each row);
 - the logged loss: its running sum is not in the checkpoint (`CompleteCheckpoints` logs at every save);
 - a checkpoint of the last step: Trainer takes one step more when `max_steps` ends inside an epoch (`train`);
 - `train_loss` covers this session's steps only (`mean_train_loss`).
@@ -24,14 +24,11 @@ import json
 import logging
 import os
 import platform
-import random
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -39,6 +36,7 @@ from accelerate import PartialState
 from shared import UserError
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.out_of_memory import train_within_memory
+from shared.training.processes import on_main_process
 from shared.training.signals import StopOnSignal
 
 log = logging.getLogger("taskbook")
@@ -61,23 +59,13 @@ def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None =
     Raises:
         UserError: the path does not exist or is damaged; the identity differs.
     """
-    if PartialState().num_processes == 1:
-        return _find(Path(output_dir), resume, identity)
-    answer = [None]
-    if PartialState().is_main_process:
-        try:
-            answer = [_find(Path(output_dir), resume, identity)]
-        except UserError as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    if answer[0] and not (answer[0] / "trainer_state.json").exists():
+    found = on_main_process(lambda: _find(Path(output_dir), resume, identity))
+    if found and not (found / "trainer_state.json").exists():
         raise UserError(
-            f"{answer[0]} is not on machine {platform.node()}: --output_dir must lie on a disk that all machines share. "
+            f"{found} is not on machine {platform.node()}: --output_dir must lie on a disk that all machines share. "
             "Copy the checkpoint there, or start anew with `--resume never`."
         )
-    return answer[0]
+    return found
 
 
 def _find(output_dir: Path, resume: str, identity: dict | None) -> Path | None:
@@ -175,8 +163,9 @@ class CompleteCheckpoints(TrainerCallback):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The loss since the last log is lost on resume: log where a checkpoint is or (evaluation) may be written.
-        if control.should_save or control.should_evaluate:
+        # The loss since the last log is lost on resume: log where a checkpoint is or (evaluation) may be written. And a run
+        # that is shorter than `logging_steps` has a loss too.
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -307,36 +296,6 @@ def _expected_bytes(args, model) -> int:
     if "adamw_torch" in str(getattr(args.optim, "value", args.optim)) and not args.save_only_model:
         size += 2 * sum(p.numel() * p.element_size() for p in trained)
     return size
-
-
-class SeededCollator:
-    """A collator whose random choices (masking) depend on the seed and the batch only.
-
-    Otherwise they depend on how many batches were fetched before: one is fetched ahead, so a resumed run would mask its
-    first batches differently, and the number of workers would matter. Shuffling still gives new masks in each epoch.
-    """
-
-    def __init__(self, collator, seed: int):
-        self.collator = collator
-        self.seed = seed
-
-    def __call__(self, features: list[dict]) -> dict:
-        digest = hashlib.sha256(str(self.seed).encode())
-        for feature in features:
-            for key in sorted(feature):
-                values = feature[key]
-                digest.update(repr((key, values.tolist() if hasattr(values, "tolist") else values)).encode())
-        seed = int.from_bytes(digest.digest()[:4], "big")
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPU's dropout
-            return self.collator(features)
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
 
 
 def mean_train_loss(log_history: list[dict]) -> float:

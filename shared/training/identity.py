@@ -2,47 +2,56 @@
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from shared import UserError
 
 MANIFEST = "manifest.json"
 
+# Training arguments that may change within a run, by the beginning of their names: where things are written, what is logged,
+# evaluated, saved and pushed, and how the same numbers are computed in less memory or time.
+# fmt: off
+HARMLESS = (
+    "output_dir", "run_name", "project", "trackio", "report_to", "log", "disable_tqdm", "debug", "skip_memory_metrics",
+    "eval", "per_device_eval", "do_", "prediction_loss_only", "batch_eval_metrics", "include_", "predict_with_generate",
+    "generation", "bf16_full_eval", "fp16_full_eval", "metric_for_best_model", "greater_is_better",
+    "load_best_model_at_end", "save", "push_to_hub", "hub", "resume_from_checkpoint", "restore_callback_states",
+    "enable_jit_checkpoint", "dataloader_num", "dataloader_pin", "dataloader_persistent", "dataloader_prefetch",
+    "dataloader_in", "dataloader_multi", "dataset_num_proc", "gradient_checkpointing", "auto_find_batch_size",
+    "torch_empty_cache", "activation_checkpointing", "ddp_", "use_cpu", "local_rank",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+)
+# fmt: on
 
-def run_identity(args, run_args, **facts) -> dict:
+
+def run_identity(args, run_args, **facts) -> dict[str, str]:
     """What must not change within a run, for `find_checkpoint` and `CompleteCheckpoints`: a resume with another is refused.
 
     Args:
-        args: training arguments; the settings that the weights of each step depend on are taken from them.
-        run_args: model and data by name.
+        args: training arguments: all that are not HARMLESS count. Of micro-batch and accumulation only the product does:
+            another micro-batch is the remedy for too little memory.
+        run_args: the model by name. Data counts by its rows, not by its name: the same file elsewhere is the same data.
         facts: by the name that the error shows, e.g. `rows=[...]`, `method="lora"`; whatever is long is hashed.
     """
 
-    def short(value):
+    def short(value) -> str:
+        value = getattr(value, "value", value)  # of an enumeration
         text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
         return text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
 
-    names = (
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "max_steps",
-        "num_train_epochs",
-    )
-    names += ("world_size", "seed", "weight_decay", "optim")
-    settings = {name: str(getattr(args, name)) for name in names}
-    # their product only: another micro-batch is the remedy for too little memory
-    settings["step_rows"] = str(args.per_device_train_batch_size * args.gradient_accumulation_steps)
-    facts = {"model": run_args.model_name_or_path or "from scratch", "dataset": run_args.dataset, **facts}
-    return {name.replace("_", " "): short(value) for name, value in {**facts, "settings": settings}.items()}
+    settings = {f.name: getattr(args, f.name) for f in fields(args) if f.init and not f.name.startswith(HARMLESS)}
+    settings["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings["processes"] = args.world_size  # each takes its own share of the rows
+    facts = {"model": run_args.model_name_or_path or "from scratch", **facts}
+    return {name.replace("_", " "): short(value) for name, value in {**facts, **settings}.items()}
 
 
 def check_identity(checkpoint: Path, identity: dict | None) -> None:
     """Compares with the identity that the checkpoint was written with.
 
     Raises:
-        UserError: they differ; the message names what changed.
+        UserError: they differ; the message names what changed, with both values.
     """
     if identity is None:
         return
@@ -50,13 +59,14 @@ def check_identity(checkpoint: Path, identity: dict | None) -> None:
     now = json.loads(json.dumps(identity))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:
-        what = "; ".join(f"{key}: {_short(then.get(key))} then, {_short(now.get(key))} now" for key in changed)
+        what = "; ".join(f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now" for key in changed)
         raise UserError(
             f"{checkpoint} belongs to another run ({what}).\n"
             "Undo the change to go on with it, or start anew with `--resume never` or a new --output_dir."
         )
 
 
-def _short(value) -> str:
+def _shown(value) -> str:
+    """The value, or the beginning of its hash."""
     text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return f"{text[:8]}..." if len(text) == 64 else text

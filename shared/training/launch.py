@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from shared import UserError
 from shared.training.arguments import parse
@@ -26,12 +27,12 @@ def run(main, script_class: type, training: str) -> None:
     try:
         main(*parse(script_class, training))
     except UserError as error:
-        if "--traceback" in sys.argv:
+        if _traceback_asked(sys.argv[1:]):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC or "--traceback" in sys.argv:
+        if error.errno != errno.ENOSPC or _traceback_asked(sys.argv[1:]):
             raise
         print(
             "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",
@@ -39,7 +40,7 @@ def run(main, script_class: type, training: str) -> None:
         )
         sys.exit(2)
     except RuntimeError as error:
-        if not _connection_lost(error) or "--traceback" in sys.argv:
+        if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):
             raise
         print(
             f"error: lost the connection to another process, which has ended or hangs ({str(error).splitlines()[0][:150]}). "
@@ -51,6 +52,16 @@ def run(main, script_class: type, training: str) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
+
+
+def _traceback_asked(argv: list[str]) -> bool:
+    """`--traceback`, `--traceback true`, `--traceback=true`: the last one counts. An error may come before parsing."""
+    asked = False
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = flag.partition("=")
+        if name == "--traceback":
+            asked = (value or following).lower() not in ("false", "0", "no", "n", "f")
+    return asked
 
 
 def _connection_lost(error: RuntimeError) -> bool:
@@ -67,6 +78,7 @@ def setup(training_args, run_args) -> None:
     Raises:
         UserError: a precision that this hardware does not have.
     """
+    import datasets
     import torch
     import transformers
 
@@ -76,6 +88,7 @@ def setup(training_args, run_args) -> None:
     for noisy in ("httpx", "filelock", "fsspec", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
     if not run_args.dry_run:  # a plan may be for another machine
@@ -122,17 +135,37 @@ def begin(args, run_args, preflight: dict, identity: dict):
         Path of a checkpoint, or None.
 
     Raises:
-        UserError: see `shared.training.checkpoints.find_checkpoint`.
+        UserError: another run writes to the folder, or it cannot be written; see also `find_checkpoint`.
     """
     from shared.publish import results
     from shared.training.checkpoints import find_checkpoint
+    from shared.training.processes import on_main_process
 
     output = Path(args.output_dir)
+
+    def claim() -> None:
+        run_args.lock = _claim(output)
+
+    on_main_process(claim)
     checkpoint = find_checkpoint(output, run_args.resume, identity)
     if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
         header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
         (output / "run.yaml").write_text(header + resolved, encoding="utf8")
         results.write_json(output / "preflight.json", preflight)
     return checkpoint
+
+
+def _claim(output: Path) -> FileLock:
+    """Makes the folder and locks it for this run; the lock ends with the process, however that ends."""
+    lock = FileLock(output / ".lock", is_singleton=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"{output}: another run is writing to it. Wait for its end, or name another --output_dir."
+        ) from None
+    except OSError as error:
+        raise UserError(f"--output_dir {output}: cannot be written ({error.strerror}). Name another folder.") from error
+    return lock

@@ -3,14 +3,20 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 
-from shared.training.losses import finite
+from shared.training.losses import finite, step_mean
 
 
 class CheckedTrainer(Trainer):
-    """`Trainer` that checks each loss before the optimizer may use it, and predicts in the order of the rows."""
+    """`Trainer` with the mean loss over the rows of a whole optimizer step, checked before it is used; predicts in order."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # BERT takes any keyword and ignores the number of rows: upstream would add up micro-batches and processes
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -20,11 +26,16 @@ class CheckedTrainer(Trainer):
         # Upstream orders evaluation rows by length too, at random, and `predict` returns them in that order.
         return SequentialSampler(eval_dataset)
 
-    def compute_loss(self, model, inputs, **kwargs):
-        """Cross-entropy over the classes, as the model computes it."""
-        inputs.pop("length", None)
-        loss = super().compute_loss(model, inputs, **kwargs)
-        return finite(loss, lambda: f" at step {self.state.global_step + 1}") if model.training else loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean cross-entropy in nats over the rows of the whole optimizer step (`num_items_in_batch` of them)."""
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "length")})
+        smoothing = self.args.label_smoothing_factor
+        total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+        loss = step_mean(self, total, len(labels), num_items_in_batch)
+        if model.training:
+            finite(loss, lambda: f" at step {self.state.global_step + 1}")
+        return (loss, outputs) if return_outputs else loss
 
 
 @torch.no_grad()

@@ -37,15 +37,16 @@ class ScriptArguments:
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
     from datasets import ClassLabel, Dataset, DatasetDict
-    from labelled_texts import find_columns, to_row
+    from labelled_texts import to_row
 
     from shared.data.cleaning import clean_dataset
+    from shared.data.columns import find_columns
     from shared.data.load import load_data
     from shared.data.splits import first_rows, split_dataset
 
     data = load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
-    places = find_columns(first.column_names, run_args.columns)
+    places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
     feature = first.features[places["label"]]
     names = feature.names if isinstance(feature, ClassLabel) else None
     cleaned, report = clean_dataset(
@@ -128,6 +129,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.out_of_memory import evaluate_within_memory
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -138,7 +140,7 @@ def main(script_args, args, run_args) -> None:
     longest = min(AutoConfig.from_pretrained(source).max_position_embeddings, tokenizer.model_max_length)
     if script_args.max_length > longest:
         raise UserError(f"--max_length {script_args.max_length}: this model reads {longest} tokens at most.")
-    splits, classes, cleaning = load_rows(script_args, run_args, args.seed)
+    splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
 
     def tokenize(batch):
@@ -171,7 +173,9 @@ def main(script_args, args, run_args) -> None:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
     # Train
-    identity = run_identity(args, run_args, rows=list(rows["train"]["input_ids"]), labels=classes)
+    identity = run_identity(
+        args, run_args, rows=[list(rows["train"][name]) for name in ("input_ids", "label")], labels=classes
+    )
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
     trainer = CheckedTrainer(

@@ -4,46 +4,71 @@ transformers' models pass every position through the vocabulary projection, alth
 encoder with 30,522 tokens that projection costs as much as all layers together.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
-from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer
+from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, Trainer, TrainerCallback
 
-from shared.training.checkpoints import SeededCollator
 from shared.training.losses import finite, log_evaluation, step_mean
-from shared.training.out_of_memory import within_memory
+from shared.training.scoring import score_rows
 
 SCORES = ("nll", "tokens", "correct", "correct_top5")
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):
-    """Pads rows and draws new masks each time: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
+    """Pads rows and draws masks: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Rows have `input_ids`, and for whole words `words`, the number of the word that each token belongs to (rising; anything at
     special tokens). Special tokens, [UNK] among them, are never chosen.
+
+    The masks of a row depend on its tokens, the seed and the epoch only, so they are the same after a resume (batches are fetched
+    one ahead), with any number of workers, in any micro-batch and process.
     """
+
+    epoch = 0
 
     def __post_init__(self):
         super().__post_init__()
         # Upstream replaces every token of a whole word by [MASK]; BERT's whole-word release kept 80/10/10.
         self.mask_replace_prob, self.random_replace_prob = 0.8, 0.1
 
-    def torch_call(self, examples):
-        batch = self.tokenizer.pad([{"input_ids": example["input_ids"]} for example in examples], return_tensors="pt")
-        special = torch.isin(batch["input_ids"], torch.tensor(self.tokenizer.all_special_ids))
+    def mask(self, example: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked token ids and labels (-100 where nothing is masked) of a row, (tokens,) each."""
+        ids = torch.as_tensor(example["input_ids"])
+        digest = hashlib.sha256(repr((self.seed, self.epoch, ids.tolist())).encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
         offsets = None
         if self.whole_word_mask:
             # Upstream joins tokens whose characters touch, so `foo.bar(x)` would be one word. A token that starts where the one
             # before it ends belongs to its word: word numbers in place of character offsets say just that.
-            words = pad_sequence([torch.tensor(example["words"]) for example in examples], batch_first=True)
-            offsets = torch.stack([words, words], dim=-1)
-        batch["input_ids"], batch["labels"] = self.torch_mask_tokens(batch["input_ids"], special, offsets)
-        return batch
+            words = torch.as_tensor(example["words"])
+            offsets = torch.stack([words, words], dim=-1)[None]
+        masked, labels = self.torch_mask_tokens(ids[None], special[None], offsets)
+        return masked[0], labels[0]
+
+    def torch_call(self, examples):
+        ids, labels = zip(*map(self.mask, examples), strict=True)
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
 
 
-def masking_collator(tokenizer, probability: float = 0.15, whole_words: bool = False) -> MaskingCollator:
+class NewMasks(TrainerCallback):
+    """Tells the collator the epoch, before its first batch is fetched: each epoch masks a row anew."""
+
+    def __init__(self, collator: MaskingCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+def masking_collator(tokenizer, seed: int, probability: float = 0.15, whole_words: bool = False) -> MaskingCollator:
     """The collator for a share of the tokens, 0 to 1; of all words where `whole_words` is set."""
     # 1.0 keeps upstream from warning that it is about to set this; see __post_init__
     return MaskingCollator(
@@ -52,6 +77,7 @@ def masking_collator(tokenizer, probability: float = 0.15, whole_words: bool = F
         whole_word_mask=whole_words,
         mask_replace_prob=1.0,
         random_replace_prob=0.0,
+        seed=seed,
     )
 
 
@@ -61,11 +87,11 @@ def fix_masks(dataset, tokenizer, seed: int):
     Each row's masks depend on its tokens and the seed only, so every model, before or after training and whatever masks it is
     trained with, is asked the same.
     """
-    collator = SeededCollator(masking_collator(tokenizer), seed)
+    collator = masking_collator(tokenizer, seed)
 
     def mask(row):
-        batch = collator([{"input_ids": row["input_ids"]}])
-        return {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+        ids, labels = collator.mask(row)
+        return {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
     unused = [name for name in dataset.column_names if name not in ("input_ids", "document")]
     return dataset.map(mask, remove_columns=unused, load_from_cache_file=False)
@@ -119,8 +145,6 @@ class MaskedTrainer(Trainer):
         return log_evaluation(self, rows, metric_key_prefix)
 
 
-@within_memory
-@torch.no_grad()
 def score_documents(model, dataset, tokenizer, args, title: str = "evaluating") -> dict[str, list[float]]:
     """Scores a data set of `fix_masks`; memory does not grow with its rows, no logits are kept. Processes share the work.
 
@@ -128,31 +152,24 @@ def score_documents(model, dataset, tokenizer, args, title: str = "evaluating") 
         `{"nll": summed nats, "tokens": masked tokens, "correct": top-1 hits, "correct_top5": hits}`, an entry a document: the
         rows of one document depend on each other, so documents are what is drawn for intervals.
     """
-    was_training = model.training
-    model.eval()
-    collator, lengths = DataCollatorForTokenClassification(tokenizer), [len(ids) for ids in dataset["input_ids"]]
-    longest_first = sorted(range(len(dataset)), key=lambda i: -lengths[i])  # out of memory shows at once
-    mine = longest_first[args.process_index :: args.world_size]
-    size, sums = args.per_device_eval_batch_size, {}
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    for numbers in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+    collator = DataCollatorForTokenClassification(tokenizer)
+
+    def score_batch(numbers: list[int]) -> list[list[float]]:
         rows = [dataset[i] for i in numbers]
         batch = collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        half = torch.float16 if args.fp16 else torch.bfloat16
-        with torch.autocast(model.device.type, half, enabled=args.fp16 or args.bf16):
-            logits = masked_logits(model, batch)
+        logits = masked_logits(model, batch)
         masked = batch["labels"] != -100
         targets, row = batch["labels"][masked], masked.nonzero()[:, 0]
         nll = F.cross_entropy(logits, targets, reduction="none")
         hits = logits.topk(5).indices == targets[:, None]
         scores = torch.stack([nll, torch.ones_like(nll), hits[:, 0], hits.any(-1)]).double()
         by_row = torch.zeros(len(SCORES), len(rows), dtype=torch.float64, device=nll.device).index_add_(1, row, scores)
-        add_by_document(sums, [row["document"] for row in rows], by_row.T.tolist())
-    model.train(was_training)
-    if args.world_size > 1:
-        everyone, sums = gather_object(list(sums.items())), {}
-        add_by_document(sums, *zip(*everyone, strict=True))
+        return by_row.T.tolist()
+
+    sums: dict[int, list[float]] = {}
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    add_by_document(sums, dataset["document"], score_rows(model, lengths, score_batch, args, title))
     return as_columns(sums)
 
 

@@ -13,24 +13,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from shared import UserError
 
 
-def text_column(columns: list[str], mapping: list[str]) -> str:
-    """The column that holds the documents: `text`, or the one that `--columns text=...` names.
-
-    Raises:
-        UserError: found / expected / how to map.
-    """
-    named = dict(pair.partition("=")[::2] for pair in mapping)
-    column = named.get("text", "text")
-    if column not in columns or set(named) - {"text"}:
-        raise UserError(
-            f"no column {column}: found {', '.join(columns)}; expected text. Map yours, for example "
-            f"--columns text={columns[0]}."
-            if column not in columns
-            else f"--columns {' '.join(mapping)}: this task knows text=column only."
-        )
-    return column
-
-
 def cut_into_rows(documents, tokenizer, max_length: int):
     """Token ids of documents, cut into rows of at most `max_length`: [CLS] piece [SEP]. No token is lost.
 
@@ -91,7 +73,7 @@ def preflight(rows, collator, args) -> dict:
         order = torch.randperm(len(rows)).tolist()
     padded = sum(len(batch) * int(batch.max()) for batch in lengths[order].split(size))
     seen = masked = replaced = unchanged = special = 0
-    sample, tokenizer = rows.select(range(min(2000, len(rows)))), collator.collator.tokenizer
+    sample, tokenizer = rows.select(range(min(2000, len(rows)))), collator.tokenizer
     specials = torch.tensor(tokenizer.all_special_ids)
     for start in range(0, len(sample), size):
         examples = [sample[i] for i in range(start, min(start + size, len(sample)))]

@@ -47,16 +47,16 @@ class ScriptArguments:
 
 def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
-    from mlm_rows import text_column
-
     from shared.data.cleaning import clean_dataset, document_cleaner
+    from shared.data.columns import find_columns
     from shared.data.load import load_data
     from shared.data.splits import split_dataset
 
     # A tenth goes to each of validation and test
     most = None if run_args.max_train_rows is None else math.ceil(run_args.max_train_rows / 0.8)
     data = load_data(run_args.dataset, run_args.dataset_config, most)
-    clean = document_cleaner(text_column(next(iter(data.values())).column_names, run_args.columns))
+    names = next(iter(data.values())).column_names
+    clean = document_cleaner(find_columns(run_args.dataset, names, run_args.columns, ["text"])["text"])
 
     def convert(row):
         result = clean(row)
@@ -83,6 +83,7 @@ def main(script_args, args, run_args) -> None:
     # Setup
     from masking import (
         MaskedTrainer,
+        NewMasks,
         fix_masks,
         frequency_log_probs,
         masking_collator,
@@ -96,9 +97,10 @@ def main(script_args, args, run_args) -> None:
     from shared.data.splits import first_rows
     from shared.publish import compare
     from shared.publish.hub import pull
-    from shared.training.checkpoints import CompleteCheckpoints, SeededCollator, train
+    from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -106,7 +108,7 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = load_tokenizer(source, script_args.max_length)
-    splits, cleaning = load_documents(run_args, args.seed)
+    splits, cleaning = once_a_machine(lambda: load_documents(run_args, args.seed))
     limits = {
         "train": run_args.max_train_rows,
         "validation": script_args.max_validation_rows,
@@ -120,9 +122,7 @@ def main(script_args, args, run_args) -> None:
         )
         for name, most in limits.items()
     }
-    collator = SeededCollator(
-        masking_collator(tokenizer, script_args.mlm_probability, script_args.whole_word_mask), args.seed
-    )
+    collator = masking_collator(tokenizer, args.seed, script_args.mlm_probability, script_args.whole_word_mask)
     facts = preflight(rows["train"], collator, args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
 
@@ -150,7 +150,7 @@ def main(script_args, args, run_args) -> None:
         train_dataset=rows["train"],
         eval_dataset=fix_masks(rows["validation"], tokenizer, args.seed),
         processing_class=tokenizer,
-        callbacks=[CompleteCheckpoints(identity), stopper],
+        callbacks=[NewMasks(collator), CompleteCheckpoints(identity), stopper],
     )
     train(trainer, checkpoint)
     stopper.exit_if_stopped()

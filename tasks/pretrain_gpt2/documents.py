@@ -12,27 +12,20 @@ from datasets import IterableDataset
 
 from shared import UserError
 from shared.data.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
+from shared.data.columns import find_columns
 from shared.data.load import load_data, load_stream
 from shared.data.splits import split_dataset
 
 LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
 
 
-def text_column(names: list[str], mapping: list[str], source: str) -> str:
-    """The column that holds the documents: `text`, or the one that `--columns text=name` names."""
-    chosen = next((entry.partition("=")[2] for entry in mapping if entry.startswith("text=")), "text")
-    if chosen not in names:
-        raise UserError(f"{source}: found {', '.join(names)}; expected text. Map yours: --columns text={names[0]}")
-    return chosen
-
-
 def load_documents(run_args, seed: int) -> tuple[dict, str]:
-    """Texts of the three splits, and the cleaning report as one line."""
+    """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
     data = load_data(run_args.dataset, run_args.dataset_config)
-    clean = document_cleaner(text_column(next(iter(data.values())).column_names, run_args.columns, run_args.dataset))
+    names = next(iter(data.values())).column_names
+    clean = document_cleaner(find_columns(run_args.dataset, names, run_args.columns, ["text"])["text"])
     cleaned, report = clean_dataset(data, clean, run_args.dataset)
-    splits = split_dataset(cleaned, lambda row: row["text"], seed)
-    return {name: list(rows["text"]) for name, rows in splits.items()}, str(report)
+    return split_dataset(cleaned, lambda row: row["text"], seed), str(report)
 
 
 @dataclass
@@ -83,7 +76,7 @@ def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
     names = data["train"].column_names or list(next(iter(data["train"]), {}))
     if not names:
         raise UserError(f"{run_args.dataset}: the stream has no rows.")
-    column = text_column(names, run_args.columns, run_args.dataset)
+    column = find_columns(run_args.dataset, names, run_args.columns, ["text"])["text"]
     official = {name: data[name] for name in ("test", "validation") if name in data}
     if "test" not in official and "validation" in official:
         official["test"] = official.pop("validation")

@@ -93,10 +93,12 @@ def main(script_args, args, run_args) -> None:
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
+    from shared.data.splits import first_rows
     from shared.publish import compare
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -115,8 +117,9 @@ def main(script_args, args, run_args) -> None:
         corpus = open_stream(run_args, most, args.seed)
         texts, cleaning, sample = corpus.held_out, corpus.cleaning, corpus.texts()
     else:
-        texts, cleaning = load_documents(run_args, args.seed)
-        texts = {name: texts[name][: (most | {"train": run_args.max_train_rows})[name]] for name in texts}
+        splits, cleaning = once_a_machine(lambda: load_documents(run_args, args.seed))
+        limits = most | {"train": run_args.max_train_rows}
+        texts = {name: list(first_rows(rows, limits[name])["text"]) for name, rows in splits.items()}
         sample = texts["train"]
     tokenizer = load_tokenizer(script_args.tokenizer or run_args.model_name_or_path, sample, script_args.vocab_size)
     end = tokenizer.eos_token_id

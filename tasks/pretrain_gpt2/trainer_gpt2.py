@@ -4,17 +4,15 @@ import time
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from blocks import NOTHING, document_positions, example
 from muon import MuonAdamW, parameter_groups
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from shared import UserError
 from shared.training.hardware import matmul_flops
 from shared.training.losses import finite, log_evaluation, step_mean
-from shared.training.out_of_memory import within_memory
 from shared.training.packed_attention import PACKED
+from shared.training.scoring import score_rows
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)
@@ -158,23 +156,16 @@ def windows(ids: list[int], end: int, length: int) -> list[tuple[list[int], int]
     return found
 
 
-@within_memory
-@torch.no_grad()
 def score_documents(model, documents: list[list[int]], length: int, end: int, args, title: str = "evaluating") -> dict:
     """Scores every document by itself, after an end-of-text token and up to the one behind it. Processes share the work.
 
     Returns:
         `{"nll": summed nats, "tokens": predicted tokens}`, one entry a document, in their order.
     """
-    was_training = model.training
-    model.eval()
     work = [(number, *window) for number, ids in enumerate(documents) for window in windows(ids, end, length)]
-    work.sort(key=lambda window: -len(window[1]))  # out of memory shows at once, and little is padded
-    mine, nll = work[args.process_index :: args.world_size], [0.0] * len(documents)
-    size, half = args.per_device_eval_batch_size, torch.float16 if args.fp16 else torch.bfloat16
-    starts = range(0, len(mine), size)
-    for start in tqdm(starts, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
-        chosen = mine[start : start + size]
+
+    def score_batch(numbers: list[int]) -> list[float]:
+        chosen = [work[i] for i in numbers]
         longest = max(len(tokens) for _, tokens, _ in chosen)
         # padding stands behind a document, where causal attention does not see it
         padded = [example(tokens + [NOTHING] * (longest - len(tokens)), end) for _, tokens, _ in chosen]
@@ -183,14 +174,13 @@ def score_documents(model, documents: list[list[int]], length: int, end: int, ar
         inputs, targets = (
             torch.stack([p[key] for p in padded]).to(model.device) for key in ("input_ids", "shift_labels")
         )
-        with torch.autocast(model.device.type, half, enabled=args.fp16 or args.bf16):
-            head = model.get_output_embeddings().weight
-            parts = zip(hidden_states(model, inputs, end).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
-            losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in parts]
-        for (number, _, _), nats in zip(
-            chosen, torch.cat(losses).view(targets.shape).double().sum(1).tolist(), strict=True
-        ):
-            nll[number] += nats
-    model.train(was_training)
-    everyone = gather_object([nll]) if args.world_size > 1 else [nll]
-    return {"nll": [sum(parts) for parts in zip(*everyone, strict=True)], "tokens": [len(ids) + 1 for ids in documents]}
+        head = model.get_output_embeddings().weight
+        parts = zip(hidden_states(model, inputs, end).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+        losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in parts]
+        return torch.cat(losses).view(targets.shape).double().sum(1).tolist()
+
+    nll = [0.0] * len(documents)
+    scored = score_rows(model, [len(tokens) for _, tokens, _ in work], score_batch, args, title)
+    for (number, *_), nats in zip(work, scored, strict=True):
+        nll[number] += nats
+    return {"nll": nll, "tokens": [len(ids) + 1 for ids in documents]}

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
 from shared.training.losses import finite
-from shared.training.out_of_memory import within_memory
 from shared.training.packed_attention import PACKED
+from shared.training.scoring import score_rows
 
 # Models whose attention takes further arguments and whose positions count from 0 (RoBERTa's do not); others are padded.
 PACKABLE = ("bert", "electra")
@@ -130,41 +128,26 @@ class WindowTrainer(Trainer):
         return metrics
 
 
-@within_memory
-@torch.no_grad()
 def score_windows(model, windows, collator, args, title: str) -> dict[str, np.ndarray]:
     """Scores every window; processes share the work.
 
     Returns:
         `start` and `end`: (tokens,) logits, flat as `windows.ids`; `nll`: (windows,) the loss of each, in nats.
     """
-    was_training = model.training
-    model.eval()
     lengths = np.diff(windows.starts)
-    longest_first = np.argsort(-lengths, kind="stable")  # out of memory shows at once, and padding is little
-    mine = longest_first[args.process_index :: args.world_size]
-    size, scored = args.per_device_eval_batch_size, []
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    for chosen in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
-        batch = {name: value.to(model.device) for name, value in collator([windows[i] for i in chosen]).items()}
-        with torch.autocast(
-            model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
-        ):
-            logits = forward(model, batch)
+
+    def score_batch(numbers: list[int]) -> list[tuple]:
+        batch = {name: value.to(model.device) for name, value in collator([windows[i] for i in numbers]).items()}
+        logits = forward(model, batch)
         nll = sum(F.cross_entropy(x, batch["answer"][:, i], reduction="none") for i, x in enumerate(logits)) / 2
         start, end = (values.cpu().numpy() for values in logits)
-        scored += [
-            (i, a[: lengths[i]], b[: lengths[i]], loss)
-            for i, a, b, loss in zip(chosen, start, end, nll.tolist(), strict=True)
+        return [
+            (a[: lengths[i]], b[: lengths[i]], loss)
+            for i, a, b, loss in zip(numbers, start, end, nll.tolist(), strict=True)
         ]
-    model.train(was_training)
-    everyone = gather_object(scored) if args.world_size > 1 else scored
-    everyone = sorted({entry[0]: entry for entry in everyone}.values(), key=lambda entry: entry[0])
-    return {
-        "start": np.concatenate([entry[1] for entry in everyone]),
-        "end": np.concatenate([entry[2] for entry in everyone]),
-        "nll": np.array([entry[3] for entry in everyone]),
-    }
+
+    start, end, nll = zip(*score_rows(model, lengths.tolist(), score_batch, args, title), strict=True)
+    return {"start": np.concatenate(start), "end": np.concatenate(end), "nll": np.array(nll)}
 
 
 def usage(repo: str, max_length: int) -> str:

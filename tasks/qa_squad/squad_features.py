@@ -56,29 +56,6 @@ def read_official(path: str) -> list[dict] | None:
         raise UserError(f"{path}: not SQuAD's JSON: {type(error).__name__} {error} in an article of `data`.") from error
 
 
-def find_columns(columns: list[str], mapping: list[str]) -> dict[str, str]:
-    """Which column holds each of NEEDED and OPTIONAL.
-
-    Raises:
-        UserError: found / expected / how to map.
-    """
-    for pair in mapping:
-        name, _, column = pair.partition("=")
-        if name not in NEEDED + OPTIONAL or column not in columns:
-            raise UserError(
-                f"--columns {pair}: write name=column, the name one of {', '.join(NEEDED + OPTIONAL)}, the column one of: "
-                f"{', '.join(columns)}."
-            )
-    places = {name: name for name in NEEDED + OPTIONAL if name in columns} | dict(p.split("=", 1) for p in mapping)
-    missing = [name for name in NEEDED if name not in places]
-    if missing:
-        raise UserError(
-            f"no column for {', '.join(missing)}: found {', '.join(columns)}; expected {', '.join(NEEDED)}. Map yours, for "
-            f"example --columns {missing[0]}={columns[-1]}."
-        )
-    return places
-
-
 def to_question(row: dict, places: dict[str, str]) -> dict | str:
     """A row in the Hub's columns, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 

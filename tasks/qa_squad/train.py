@@ -36,17 +36,18 @@ class ScriptArguments:
 
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Questions of the three splits, and the cleaning report as one line."""
-    from datasets import DatasetDict, Features, List, Value
-    from squad_features import find_columns, groups, read_official, to_question
+    from datasets import Dataset, DatasetDict, Features, List, Value
+    from squad_features import NEEDED, OPTIONAL, groups, read_official, to_question
 
     from shared.data.cleaning import clean_dataset
+    from shared.data.columns import find_columns
     from shared.data.load import load_data
     from shared.data.splits import split_dataset
 
     official = read_official(run_args.dataset)
-    data = {"train": official} if official else load_data(run_args.dataset, run_args.dataset_config)
-    first = next(iter(data.values()))
-    places = find_columns(list(first[0]) if official else first.column_names, run_args.columns)
+    data = {"train": Dataset.from_list(official)} if official else load_data(run_args.dataset, run_args.dataset_config)
+    names = next(iter(data.values())).column_names
+    places = find_columns(run_args.dataset, names, run_args.columns, NEEDED, OPTIONAL)
     text = Value("string")
     columns = dict.fromkeys(("id", "title", "context", "question"), text)
     features = Features(columns | {"answers": {"text": List(text), "answer_start": List(Value("int64"))}})
@@ -105,6 +106,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -112,7 +114,7 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    splits, cleaning = load_rows(run_args, args.seed)
+    splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {
         "train": run_args.max_train_rows,
         "validation": script_args.max_validation_rows,

@@ -7,40 +7,29 @@ import numpy as np
 
 from shared import UserError
 from shared.data.cleaning import clean_text, malformed
+from shared.data.columns import missing, read_mapping
 from shared.metrics.rouge.rouge import split_sentences
 
 # Columns of a document and its summary, the first pair that fits: CNN/DailyMail, XSum, SAMSum, SciTLDR.
 FORMATS = (("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("source", "target"))
 
 
-def find_columns(columns: list[str], mapping: list[str], row: dict | None = None) -> tuple[str, str]:
+def find_columns(source: str, columns: list[str], mapping: list[str], row: dict | None = None) -> tuple[str, str]:
     """The columns of the document and of the summary; `mapping` (`document=text summary=title`) comes before FORMATS.
 
     Args:
-        row: an example, from which the error suggests a mapping: the longest text is taken for the document.
+        source: name of the data, for the error. row: an example, for its hint.
 
     Raises:
         UserError: found / expected / how to map.
     """
-    chosen = dict(pair.split("=", 1) for pair in mapping if "=" in pair)
-    wrong = [pair for pair in mapping if "=" not in pair]
-    wrong += [f"{key}={value}" for key, value in chosen.items() if key not in ("document", "summary")]
-    wrong += [f"{key}={value}" for key, value in chosen.items() if value not in columns]
-    if wrong or len(set(chosen.values())) < len(chosen):
-        raise UserError(
-            f"--columns {(wrong or mapping)[0]}: write document=column and summary=column, two of: {', '.join(columns)}."
-        )
+    chosen = read_mapping(mapping, ("document", "summary"), columns)
     for names in FORMATS:
         found = chosen.get("document", names[0]), chosen.get("summary", names[1])
         if found[0] != found[1] and set(found) <= set(columns):
             return found
-    lengths = {name: len(text) if isinstance(text, str | list) else 0 for name, text in (row or {}).items()}
-    longest = [*sorted(columns, key=lambda name: -lengths.get(name, 0)), "..."]
-    raise UserError(
-        f"no documents with summaries: found {', '.join(columns)}; expected one of "
-        f"{'; '.join(' and '.join(names) for names in FORMATS)}. Map yours, for example "
-        f"--columns document={longest[0]} summary={longest[1]}."
-    )
+    expected = f"one of {'; '.join(' and '.join(names) for names in FORMATS)}"
+    raise missing(source, ("document", "summary"), columns, expected, row)
 
 
 def to_pair(row: dict, document: str, summary: str) -> dict | str:

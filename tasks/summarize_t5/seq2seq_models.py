@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
 from articles import pieces
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -23,7 +21,7 @@ from warm_start import bart_from_bert
 
 from shared import UserError
 from shared.training.losses import finite
-from shared.training.out_of_memory import within_memory
+from shared.training.scoring import score_rows
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 
@@ -157,32 +155,29 @@ def token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float 
     return finite(total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
 
 
-@within_memory
-@torch.no_grad()
-def score_rows(model, rows, collator, args) -> dict[str, list[float]]:
+def score_summaries(model, rows, collator, args) -> dict[str, list[float]]:
     """`{"nll": summed nats, "tokens": summary tokens}` of each row, in the data set's order; no logits are kept."""
-    model.eval()
-    found = {}
-    for batch in _batches(rows["length"], args, "loss"):
-        inputs = collator([{name: rows[i][name] for name in ("input_ids", "attention_mask", "labels")} for i in batch])
+
+    def score_batch(numbers: list[int]) -> list[tuple[float, int]]:
+        inputs = collator(
+            [{name: rows[i][name] for name in ("input_ids", "attention_mask", "labels")} for i in numbers]
+        )
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         labels = inputs.pop("labels")
-        with _precision(model, args):
-            logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
         nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").double().sum(1)
-        found |= dict(zip(batch, zip(nll.tolist(), labels.ne(-100).sum(1).tolist(), strict=True), strict=True))
-    return dict(zip(("nll", "tokens"), map(list, zip(*_everyone(found, args), strict=True)), strict=True))
+        return list(zip(nll.tolist(), labels.ne(-100).sum(1).tolist(), strict=True))
+
+    scored = score_rows(model, rows["length"], score_batch, args, "loss")
+    return dict(zip(("nll", "tokens"), map(list, zip(*scored, strict=True)), strict=True))
 
 
-@within_memory
-@torch.no_grad()
 def summarize(model, tokenizer, documents: list[str], script_args, args, title: str = "summaries") -> list[str]:
     """Summaries by the model's own generation settings, one a document. Only texts are kept, whatever the number of rows.
 
     With `--long_documents chunk` a document that is too long is summarized piece by piece (whole sentences), and the
     summaries of the pieces, joined by blanks, are its summary.
     """
-    model.eval()
     prefix, most = prefix_of(model), script_args.max_source_length
     owners, parts = list(range(len(documents))), list(documents)
     if script_args.long_documents == "chunk":
@@ -190,39 +185,19 @@ def summarize(model, tokenizer, documents: list[str], script_args, args, title: 
         split = [pieces(document, tokenizer, room) for document in documents]
         owners = [i for i, found in enumerate(split) for _ in found]
         parts = [part for found in split for part in found]
-    found = {}
-    for batch in _batches([len(part) for part in parts], args, title):
+
+    def write_batch(numbers: list[int]) -> list[str]:
         inputs = tokenizer(
-            [prefix + parts[i] for i in batch], truncation=True, max_length=most, padding=True, return_tensors="pt"
+            [prefix + parts[i] for i in numbers], truncation=True, max_length=most, padding=True, return_tensors="pt"
         ).to(model.device)
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        with _precision(model, args):
-            out = model.generate(**inputs, do_sample=False)
-        found |= dict(zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True))
+        return tokenizer.batch_decode(model.generate(**inputs, do_sample=False), skip_special_tokens=True)
+
     texts: list[list[str]] = [[] for _ in documents]
-    for owner, text in zip(owners, _everyone(found, args), strict=True):
+    written = score_rows(model, [len(part) for part in parts], write_batch, args, title)
+    for owner, text in zip(owners, written, strict=True):
         texts[owner] += [text.strip()]
     return [" ".join(filter(None, each)) for each in texts]
-
-
-def _batches(lengths: list[int], args, title: str):
-    """Row numbers of this process in batches, longest first: little padding, and out of memory shows at once."""
-    mine = sorted(range(len(lengths)), key=lambda i: -lengths[i])[args.process_index :: args.world_size]
-    size = args.per_device_eval_batch_size
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False)
-
-
-def _everyone(found: dict[int, object], args) -> list:
-    """The results of all processes in the order of their row numbers."""
-    pairs = gather_object(list(found.items())) if args.world_size > 1 else found.items()
-    return [value for _, value in sorted(pairs)]
-
-
-def _precision(model, args):
-    return torch.autocast(
-        model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
-    )
 
 
 def usage(repo: str, prefix: str, max_source: int) -> str:

@@ -60,7 +60,7 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
 
     data = load_data(run_args.dataset, run_args.dataset_config)
     first = next(iter(data.values()))
-    document, summary = find_columns(first.column_names, run_args.columns, first[0] if len(first) else None)
+    document, summary = find_columns(run_args.dataset, first.column_names, run_args.columns, next(iter(first), None))
     log.info("%s: %s is the document, %s the summary", run_args.dataset, document, summary)
     data = data.select_columns([document, summary])
     cleaned, report = clean_dataset(data, lambda row: to_pair(row, document, summary), run_args.dataset)
@@ -103,7 +103,7 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
     from articles import lead, preflight, tokenize
-    from seq2seq_models import load_model, load_tokenizer, prefix_of, score_rows, summarize, token_loss, usage
+    from seq2seq_models import load_model, load_tokenizer, prefix_of, score_summaries, summarize, token_loss, usage
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
     from transformers.trainer_utils import set_seed
 
@@ -114,6 +114,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -122,15 +123,14 @@ def main(script_args, args, run_args) -> None:
         log.warning("%s", NO_SUMMARIZER)
 
     # Data
-    splits, cleaning = load_rows(run_args, args.seed)
+    splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {
         "train": run_args.max_train_rows,
         "validation": script_args.max_validation_rows,
         "test": run_args.max_test_rows,
     }
     for name, most in limits.items():
-        rows = splits[name].shuffle(seed=args.seed)  # official splits can be sorted
-        splits[name] = first_rows(rows, most)
+        splits[name] = first_rows(splits[name], most)
     texts = (text for row in splits["train"] for text in (row["document"], row["summaries"][0]))
     tokenizer = load_tokenizer(source, texts, script_args.scratch_vocab_size)
 
@@ -158,7 +158,7 @@ def main(script_args, args, run_args) -> None:
     digest = hashlib.sha256()
     for row in tokenized["train"]:
         digest.update(repr((row["input_ids"], row["labels"])).encode())
-    identity = run_identity(args, run_args, rows=digest.hexdigest(), sampling=args.train_sampling_strategy)
+    identity = run_identity(args, run_args, rows=digest.hexdigest())
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None)
@@ -182,7 +182,7 @@ def main(script_args, args, run_args) -> None:
     base = load_model(source, tokenizer, script_args, args).to(args.device)
     outputs, losses = {}, {}
     for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
-        losses[name] = score_rows(system, tokenized["test"], collator, args)
+        losses[name] = score_summaries(system, tokenized["test"], collator, args)
         outputs[name] = summarize(system, tokenizer, documents, script_args, args, f"summaries, {name}")
     outputs |= {f"baseline_lead{n}": [lead(document, n) for document in documents] for n in (1, 3)}
     outputs["reference"] = [summaries[0] for summaries in references]

@@ -1,7 +1,6 @@
 """Cleaning: known cases for each function, the arithmetic of the report, malformed rows, streaming, near-duplicates."""
 
 import random
-import time
 import unicodedata
 from collections import Counter
 
@@ -23,7 +22,6 @@ from shared.data.cleaning import (
     normalize_whitespace,
     repetitive,
     strip_control,
-    strip_html,
     top_ngram_share,
     words_between,
 )
@@ -64,29 +62,6 @@ def test_clean_text_is_stable_and_keeps_vietnamese():
     dirty = "  vÃ© \x00\x1b[31mred\x1b[0m\r\n\r\n\r\n\r\n" + VIETNAMESE + " \n"
     assert clean_text(dirty) == "  vé red\n\n" + VIETNAMESE
     assert clean_text(clean_text(dirty)) == clean_text(dirty)
-
-
-@pytest.mark.parametrize(
-    ("page", "text"),
-    [
-        ("<p>one</p><p class='a'>two</p>", "one\n\ntwo"),
-        ("a<br/>b &amp; c &lt;d&gt; &eacute;", "a\nb & c <d> é"),
-        ("<b>bo</b>ld", "bold"),
-        ("x<script type='a'>var i = '<p>';</script>y<STYLE>p {}</STYLE >z<!-- <p>no</p> -->!", "xyz!"),
-        ("<!DOCTYPE html><html><body>hi</body></html>", "hi"),
-        ("seen <!-- never closed", "seen"),
-        ("1 < 2 and 3 > 2", "1 < 2 and 3 > 2"),
-    ],
-)
-def test_strip_html(page, text):
-    assert normalize_whitespace(strip_html(page)) == text
-
-
-@pytest.mark.parametrize("piece", ["<!-- ", "<script ", "<a ", "<", "<p>", "&", "<script>", "\n<br "])
-def test_strip_html_is_linear_on_hostile_input(piece):
-    start = time.perf_counter()
-    strip_html(piece * (500_000 // len(piece)))
-    assert time.perf_counter() - start < 2
 
 
 def test_repetition_measures():

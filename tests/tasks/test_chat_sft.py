@@ -317,16 +317,6 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 24
 
 
-def test_two_processes_train_as_one(tiny, data, tmp_path):
-    options = {"per_device_train_batch_size": 2, "disable_tqdm": False}
-    two = task_runs.in_two_processes(
-        "chat_sft", flags(tiny, data, tmp_path / "two", **options, gradient_accumulation_steps=1)
-    )
-    one = command(*flags(tiny, data, tmp_path / "one", **options, gradient_accumulation_steps=2))
-    results = task_runs.assert_like_one(two, one, tmp_path)
-    assert results["test_loss"] < results["base_loss"]
-
-
 def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):
     copied = tmp_path / "elsewhere" / "my_chat"
     shutil.copytree(TASK, copied, ignore=shutil.ignore_patterns("__pycache__"))

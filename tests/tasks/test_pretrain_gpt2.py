@@ -530,7 +530,7 @@ def test_two_processes_train_as_one_on_a_stream(corpus, tmp_path):
         (["--size=large"], "invalid choice"),
         (["--sise=nano"], "Did you mean `size`?"),
         (["--dataset=./nowhere.jsonl"], "nowhere.jsonl: no such file"),
-        (["--columns", "text=body"], "found text; expected text. Map yours: --columns text=text"),
+        (["--columns", "text=body"], "--columns text=body: no column body. Columns: text"),
         (["--streaming=true", "--max_steps=-1"], "--streaming needs --max_steps"),
         (["--tokenizer=./nowhere"], "./nowhere"),
         (["--dataset=./nowhere.jsonl", "--streaming=true"], "nowhere.jsonl: no such file"),

@@ -1,0 +1,60 @@
+"""What one process does for the others: decisions by the first one, data made once on each machine. Called by each train.py."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import DatasetDict, load_from_disk
+
+from accelerate import PartialState
+from shared import UserError
+
+
+def on_main_process(decide: Callable):
+    """What `decide()` returns in the first process, in all of them; where it raises a UserError all raise it."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return decide()
+    answer = [None]
+    if state.is_main_process:
+        try:
+            answer = [decide()]
+        except UserError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def once_a_machine(make: Callable[[], tuple]) -> tuple:
+    """What `make()` returns, called in the first process of each machine alone; the others map its rows into their memory.
+
+    Args:
+        make: returns data sets by split, and then plain values.
+
+    Raises:
+        UserError: as `make`, in all processes of the machine.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return make()
+    made = folder = refused = None
+    if state.is_local_main_process:
+        try:
+            made = make()
+            folder = tempfile.mkdtemp(prefix="taskbook-rows-")
+            DatasetDict(made[0]).save_to_disk(folder)
+        except UserError as error:
+            refused = str(error)
+    answers = gather_object([(folder, refused, made and made[1:])])
+    folder, refused, facts = answers[state.process_index - state.local_process_index]
+    if refused is not None:
+        raise UserError(refused)
+    if made is None:
+        made = (load_from_disk(folder), *facts)
+    state.wait_for_everyone()
+    if state.is_local_main_process:
+        shutil.rmtree(folder)  # a mapped file stays readable
+    return made

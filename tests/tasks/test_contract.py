@@ -1,0 +1,282 @@
+"""What holds for every task: steps that do not depend on how their rows are split, what a resume refuses, shuffled splits, a loss
+for the shortest run. Tiny models with random weights, rows of unequal length."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import task_runs
+from checkout import ROOT, train_script
+from datasets import Dataset, DatasetDict
+from safetensors.numpy import load_file
+
+from shared import UserError
+from shared.training import launch
+from shared.training.arguments import parse
+from shared.training.identity import run_identity
+
+PLAIN = "transformers.training_args:TrainingArguments"
+TRAINING = dict.fromkeys(("pretrain_gpt2", "mlm_bert", "classify_bert", "qa_squad"), PLAIN)
+TRAINING |= {"chat_sft": "trl.trainer.sft_config:SFTConfig"}
+TRAINING |= {"summarize_t5": "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"}
+TASKS = sorted(TRAINING)
+SETTINGS = {
+    "pretrain_gpt2": {"vocab_size": 300, "block_length": 32, "optimizer": "adamw"},
+    "mlm_bert": {"max_length": 32, "dropout": 0.0},
+    "classify_bert": {"max_length": 32, "min_label_rows": 2},
+    "qa_squad": {"max_length": 48, "doc_stride": 8, "dropout": 0.0},
+    "chat_sft": {"max_length": 256},
+    "summarize_t5": {"max_source_length": 48, "max_target_length": 8},
+}
+
+
+def words(draw: random.Random, least: int, most: int) -> str:
+    return " ".join(draw.choice(("red", "green", "blue", "white", "black")) for _ in range(draw.randint(least, most)))
+
+
+def make_rows(task: str, count: int, changed: bool = False) -> list[dict]:
+    """Rows of very unequal length; `changed`, the same with other targets."""
+    rows, draw = [], random.Random(1)
+    for i in range(count):
+        text, colour = f"Number {i} {i * 7919} {words(draw, 1, 25)}", ("red", "green")[(i + changed) % 2]
+        rows.append(
+            {
+                "chat_sft": {"question": text, "answer": f"{colour} {words(draw, 1, 12)}"},
+                "classify_bert": {"text": text, "label": colour},
+                "mlm_bert": {"text": text},
+                "pretrain_gpt2": {"text": text},
+                "qa_squad": {"context": f"{text} red green", "question": f"Which is {i}?", "answers": f"{i * 7919}"},
+                "summarize_t5": {"document": text, "summary": f"{colour} {i}"},
+            }[task]
+        )
+        if task == "qa_squad" and changed:
+            rows[-1]["answers"] = f"Number {i} {i * 7919}"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny, tiny_bert):
+    """Folders of models that drop nothing, by task: two processes draw other numbers than one."""
+    from argparse import Namespace
+
+    from seq2seq_models import load_model, load_tokenizer
+    from transformers import Seq2SeqTrainingArguments
+
+    folder = tmp_path_factory.mktemp("models")
+    texts = (text for row in make_rows("summarize_t5", 60) for text in row.values())
+    tokenizer = load_tokenizer(None, texts, 300)
+    sizes = Namespace(scratch_width=64, max_target_length=8, max_source_length=48)
+    t5 = load_model(None, tokenizer, sizes, Seq2SeqTrainingArguments(output_dir=str(folder), bf16=False, use_cpu=True))
+    for part in (t5, tokenizer):
+        part.save_pretrained(folder / "dropping_t5")
+    t5 = task_runs.without_dropout(folder / "dropping_t5", folder / "t5")
+    bert = task_runs.without_dropout(tiny_bert, folder / "bert")
+    return {"chat_sft": tiny / "llama", "summarize_t5": t5} | dict.fromkeys(
+        ("mlm_bert", "classify_bert", "qa_squad"), bert
+    )
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory, models):
+    """`argv(task, output, rows=..., **options)`: the flags of a short run."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    def flags(task: str, output, rows: list[dict] | None = None, name: str = "rows.jsonl", **options) -> list[str]:
+        path = folder / task / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows or make_rows(task, 60))))
+        options = (
+            SETTINGS[task]
+            | {
+                "dataset": path,
+                "output_dir": output,
+                "max_steps": 2,
+                "warmup_steps": 0,
+                "logging_steps": 50,
+                "eval_strategy": "no",
+                "save_strategy": "no",
+                "max_test_rows": 3,
+                "train_sampling_strategy": "random",
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "learning_rate": 0.01,
+                # nearly plain gradient descent: Adam's own division would blow up what differs in the last bit
+                "adam_epsilon": 1.0,
+                "lr_scheduler_type": "constant",
+            }
+            | options
+        )
+        if task in models:
+            options = {"model_name_or_path": models[task]} | options
+        columns = ["--columns", "text=text", "label=label"] if task == "classify_bert" else []
+        return [f"--{key}={value}" for key, value in options.items()] + columns
+
+    return flags
+
+
+def weights(run) -> dict[str, np.ndarray]:
+    return load_file(next(run.glob("*model.safetensors")))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
+    """8 x 1 = 2 x 4 = two processes of 4: loss, gradient norm, weights. 3 test rows in 2 processes. The run is shorter than
+    `logging_steps` and is not evaluated, and has a loss and a card all the same."""
+    script = ROOT / "tasks" / task / "train.py"
+    bars = {"disable_tqdm": False}
+    one = task_runs.command(script, *argv(task, tmp_path / "one", **bars))
+    two = task_runs.in_two_processes(task, argv(task, tmp_path / "two", per_device_train_batch_size=4, **bars))
+    task_runs.assert_like_one(two, one, tmp_path)
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    many = task_runs.command(script, *argv(task, tmp_path / "many", **split))
+    assert many.returncode == 0, many.stderr[-3000:]
+    history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2] and (tmp_path / "one" / "README.md").exists()
+    for name in ("many", "two"):
+        other = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        for key in ("loss", "grad_norm"):
+            assert other[0][key] == pytest.approx(history[0][key], rel=2e-4), (name, key)
+        for key, value in weights(tmp_path / "one").items():
+            np.testing.assert_allclose(
+                weights(tmp_path / name)[key], value, rtol=1e-3, atol=2e-6, err_msg=f"{name} {key}"
+            )
+
+
+class Begun(Exception):
+    """Raised where training would begin."""
+
+
+@pytest.fixture
+def identity_of(argv, tmp_path, monkeypatch):
+    """The identity that a run would have, without training."""
+
+    def identity(task: str, **options) -> dict:
+        module, found = train_script(task), []
+
+        def begin(args, run_args, preflight, identity):
+            found.append(identity)
+            raise Begun
+
+        monkeypatch.setattr(module, "begin", begin)
+        with pytest.raises(Begun):
+            module.main(*parse(module.ScriptArguments, TRAINING[task], argv(task, tmp_path / "run", **options)))
+        return found[0]
+
+    return identity
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_resume_knows_its_rows_and_their_targets_and_not_their_path(task, identity_of):
+    rows = make_rows(task, 60)
+    before = identity_of(task)
+    assert identity_of(task, rows=rows, name="moved.jsonl") == before
+    other = make_rows(task, 60, changed=True) if task not in ("mlm_bert", "pretrain_gpt2") else make_rows(task, 61)
+    assert identity_of(task, rows=other)["rows"] != before["rows"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adam_beta1": 0.8},
+        {"adam_beta2": 0.9},
+        {"max_grad_norm": 0.5},
+        {"label_smoothing_factor": 0.1},
+        {"bf16": True},
+        {"train_sampling_strategy": "sequential"},
+        {"learning_rate": 0.5},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_resume_with_other_settings_is_refused_with_both_values(change, tmp_path):
+    from shared.training.checkpoints import _find, write_manifest
+
+    def identity(**options):
+        flags = {"output_dir": tmp_path, "use_cpu": True, "bf16": False, "per_device_train_batch_size": 8} | options
+        module = train_script("mlm_bert")
+        _, args, run_args = parse(module.ScriptArguments, PLAIN, [f"--{name}={value}" for name, value in flags.items()])
+        return run_identity(args, run_args, rows="the same")
+
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "rng_state.pth").write_text("state")
+    write_manifest(checkpoint, identity())
+    harmless = {
+        "output_dir": tmp_path / "x",
+        "logging_steps": 7,
+        "eval_steps": 9,
+        "save_steps": 9,
+        "disable_tqdm": True,
+    }
+    harmless |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    assert _find(tmp_path, "auto", identity(**harmless)) == checkpoint
+    name, before = next(iter(change)), identity()
+    shown = "rows of a step" if name == "gradient_accumulation_steps" else name.replace("_", " ")
+    after = identity(**change)
+    with pytest.raises(UserError, match=f"{shown}: {before[shown]} then, {after[shown]} now") as refused:
+        _find(tmp_path, "auto", after)
+    assert str(refused.value).count(" then, ") == 1 and before[shown] != after[shown]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_official_splits_are_shuffled(task, argv, tmp_path, monkeypatch):
+    """`--max_test_rows 5` of a sorted file must not be five rows of one kind."""
+    rows = make_rows(task, 200)
+    for i, row in enumerate(rows):
+        key = next(iter(row))
+        row[key] = f"{'early' if i < 100 else 'late'} {row[key]}"
+    data = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[::2]))
+    data["validation"] = Dataset.from_list(rows[1::4])
+    data.save_to_disk(tmp_path / "sorted")
+    module = train_script(task)
+    flags = argv(task, tmp_path / "run", dataset=tmp_path / "sorted")
+    script_args, args, run_args = parse(module.ScriptArguments, TRAINING[task], flags)
+    if task == "pretrain_gpt2":
+        from documents import load_documents as load
+    else:
+        load = getattr(module, "load_rows", None) or module.load_documents
+    splits = load(script_args, run_args, args.seed)[0] if task == "classify_bert" else load(run_args, args.seed)[0]
+    for split in ("train", "validation", "test"):
+        first = [json.dumps(row) for row in splits[split].select(range(20))]
+        assert 2 < sum("early" in row for row in first) < 18, split
+
+
+def test_an_output_folder_belongs_to_one_run(tmp_path):
+    hold = "import sys, filelock as f; a = f.FileLock(sys.argv[1]); a.acquire(); print('held', flush=True); sys.stdin.read()"
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing to it"):
+            launch._claim(tmp_path / "run")
+    launch._claim(tmp_path / "run").release()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
+        launch._claim(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        (["--traceback"], True),
+        (["--traceback=true", "--dry_run"], True),
+        (["--traceback", "true"], True),
+        (["--traceback", "--dry_run"], True),
+        (["--traceback=false"], False),
+        (["--dry_run"], False),
+    ],
+)
+def test_a_traceback_is_shown_where_it_is_asked_for(argv, asked, monkeypatch, capsys):
+    def fail(*_):
+        raise UserError("wrong")
+
+    monkeypatch.setattr(launch, "parse", fail)
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(UserError if asked else SystemExit):
+        launch.run(None, None, "")
