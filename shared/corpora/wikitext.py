@@ -16,7 +16,7 @@ UNSEEN = {
     "style",
 }
 SWITCH = re.compile(r"__[^\W\d_]+__")  # __NOTOC__ and its translations
-HOLLOW = re.compile(r" ?[(（][\s,;:]*[)）]")  # what removed templates leave: "Hanoi ( ; )"
+EMPTY_PARENTHESES = re.compile(r" ?[(（][\s,;:]*[)）]")  # what removed templates leave: "Hanoi ( ; )"
 
 
 def wiki_text(wikitext: str, media: Iterable[str] = ("file", "image", "category")) -> str:
@@ -36,7 +36,7 @@ def wiki_text(wikitext: str, media: Iterable[str] = ("file", "image", "category"
             sections[-1][1] += _plain([node], media)
     parts = []
     for heading, body in sections:
-        body = HOLLOW.sub("", SWITCH.sub("", body))
+        body = EMPTY_PARENTHESES.sub("", SWITCH.sub("", body))
         body = re.sub(r"\n{3,}", "\n\n", "\n".join(line.strip() for line in body.split("\n"))).strip()
         parts += [part for part in (heading, body) if part and body]
     return "\n\n".join(parts)

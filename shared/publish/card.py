@@ -130,7 +130,7 @@ def model_card(
         "In parentheses: 95 % bootstrap intervals over rows.",
         "![Training and validation loss by step](loss.png)" if loss_plot else "",
         "## How to use it",
-        _fence(redact(usage), "python"),
+        _fence(redact(usage).strip(), "python"),
         "## How it was trained",
         _fence(command, "bash") if command else "",
         _facts_table(facts),
@@ -149,21 +149,15 @@ def model_card(
 
 
 def quote(text: str, most: int = 500) -> str:
-    """Text of a model or a user as an inert Markdown blockquote of at most `most` characters and 12 lines.
-
-    It renders as it reads: no HTML, link, image, heading, list, table, fence or formula comes out of it.
-    """
+    """Text of a model or a user as a fenced block of at most `most` characters and 12 lines: it renders as it reads."""
     text = redact(str(text)).strip("\n")
     if not text.strip():
-        return "> *(nothing)*"
+        return "*(nothing)*"
     lines = text[:most].splitlines()
     if len(text) > most or len(lines) > 12:
         lines = lines[:12]
         lines[-1] += " …"
-    # Trailing backslash: a line break inside a paragraph. Blank lines part paragraphs themselves.
-    shown = [_escape(line) for line in lines]
-    broken = [line + "\\" if line and after else line for line, after in zip(shown, [*shown[1:], ""], strict=True)]
-    return "\n".join(f"> {line}".rstrip() for line in broken)
+    return _fence("\n".join(lines), "text")
 
 
 def _sample(number: int, sample: dict) -> str:
@@ -181,16 +175,14 @@ def _sample(number: int, sample: dict) -> str:
 
 
 def _escape(line: str) -> str:
-    """One line of text as Markdown that renders as that line."""
-    line = line.replace("\t", "    ")
-    indent = len(line) - len(line.lstrip(" "))
+    """One line of text, for a heading or a cell of a table, as Markdown that renders as that line."""
     line = line.strip()
     line = re.sub(r"([\\`*_\[\]#|~$^])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
     line = line.replace("@", "&#64;").replace("://", "&#58;//")  # GitHub and the Hub link bare addresses and names
     line = re.sub(r"\bwww\.", "www&#46;", line, flags=re.I)
     line = re.sub(r"^([-+=:])", r"\\\1", line)
     line = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)
-    return "&nbsp;" * indent + line  # four spaces would make it a code block
+    return line
 
 
 def _inline(text) -> str:
@@ -200,7 +192,7 @@ def _inline(text) -> str:
 def _fence(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
-    return f"{marks}{language}\n{text.strip()}\n{marks}"
+    return f"{marks}{language}\n{text}\n{marks}"
 
 
 def _facts_table(facts: dict) -> str:

@@ -101,7 +101,7 @@ def quantizable(model) -> dict[int, int]:
     return {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
 
 
-def hollow(model, mode: FakeTensorMode, dtypes: dict[int, torch.dtype]) -> list[torch.Tensor]:
+def make_fake(model, mode: FakeTensorMode, dtypes: dict[int, torch.dtype]) -> list[torch.Tensor]:
     """Replaces parameters and buffers by fake ones of the same shape on the CPU, some of another type by their `id`; tied ones
     stay tied.
     """
@@ -146,7 +146,7 @@ def one_loss(model, rows: int, length: int, target_length: int, kept: int) -> to
 def estimate(model, rows: int, length: int, kept: int, precision: torch.dtype, target_length=0, in_4bit=False) -> dict:
     """Bytes alive at the peak of an optimizer step with AdamW, and floating-point operations of one micro-batch.
 
-    The model is hollowed out: it cannot be used afterwards, but for another estimate.
+    The model becomes a fake one: it cannot be used afterwards, but for another estimate.
 
     Args:
         model: on any device, `meta` included; frozen parameters stay frozen.
@@ -161,7 +161,7 @@ def estimate(model, rows: int, length: int, kept: int, precision: torch.dtype, t
     # Prompt learning holds token ids that are no buffer
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     small = quantizable(model) if in_4bit else {}
-    tensors = hollow(model, mode, dict.fromkeys(small, precision))  # as they are when they are used
+    tensors = make_fake(model, mode, dict.fromkeys(small, precision))  # as they are when they are used
     model.train()
     with mode:
         optimizer = torch.optim.AdamW([tensor for tensor in tensors if tensor.requires_grad], fused=True)
