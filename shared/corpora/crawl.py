@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin, urlsplit
 
+from courlan import normalize_url
+
 from shared import UserError
 from shared.corpora.readers import LARGEST, decode, log
 
@@ -32,12 +34,10 @@ def _site(url: str) -> str:
 
 
 def _normal(url: str, base: str = "") -> str | None:
-    """Absolute, percent-encoded, without fragment; None for what is no page on the web."""
-    import urllib3
-
+    """Absolute, percent-encoded, without fragment, default port and trackers; None for what is no page on the web."""
     try:
-        url = urllib3.util.parse_url(urldefrag(urljoin(base, url.strip())).url).url
-    except ValueError:  # LocationParseError is one too
+        url = normalize_url(urldefrag(urljoin(base, url.strip())).url)
+    except ValueError:
         return None
     if not url.startswith(("http://", "https://")) or not urlsplit(url).netloc or len(url) > 2000:
         return None
