@@ -10,80 +10,40 @@ Neither prompts nor keys are logged.
 
 import argparse
 import asyncio
-import functools
 import gc
-import hmac
-import ipaddress
-import json
 import logging
 import os
 import signal
 import sys
 import time
-import traceback
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from deploy.inference import DEFAULT_MODEL, Engine, Piece, Sampling, TooLong, Usage, Workers
+from deploy.admission import (
+    ERRORS,
+    AdmissionMiddleware,
+    ClientGone,
+    EventStream,
+    Limits,
+    Refused,
+    error_response,
+    is_loopback,
+    is_not_503,
+    log,
+)
+from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Usage, Workers
+from deploy.schemas import AnswerBody, ChatBody, CompletionBody, FillBody, SamplingBody, SummarizeBody
 from shared import UserError
-
-log = logging.getLogger("uvicorn.error")
-HEALTH = ("/livez", "/readyz")
-WORK = ("/v1/chat/completions", "/v1/completions", "/summarize", "/answer", "/fill-mask")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Body in bytes; requests admitted at once, of which `running` compute; seconds a request may take; seconds for SIGTERM."""
-
-    body: int = 1_000_000
-    admitted: int = 32
-    running: int = 2
-    queue_seconds: float = 30
-    first_token_seconds: float = 30
-    total_seconds: float = 120
-    drain_seconds: float = 25
-
-    @classmethod
-    def from_environment(cls) -> "Limits":
-        """TASKBOOK_LIMIT_ADMITTED=64 and so on. Raises UserError for what is no positive number."""
-        values = {}
-        for each in fields(cls):
-            text = os.environ.get(f"TASKBOOK_LIMIT_{each.name.upper()}")
-            if text:
-                try:
-                    values[each.name] = each.type(text)
-                except ValueError:
-                    values[each.name] = 0
-                if not values[each.name] > 0:
-                    raise UserError(f"TASKBOOK_LIMIT_{each.name.upper()}={text}: expected a positive number.")
-        return cls(**values)
-
-
-class Refused(Exception):
-    """An answer that is no result: HTTP status, what is wrong and, for 503, when to come back (seconds)."""
-
-    def __init__(self, status: int, message: str, retry_after: int | None = None):
-        super().__init__(message)
-        self.status, self.retry_after = status, retry_after
-
-
-class ClientGone(Exception):
-    """The client closed its connection: nobody waits for the answer."""
 
 
 class Service:
@@ -135,7 +95,7 @@ class Service:
                 deadline.reschedule(latest)
 
     async def events(self, request: Request, submit):
-        """What the job emits (`Piece`s and a result), as it comes; raises Refused 504 and ClientGone, and cancels the job."""
+        """What the job emits (`Chunk`s and a result), as it comes; raises Refused 504 and ClientGone, and cancels the job."""
         loop, queue, began = asyncio.get_running_loop(), asyncio.Queue(), time.perf_counter()
         # in a thread: a long text takes a while to encode
         job = await asyncio.to_thread(submit, lambda event: loop.call_soon_threadsafe(queue.put_nowait, event))
@@ -158,7 +118,7 @@ class Service:
                     self.tokens.labels("read").inc(event.prompt_tokens)
                     self.tokens.labels("written").inc(event.completion_tokens)
                 yield event
-                if not isinstance(event, Piece):
+                if not isinstance(event, Chunk):
                     return
                 event = await queue.get()
         finally:
@@ -179,265 +139,6 @@ async def _first(queue: asyncio.Queue, seconds: float, otherwise: str):
 def model_id(name: str) -> str:
     """What clients call a model: the last part of a folder's name, other names as they are."""
     return Path(name).name if Path(name).expanduser().is_dir() else name
-
-
-# Requests
-
-
-class Body(BaseModel):
-    """A field that is not known is refused, and so is one that this server would ignore."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: str | None = Field(None, max_length=200, description="one of /v1/models; may be left out where there is one")
-
-
-class SamplingBody(Body):
-    """What OpenAI's two routes share, with their defaults where they have one."""
-
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    temperature: float = Field(0.7, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(0.95, gt=0, le=1)
-    repetition_penalty: float = Field(1.1, ge=1, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=4)
-    n: int = Field(1, ge=1, le=4)
-    stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
-    user: str | None = Field(None, max_length=200)
-    logprobs: Literal[False, None] = Field(None, description="not offered")
-    frequency_penalty: Literal[0, None] = Field(None, description="not offered; see repetition_penalty")
-    presence_penalty: Literal[0, None] = Field(None, description="not offered; see repetition_penalty")
-
-    def sampling(self) -> Sampling:
-        """As the engine takes it."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        seed = None if self.seed is None else self.seed % 2**32
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.repetition_penalty, seed, stop, self.n)
-
-
-class TextPart(BaseModel):
-    """One of the parts that OpenAI's clients may send as `content`."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-
-class ChatBody(SamplingBody):
-    """https://platform.openai.com/docs/api-reference/chat/create"""
-
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-
-    @model_validator(mode="after")
-    def one_limit(self):
-        """`max_completion_tokens` is the newer name of `max_tokens`."""
-        self.max_tokens = self.max_completion_tokens or self.max_tokens
-        return self
-
-
-class CompletionBody(SamplingBody):
-    """https://platform.openai.com/docs/api-reference/completions/create"""
-
-    prompt: str
-
-
-class SummarizeBody(Body):
-    """A text, and the most tokens of its summary."""
-
-    text: str = Field(min_length=1)
-    max_tokens: int = Field(128, ge=1, le=1024)
-
-
-class AnswerBody(Body):
-    """A question about a text."""
-
-    question: str = Field(min_length=1, max_length=2000)
-    context: str = Field(min_length=1)
-
-
-class FillBody(Body):
-    """A text with [MASK] in it, once."""
-
-    text: str = Field(min_length=1)
-    top_k: int = Field(5, ge=1, le=50)
-
-
-# Answers
-
-
-class EventStream(Response):
-    """Server-sent events. The status is sent with the first one, so that what fails before is an ordinary error."""
-
-    def __init__(self, chunks):
-        super().__init__()
-        self.chunks = chunks
-
-    async def __call__(self, scope, receive, send):
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        started = False
-        async with aclosing(self.chunks) as chunks:
-            async for chunk in chunks:
-                if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                content = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
-                await send({"type": "http.response.body", "body": content, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-
-
-def defect(error: Exception) -> Refused:
-    """500 for what should not happen. Its place is logged, never its text, which may quote a prompt."""
-    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return Refused(500, "the server failed.")
-
-
-def explain(error: Exception) -> tuple[int, dict]:
-    """Status and body, in OpenAI's form, of what went wrong."""
-    message, code = str(error), None
-    if isinstance(error, Refused):
-        status = error.status
-    elif isinstance(error, TooLong):
-        status, code = 400, "context_length_exceeded"
-    elif isinstance(error, UserError):
-        status = 400
-    elif isinstance(error, RequestValidationError):
-        status = 422
-        # the value is left out: it may be as long as the body
-        message = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
-    else:  # starlette's: no such route, wrong method
-        status, message = error.status_code, str(error.detail)
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def error_response(error: Exception) -> JSONResponse:
-    """503 tells when to come back, 401 how to log in."""
-    status, content = explain(error)
-    headers = dict(getattr(error, "headers", None) or {})
-    if getattr(error, "retry_after", None):
-        headers["Retry-After"] = str(error.retry_after)
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(content, status, headers)
-
-
-class Door:
-    """Outermost: the key, admission, the deadline of a request and how it ended. Full is said before anything is parsed."""
-
-    def __init__(self, app, service: Service, key: str | None):
-        self.app, self.service, self.key = app, service, key
-        full = Refused(503, f"{service.limits.admitted} requests are being served, which is the limit.", 2)
-        self.full = error_response(full)  # made once: a flood of them must cost little
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        service, refused = self.service, self._refuses(scope, dict(scope["headers"]))
-        answer = error_response(refused) if refused else self.app
-        if not refused and scope["method"] == "POST" and scope["path"] in WORK:
-            if service.admitted < service.limits.admitted:
-                return await self._admitted(scope, receive, send)
-            service.refused.labels(scope["path"]).inc()
-            answer = self.full
-        if answer is not self.app:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1):  # cheaper than wait_for, which makes a task
-                    await read_away(receive, service.limits.body)
-        await answer(scope, receive, send)
-
-    async def _admitted(self, scope, receive, send):
-        service, route, status, complete = self.service, scope["path"], None, False
-
-        async def watched(message):
-            nonlocal status, complete
-            status = message.get("status", status)
-            complete = message["type"] == "http.response.body" and not message.get("more_body")
-            await send(message)
-
-        service.admitted += 1
-        service.accepted.labels(route).inc()
-        began, outcome, failure = time.perf_counter(), "failed", None
-        deadline = asyncio.timeout(service.limits.total_seconds)
-        service.deadlines.add(deadline)
-        try:
-            async with deadline:
-                async with service.turn:  # one begins after the other, so that a refusal does not wait for their work
-                    await asyncio.sleep(0.002)  # as long as about ten refusals take
-                await self.app(scope, receive, watched)
-            outcome = "finished" if status == 200 else "failed"
-        except ClientGone:
-            outcome = "cancelled"
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        except TimeoutError:
-            failure = Refused(504, "the answer took longer than the server allows.")
-        except Exception as error:
-            if complete:  # the client left as the last byte was written
-                outcome = "finished" if status == 200 else "failed"
-            else:
-                failure = error.__cause__ if isinstance(error.__cause__, Refused | UserError) else defect(error)
-        finally:
-            service.deadlines.discard(deadline)
-            service.admitted -= 1
-            service.outcomes.labels(route, outcome).inc()
-            service.total.labels(route).observe(time.perf_counter() - began)
-        if failure and status is None:
-            await error_response(failure)(scope, receive, send)
-        elif failure:  # in the middle of a stream
-            body = f"data: {json.dumps(explain(failure)[1])}\n\n".encode()
-            with suppress(TimeoutError):  # a client that does not read is not waited for again
-                await asyncio.wait_for(send({"type": "http.response.body", "body": body}), 1)
-
-    def _refuses(self, scope, headers) -> Refused | None:
-        if scope["path"] in HEALTH or scope["method"] == "OPTIONS":  # a browser's preflight carries no key
-            return None
-        if self.key:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self.key.encode()):
-                return Refused(401, "a key is needed: Authorization: Bearer <TASKBOOK_API_KEY>.")
-            return None
-        server = (scope.get("server") or ("",))[0]
-        with suppress(ValueError):  # no address at all in `Host`
-            host = urlsplit("//" + headers.get(b"host", b"").decode("latin1")).hostname or ""
-            if is_loopback(host) and is_loopback(server):
-                return None
-        return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
-
-
-def is_not_503(record: logging.LogRecord) -> bool:
-    """Filter of the access log: /metrics counts what a full server refuses, and a line for each would slow a flood of them."""
-    return record.args[-1:] != (503,)
-
-
-async def read_away(receive, most: int) -> None:
-    """Takes the body of a request that is refused: left unread, it would reset the connection before the answer is read."""
-    while most > 0:
-        message = await receive()
-        if not message.get("more_body"):
-            return
-        most -= len(message["body"])
-
-
-@functools.lru_cache  # asked twice for each request, a refused one too
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-# The application
 
 
 def create_app(
@@ -507,7 +208,7 @@ def create_app(
             return EventStream(streamed(request, body, submit, head, chat))
         texts, reasons = [""] * body.n, [None] * body.n
         async for event in service.events(request, submit):
-            if isinstance(event, Piece):
+            if isinstance(event, Chunk):
                 texts[event.row] += event.text
                 reasons[event.row] = event.reason or reasons[event.row]
             else:
@@ -530,7 +231,7 @@ def create_app(
         fresh = set(range(body.n))
         async with aclosing(service.events(request, submit)) as events:
             async for event in events:
-                if isinstance(event, Piece):
+                if isinstance(event, Chunk):
                     role = {"role": "assistant"} if chat and event.row in fresh else {}
                     fresh.discard(event.row)
                     yield chunk(event.row, event.text, event.reason, **role)
@@ -605,18 +306,8 @@ def create_app(
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body)
-    app.add_middleware(Door, service=service, key=key)
+    app.add_middleware(AdmissionMiddleware, service=service, key=key)
     return app
-
-
-ERRORS = {
-    400: "too long for the model, or not what this model does",
-    404: "no such model",
-    413: "body too large",
-    422: "a value that is not allowed",
-    503: "full, or stopping; Retry-After says when to come back",
-    504: "a deadline passed",
-}
 
 
 def as_usage(event: Usage) -> dict:

@@ -48,7 +48,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """New text of reply `row`; `reason` is `stop` or `length` with the last one."""
 
     row: int
@@ -196,12 +196,12 @@ class Engine:
         return self.task == "text-generation" and bool(self._written.chat_template)
 
     def chat(self, messages: list[dict], sampling: Sampling, emit: Callable) -> Job:
-        """Replies to a conversation. Messages have `role` and `content`. Emits `Piece`s, then `Usage`."""
+        """Replies to a conversation. Messages have `role` and `content`. Emits `Chunk`s, then `Usage`."""
         self._needs("text-generation")
         return self._submit(self._text.encode_chat(messages), sampling, emit)
 
     def complete(self, prompt: str, sampling: Sampling, emit: Callable) -> Job:
-        """Continues a text. Emits `Piece`s, then `Usage`."""
+        """Continues a text. Emits `Chunk`s, then `Usage`."""
         self._needs("text-generation")
         return self._submit(self._text.encode(prompt) or [self._written.bos_token_id or 0], sampling, emit)
 
@@ -273,7 +273,7 @@ class Engine:
             written += 1
             text = reply.add(token)
             if text or reply.reason:
-                job.emit(Piece(row, text, reply.reason))
+                job.emit(Chunk(row, text, reply.reason))
 
         rows = self.model.generate(
             [ids] * sampling.n,
@@ -290,12 +290,12 @@ class Engine:
         for row, (ids_written, reply) in enumerate(zip(rows, replies, strict=True)):
             if not reply.reason:
                 reason = "length" if len(ids_written) >= most else "stop"
-                job.emit(Piece(row, reply.finish(reason), reason))
+                job.emit(Chunk(row, reply.finish(reason), reason))
         job.emit(Usage(len(ids), written, time.perf_counter() - began))
 
 
 def stream(submit: Callable) -> Iterator:
-    """What a job emits, for a caller that may wait: `Piece`s and the result. Closing it cancels the job.
+    """What a job emits, for a caller that may wait: `Chunk`s and the result. Closing it cancels the job.
 
     Args:
         submit: gets `emit`, returns the job.
@@ -309,7 +309,7 @@ def stream(submit: Callable) -> Iterator:
                 raise event
             if event is not None:
                 yield event
-                if not isinstance(event, Piece):
+                if not isinstance(event, Chunk):
                     return
     finally:
         job.cancel()

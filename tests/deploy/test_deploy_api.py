@@ -24,7 +24,8 @@ from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
 
-from deploy.api import Door, Limits, Service, create_app, main
+from deploy.admission import AdmissionMiddleware, Limits
+from deploy.api import Service, create_app, main
 from shared import UserError
 
 CHAT = [{"role": "user", "content": "Tell me a story."}]
@@ -287,7 +288,7 @@ def test_a_refusal_does_not_wait_for_work():
             happened.append(message["status"])
 
     async def burst():
-        door = Door(work, Service([], Limits(admitted=3)), None)
+        door = AdmissionMiddleware(work, Service([], Limits(admitted=3)), None)
         scope = {"type": "http", "method": "POST", "path": "/answer", "server": ("127.0.0.1", 80)}
         scope["headers"] = [(b"host", b"localhost")]
         await asyncio.gather(*(door(scope, receive, send) for _ in range(200)))

@@ -15,7 +15,8 @@ from checkout import ROOT
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
-from deploy.app import PAGES, TEXTS, as_markdown, literally, names_for
+from deploy.app import as_markdown, literally, names_for
+from deploy.texts import PAGES, TEXTS
 
 APP = str(ROOT / "deploy" / "app.py")
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
