@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test lint new-task clean
+.PHONY: help setup demo chat test lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,13 @@ test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py 
 lint: setup ## check style and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# The local label of a CPU build of PyTorch (+cpu) is left out: it names no release that everybody can install.
+lock: setup ## write requirements.lock: exactly the versions that .venv holds, after `make test` has passed
+	@{ echo "# Versions that the tests passed with: $$(.venv/bin/python -V), $$(uname -s) $$(uname -m); written by \`make lock\`."; \
+	  echo "# Exactly these: pip install -r requirements.lock -e ."; \
+	  .venv/bin/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools --disable-pip-version-check \
+	  | sed 's/+cpu$$//'; } > requirements.lock
 
 new-task: ## start your own task as a copy: make new-task NAME=my_task FROM=chat_sft
 	@$(TOOL) tools/new_task.py "$(NAME)" "$(FROM)"

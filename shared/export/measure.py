@@ -5,7 +5,6 @@ shared/export/export.py.
 import json
 import math
 import multiprocessing
-import resource
 import sys
 import time
 from multiprocessing import forkserver
@@ -129,6 +128,8 @@ def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prom
             found["outputs"] += outputs if size == 1 else []
         found["latency_ms"][str(size)] = {f"p{p}": round(1000 * float(np.percentile(times, p)), 1) for p in (50, 95)}
         found["per_second"][str(size)] = round(units / sum(times), 1)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return found | {"peak_memory_gb": round(peak / 1e9, 2)}
 

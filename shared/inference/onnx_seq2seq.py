@@ -71,11 +71,11 @@ class OnnxEncoderDecoder(PreTrainedModel, GenerationMixin):
         attention_mask=None,
         decoder_input_ids=None,
         encoder_outputs=None,
-        past_key_values=None,
+        cache=None,
         **_,
     ):
         """One token a row: (rows, 1) `decoder_input_ids` -> (rows, 1, vocabulary) logits, and the cache with this token."""
-        cache = past_key_values.self_attention_cache
+        own = cache.self_attention_cache
         tokens = decoder_input_ids[:, -1:].numpy()
         rows = encoder_outputs.last_hidden_state.flatten().numpy()
         if self.crossed is None:
@@ -84,16 +84,16 @@ class OnnxEncoderDecoder(PreTrainedModel, GenerationMixin):
         feed = {"input_ids": tokens, "encoder_attention_mask": attention_mask.numpy(), **self.crossed}
         layers = sum(name.startswith("past_") for name in self.names) // 2
         for i in range(layers):
-            filled = len(cache.layers) > i and cache.layers[i].is_initialized
+            filled = len(own.layers) > i and own.layers[i].is_initialized
             for part in ("key", "value"):
                 empty = np.zeros((len(tokens), self.heads, 0, self.width), np.float32)
-                feed[f"past_key_values.{i}.{part}"] = getattr(cache.layers[i], f"{part}s").numpy() if filled else empty
+                feed[f"past_key_values.{i}.{part}"] = getattr(own.layers[i], f"{part}s").numpy() if filled else empty
         found = self.decoder_session.run(self.outputs, {name: feed[name] for name in self.names})
         found = {name: torch.from_numpy(values) for name, values in zip(self.outputs, found, strict=True)}
         for i in range(layers):
             key, value = found[f"present.{i}.key"], found[f"present.{i}.value"]
-            if len(cache.layers) > i and cache.layers[i].is_initialized:
-                cache.layers[i].keys, cache.layers[i].values = key, value
+            if len(own.layers) > i and own.layers[i].is_initialized:
+                own.layers[i].keys, own.layers[i].values = key, value
             else:
-                cache.update(key, value, i)
-        return Seq2SeqLMOutput(logits=found["logits"], past_key_values=past_key_values)
+                own.update(key, value, i)
+        return Seq2SeqLMOutput(logits=found["logits"], cache=cache)

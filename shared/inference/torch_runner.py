@@ -78,10 +78,8 @@ class TorchDecoding:
         length = next(iter(inputs.values())).shape[1]
         if self.positions:
             inputs["position_ids"] = positions_of(self.mask)[:, -length:]
-        out = self.model(
-            **inputs, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1].cpu()
+        out = self.model(**inputs, attention_mask=self.mask, cache=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache, self.logits = out.cache, out.logits[:, -1].cpu()
 
     @torch.inference_mode()
     def feed(self, tokens: torch.Tensor):
@@ -96,7 +94,7 @@ def load_torch(folder: Path, task: str):
     A CPU computes in fp32 whatever the precision on disk: its fp16 is emulated.
 
     Raises:
-        UserError: the base of an adapter is not to be had, or is another model.
+        UserError: the base of an adapter is not to be had, or is another model; another kind of adapter.
     """
     import transformers
 
@@ -110,6 +108,10 @@ def load_torch(folder: Path, task: str):
         if (folder / "adapter_config.json").is_file():
             return load_adapter(folder, auto, options).eval().to("cuda" if gpu else "cpu")
         model = auto.from_pretrained(folder, **options).eval()
+    # On CPUs with AVX512-BF16 bitsandbytes would take widths that are multiples of 64 only, and compute in bf16
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return model if getattr(model, "is_quantized", False) or not gpu else model.to("cuda")
 
 
@@ -122,6 +124,10 @@ def load_adapter(folder: Path, auto, options: dict):
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning and config.peft_type not in ("P_TUNING", "PROMPT_TUNING"):
+        raise UserError(
+            f"{folder}: adapters of type {config.peft_type.value} cannot be used here; LoRA and P-tuning can."
+        )
     name = config.base_model_name_or_path or ""
     source = pull(f"{name}@{config.revision}" if config.revision and "/" in name and not Path(name).is_dir() else name)
     base = auto.from_pretrained(source, **options)

@@ -1,5 +1,6 @@
 """What this machine computes on: precision by compute capability, speed, memory. Called by launch.py and plan.py."""
 
+import os
 import platform
 import sys
 import time
@@ -16,7 +17,7 @@ def gpus() -> list[tuple[int, int]]:
 
 def choose_precision(gpus: list[tuple[int, int]]) -> str:
     """bf16 from compute capability 8.0 on (Ampere); fp16 on Volta and Turing, such as a T4, which "supports" bf16 by slow
-    emulation only; fp32 on older GPUs, whose fp16 is no faster, and on CPU.
+    emulation only; fp32 on older GPUs, whose fp16 is no faster, on CPU and on MPS.
 
     Args:
         gpus: compute capability of each; the oldest decides, since all processes must compute alike.
@@ -49,12 +50,29 @@ def check_precision(fp16: bool, bf16: bool, gpus: list[tuple[int, int]]) -> None
         raise UserError(f"bf16 is only emulated, slowly, on this GPU: run with {remedy}.")
 
 
+def device_type() -> str:
+    """`cuda`, `mps` (Apple's GPU, in fp32) or `cpu`: where a run computes, as Trainer chooses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "true"  # several processes: they cannot share Apple's GPU
+    return "mps" if torch.backends.mps.is_available() and not on_cpu else "cpu"
+
+
+def cores() -> int:
+    """Cores that this process may use; those of the machine where the system does not tell (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def hardware() -> str:
     """One line: what this process computes on."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if device_type() == "mps":
+        return f"Apple GPU, MPS ({platform.machine()})"
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
 
 
@@ -64,8 +82,8 @@ def matmul_flops(seconds: float = 1.0, half: bool = False) -> float:
     """
     import torch
 
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.float16 if half else torch.float32
-    a, out = (torch.ones(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    dtype = torch.float16 if half else torch.float32
+    a, out = (torch.ones(1024, 1024, device=device_type(), dtype=dtype) for _ in range(2))
     torch.matmul(a, a, out=out)[0, 0].item()
     count, start = 0, time.time()
     while time.time() - start < seconds:
@@ -75,7 +93,7 @@ def matmul_flops(seconds: float = 1.0, half: bool = False) -> float:
 
 
 def peak_memory_gb() -> float:
-    """Largest resident memory of this process in GB (Linux counts ru_maxrss in KiB); GPU memory where there is one."""
+    """Largest resident memory of this process in GB (Linux counts ru_maxrss in KiB); memory of CUDA's GPU where there is one."""
     import resource
 
     import torch

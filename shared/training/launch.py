@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from shared import UserError
 from shared.training.arguments import parse
-from shared.training.hardware import check_precision, gpus, hardware
+from shared.training.hardware import check_precision, cores, gpus, hardware
 
 log = logging.getLogger("taskbook")
 
@@ -106,7 +106,7 @@ def setup(training_args, run_args) -> None:
         raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
     log.info(
         "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed

@@ -7,7 +7,6 @@ benchmarks/plan_memory.py compares it with measured peaks; the README of tasks/c
 
 import inspect
 import math
-import os
 import shutil
 import weakref
 from dataclasses import dataclass
@@ -209,7 +208,7 @@ def print_plan(
     """
     here = run_args.hardware == "this"
     on_cpu = here and not torch.cuda.is_available()
-    device = Hardware(_memory_here(), matmul_flops(), torch.float32) if here else GPUS[run_args.hardware]
+    device = Hardware(psutil.virtual_memory().total, matmul_flops(), torch.float32) if here else GPUS[run_args.hardware]
     if here and not on_cpu:
         half = torch.float16 if args.fp16 else torch.bfloat16
         total = torch.cuda.get_device_properties(0).total_memory
@@ -275,10 +274,6 @@ def _remedy(needed, micro: int, accumulated: int, checkpointing: bool, memory: f
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def _memory_here() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _existing(path: Path) -> Path:

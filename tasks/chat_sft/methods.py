@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from chats import PLAIN_TEMPLATE, spare_token
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -57,13 +58,24 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
     if empty:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=PACKED if packs else "sdpa",
         quantization_config=four_bit(args) if in_4bit else None,
     )
+    return keep_layout(model)
+
+
+def keep_layout(model):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer for good when it first evaluates: its products are bf16
+    from then on, no gradient passes it, and its widths must be multiples of 64 in and 32 out (0.50.2). So not here.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def add_adapter(model, script_args, args):
@@ -106,6 +118,14 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
         model.device
     )
+    asked = batch["input_ids"].shape[1]
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        # peft's `generate` looks for the cache by the name that it had before transformers 5.24, and so would read one token a
+        # step; nor does it count positions, so that padding would change a reply
+        prompt, rows = model.get_prompt(len(texts)), model.get_input_embeddings()(batch["input_ids"])
+        mask = F.pad(batch["attention_mask"], (prompt.shape[1], 0), value=1)
+        batch = {"inputs_embeds": torch.cat([prompt.to(rows.dtype), rows], 1), "attention_mask": mask}
+        model, asked = model.get_base_model(), 0
     with torch.no_grad():
         out = model.generate(
             **batch,
@@ -114,9 +134,7 @@ def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    asked = batch["input_ids"].shape[1]
-    new = out[:, asked:] if torch.equal(out[:, :asked], batch["input_ids"]) else out  # P-tuning returns the reply alone
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [text.strip() for text in tokenizer.batch_decode(out[:, asked:], skip_special_tokens=True)]
 
 
 def usage(repo: str, method: str, in_4bit: bool = False) -> str:

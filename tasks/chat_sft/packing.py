@@ -95,8 +95,8 @@ def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dic
             model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
         ):
             nll, correct, conversation = token_losses(model, batch)
-        sums = torch.zeros(3, len(rows), dtype=torch.float64, device=nll.device)
-        sums.index_add_(1, conversation, torch.stack([nll.double(), torch.ones_like(nll).double(), correct.double()]))
+        found = torch.stack([nll, torch.ones_like(nll), correct]).cpu().double()  # Apple's GPU has no float64
+        sums = torch.zeros(3, len(rows), dtype=torch.float64).index_add_(1, conversation.cpu(), found)
         scores.update(zip(rows, sums.T.tolist(), strict=True))
     model.train(was_training)
     everyone = gather_object(list(scores.items())) if args.world_size > 1 else scores.items()

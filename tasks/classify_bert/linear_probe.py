@@ -45,7 +45,7 @@ def mean_vectors(encoder, rows, collator, batch_size: int) -> Iterator[tuple[tor
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
         labels, batch = batch.pop("labels"), {name: value.to(encoder.device) for name, value in batch.items()}
         hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        mean = ((hidden * mask).sum(1) / mask.sum(1)).double().cpu()
+        mean = ((hidden * mask).sum(1) / mask.sum(1)).cpu().double()
         yield torch.cat([mean, torch.ones(len(mean), 1, dtype=torch.float64)], dim=1), labels
 
 

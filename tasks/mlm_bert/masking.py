@@ -163,8 +163,9 @@ def score_documents(model, dataset, tokenizer, args, title: str = "evaluating") 
         targets, row = batch["labels"][masked], masked.nonzero()[:, 0]
         nll = F.cross_entropy(logits, targets, reduction="none")
         hits = logits.topk(5).indices == targets[:, None]
-        scores = torch.stack([nll, torch.ones_like(nll), hits[:, 0], hits.any(-1)]).double()
-        by_row = torch.zeros(len(SCORES), len(rows), dtype=torch.float64, device=nll.device).index_add_(1, row, scores)
+        # Apple's GPU has no float64
+        scores = torch.stack([nll, torch.ones_like(nll), hits[:, 0], hits.any(-1)]).cpu().double()
+        by_row = torch.zeros(len(SCORES), len(rows), dtype=torch.float64).index_add_(1, row.cpu(), scores)
         return by_row.T.tolist()
 
     sums: dict[int, list[float]] = {}

@@ -177,7 +177,7 @@ def score_documents(model, documents: list[list[int]], length: int, end: int, ar
         head = model.get_output_embeddings().weight
         parts = zip(hidden_states(model, inputs, end).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in parts]
-        return torch.cat(losses).view(targets.shape).double().sum(1).tolist()
+        return torch.cat(losses).view(targets.shape).cpu().double().sum(1).tolist()
 
     nll = [0.0] * len(documents)
     scored = score_rows(model, [len(tokens) for _, tokens, _ in work], score_batch, args, title)

@@ -165,7 +165,7 @@ def score_summaries(model, rows, collator, args) -> dict[str, list[float]]:
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
         labels = inputs.pop("labels")
         logits = model(**inputs, use_cache=False).logits
-        nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").double().sum(1)
+        nll = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").cpu().double().sum(1)
         return list(zip(nll.tolist(), labels.ne(-100).sum(1).tolist(), strict=True))
 
     scored = score_rows(model, rows["length"], score_batch, args, "loss")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import chats
 import hub_seed
@@ -17,7 +18,7 @@ import pytest
 import task_runs
 import torch
 from checkout import ROOT, train_script
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from shared import UserError
@@ -191,6 +192,54 @@ def test_conversations_of_a_batch_do_not_see_each_other(tiny, name):
         assert torch.allclose(model(**inputs, use_cache=False).logits[0], alone, atol=1e-5)
 
 
+def adapted(source, method, **options):
+    """The model that a run would train, as `train.py` makes it."""
+    options = SimpleNamespace(
+        method=method, load_in_4bit=method == "qlora", lora_r=2, lora_alpha=4, lora_dropout=0, **options
+    )
+    args = SFTConfig(bf16=False, gradient_checkpointing=False)
+    model = methods.load_model(str(source), method, args, options.load_in_4bit)
+    return methods.add_adapter(model, options, args)
+
+
+@pytest.mark.parametrize("width", [64, 48])
+def test_evaluation_does_not_change_how_four_bits_train(tiny, tmp_path, monkeypatch, width):
+    """bitsandbytes on a CPU with AVX512-BF16: gradients would end at a layer that has evaluated; at 48 it would fail."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = LlamaConfig.from_pretrained(tiny / "llama", hidden_size=width, head_dim=16, vocab_size=100)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model, ids = adapted(tmp_path, "qlora"), torch.arange(5, 25)[None]
+
+    def gradients():
+        model.train().zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids)
+    after = gradients()
+    assert before and all(torch.equal(after[name], gradient) for name, gradient in before.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_virtual_tokens_reply_as_without_cache_and_padding(tiny, name):
+    tokenizer, model = methods.load_tokenizer(tiny / name), adapted(tiny / name, "p_tuning", virtual_tokens=4).eval()
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        weight.data.normal_(std=0.3)  # each token counts
+    prompts = [[{"role": "user", "content": "What colour has it? " * n}] for n in (1, 3, 2)]
+    found = methods.reply(model, tokenizer, prompts, 12)
+    assert len(set(found)) == 3
+    for prompt, reply in zip(prompts, found, strict=True):
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        for _ in range(12):
+            last = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
+            ids = torch.cat([ids, last.view(1, 1)], 1)
+        assert reply == tokenizer.decode(ids[0, -12:], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -236,7 +285,7 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
         assert all(torch.isfinite(value).all() and value.abs().max() > 0 for value in moved.values())
         loaded = {}
         exec(methods.usage(str(run), method, in_4bit=method == "qlora"), loaded)  # the lines on the card
-        model = loaded["model"]
+        model = methods.keep_layout(loaded["model"])
         if method != "qlora":
             frozen = {
                 key.removeprefix("base_model.model."): value

@@ -1,6 +1,9 @@
 """The precision of a run: decided by the GPU (a table of cards, no GPU needed), and what a quantized run really trains in."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ from checkout import ROOT, train_script
 
 from shared import UserError
 from shared.training.arguments import parse
-from shared.training.hardware import check_precision, choose_precision, precision_flags
+from shared.training.hardware import check_precision, choose_precision, hardware, matmul_flops, precision_flags
 from shared.training.launch import setup
 
 CARDS = {
@@ -86,6 +89,43 @@ def test_sharding_without_a_gpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP needs GPUs"):
         setup(args, run_args)
+
+
+def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):
+    """macOS as far as it can be faked: cores are not told by process, and Apple's GPU is a device without CUDA."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    script, threads = train_script("summarize_t5").ScriptArguments, torch.get_num_threads()
+    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])
+    try:
+        setup(args, run_args)
+        assert torch.get_num_threads() == 3 and not args.bf16 and not args.fp16
+    finally:
+        torch.set_num_threads(threads)
+    with monkeypatch.context() as mac:
+        mac.setattr(torch.backends.mps, "is_available", lambda: True)
+        assert hardware().startswith("Apple GPU, MPS")
+        with pytest.raises(RuntimeError, match="(?i)mps"):  # a plan measures where a run would compute
+            matmul_flops(0.01)
+        mac.setenv("ACCELERATE_USE_CPU", "true")
+        assert hardware().startswith("CPU") and matmul_flops(0.01) > 0
+
+
+def test_imports_need_nothing_that_only_linux_has():
+    code = (
+        "import importlib, os, pkgutil, sys\n"
+        "del os.sched_getaffinity\n"
+        "sys.modules['resource'] = None\n"  # an import of it fails
+        "os.sysconf = None\n"
+        "import shared, deploy.api\n"
+        "names = [m.name for m in pkgutil.walk_packages(shared.__path__, 'shared.')]\n"
+        "done = [importlib.import_module(n) for n in names if not n.endswith('__main__')]\n"
+        "print(len(done))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and int(done.stdout) > 30, done.stderr
 
 
 def test_four_bit_layers_compute_as_the_run_does():
