@@ -360,11 +360,11 @@ class Hub:
             self.write(repo, "refs/heads/main", files, "initial commit", "", repo_id.split("/")[0])
             return repo
 
-    def upload(self, name: str, folder: Path, title: str = "Upload") -> Commit:
-        """Commits a local folder, as a client would, without the network; used for seeding."""
+    def upload(self, name: str, folder: Path, title: str = "Upload", ref: str = "refs/heads/main") -> Commit:
+        """Commits a local folder, as a client would, without the network; used for seeding. A ref that is new begins empty."""
         with self.lock:
             repo = self.repo(name)
-            files = dict(repo.commit("main").files)
+            files = dict(repo.commit(ref).files) if ref in repo.refs else {}
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file():
                     inside, content = path.relative_to(folder).as_posix(), path.read_bytes()
@@ -372,7 +372,7 @@ class Hub:
                     files[inside] = self.entry(self.store(content), lfs)
                     if lfs:
                         repo.objects.add(files[inside].sha256)
-            return self.write(repo, "refs/heads/main", files, title, "", repo.id.split("/")[0])
+            return self.write(repo, ref, files, title, "", repo.id.split("/")[0])
 
     def write(self, repo: Repo, ref: str, files: dict, title: str, message: str, author: str) -> Commit:
         """Moves a ref to a new commit with this tree; where the tree is the old one nothing changes."""
@@ -899,6 +899,7 @@ class Handler(BaseHTTPRequestHandler):
     def refs(self, kind, id):
         refs = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
         places = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
+        places |= {"refs/convert/": "converts"}
         for ref, sha in self.repo(id, kind).refs.items():
             prefix = next(prefix for prefix in places if ref.startswith(prefix))
             refs[places[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha})
