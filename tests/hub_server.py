@@ -417,6 +417,7 @@ ROUTES = [
     ("GET", API + "/commits/" + REV, "commits"),
     ("POST", API + r"/branch/(?P<name>[^/]+)", "create_branch"),
     ("DELETE", API + r"/branch/(?P<name>[^/]+)", "delete_branch"),
+    ("POST", API + "/super-squash/" + REV, "super_squash"),
     ("POST", API + "/tag/" + REV, "create_tag"),
     ("DELETE", API + r"/tag/(?P<name>[^/]+)", "delete_tag"),
     ("POST", REPO + r"\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -915,6 +916,17 @@ class Handler(BaseHTTPRequestHandler):
         if name.startswith("refs/"):
             raise Refusal(400, f"Invalid reference for a branch: {name}")
         self.create_ref(repo, f"refs/heads/{name}", body.get("startingPoint") or "main")
+
+    def super_squash(self, kind, id, revision):
+        """One commit with the tree of a branch in the place of its history."""
+        repo, ref, body = self.repo(id, kind, write=True), f"refs/heads/{revision}", self.json()
+        with self.hub.lock:
+            if ref not in repo.refs:
+                raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            files = repo.commit(ref).files
+            del repo.refs[ref]
+            self.hub.write(repo, ref, files, body["message"], "", self.user)
+        self.answer({})
 
     def create_tag(self, kind, id, revision):
         repo, body = self.repo(id, kind, write=True), self.json()

@@ -302,17 +302,22 @@ def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
         if inside == "run.yaml":
             files[path] = without_paths(path.read_text(encoding="utf8")).encode()
         if path.name == "adapter_config.json":
-            config = _read(path, str(folder))
-            base = config.get("base_model_name_or_path") or ""
-            if PATH_OF_A_MACHINE.match(base):
-                cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
-                if cached:
-                    config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
-                else:
-                    source = _read(Path(base) / "SOURCE.json", base)
-                    config["base_model_name_or_path"] = source.get("hub_id") or Path(base).name
-                files[path] = json.dumps(config, indent=2, sort_keys=True).encode()
+            files[path] = portable_adapter(path)
     return files
+
+
+def portable_adapter(path: Path) -> bytes:
+    """An adapter_config.json whose base is named as it is on the Hub, not where it lay when training."""
+    config = _read(path, str(path.parent))
+    base = config.get("base_model_name_or_path") or ""
+    if not PATH_OF_A_MACHINE.match(base):
+        return path.read_bytes()
+    cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
+    if cached:
+        config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
+    else:
+        config["base_model_name_or_path"] = _read(Path(base) / "SOURCE.json", base).get("hub_id") or Path(base).name
+    return json.dumps(config, indent=2, sort_keys=True).encode()
 
 
 def _reason(error, repo_id: str) -> str:

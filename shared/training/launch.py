@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -114,7 +115,8 @@ def setup(training_args, run_args) -> None:
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
-    # The push comes once, at the end, and not at each checkpoint
+    _check_hub_strategy(training_args, run_args)
+    # Trainer would push checkpoints in place, whole or not: the model is pushed once, at the end, by `finish`
     run_args.push, training_args.push_to_hub = training_args.push_to_hub, False
     if run_args.push and rank == 0 and not run_args.dry_run:
         from shared.publish.hub import check_push
@@ -122,6 +124,24 @@ def setup(training_args, run_args) -> None:
         name = training_args.hub_model_id or Path(training_args.output_dir).name
         training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
     run_args.started = time.time()
+
+
+def _check_hub_strategy(training_args, run_args) -> None:
+    """Raises UserError where an option for the Hub would be ignored."""
+    strategy = run_args.resolved.get("hub_strategy", "end")
+    if strategy not in ("end", "checkpoint"):
+        raise UserError(
+            f"--hub_strategy {strategy}: here it is `end` (the finished model) or `checkpoint` (each one, too)."
+        )
+    for flag, given in (
+        ("--hub_strategy checkpoint", strategy == "checkpoint"),
+        ("--resume hub", run_args.resume == "hub"),
+    ):
+        if given and not training_args.push_to_hub:
+            raise UserError(
+                f"{flag} needs --push_to_hub true, and --hub_model_id unless the output folder has its name."
+            )
+    training_args.hub_strategy = strategy
 
 
 def begin(args, run_args, preflight: dict, identity: dict):
@@ -139,15 +159,18 @@ def begin(args, run_args, preflight: dict, identity: dict):
     """
     from shared.publish import results
     from shared.training.checkpoints import find_checkpoint
+    from shared.training.hub_checkpoints import fetch
     from shared.training.processes import on_main_process
 
-    output = Path(args.output_dir)
+    output, fetched = Path(args.output_dir), None
 
     def claim() -> None:
         run_args.lock = _claim(output)
 
     on_main_process(claim)
-    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    if args.hub_strategy == "checkpoint" or run_args.resume == "hub":
+        fetched = partial(fetch, args.hub_model_id, output)
+    checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
     if args.should_save:
         header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
