@@ -25,8 +25,10 @@ log = logging.getLogger("taskbook")
 
 def run(main, script_class: type, training: str) -> None:
     """Parse, call `main(script_args, training_args, run_args)`, and turn a foreseeable error into one line and exit code 2."""
+    parsed = ()
     try:
-        main(*parse(script_class, training))
+        parsed = parse(script_class, training)
+        main(*parsed)
     except UserError as error:
         if _traceback_asked(sys.argv[1:]):
             raise
@@ -43,12 +45,7 @@ def run(main, script_class: type, training: str) -> None:
     except RuntimeError as error:
         if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):
             raise
-        print(
-            f"error: lost the connection to another process, which has ended or hangs ({str(error).splitlines()[0][:150]}). "
-            "The same command on all machines goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
         os._exit(2)  # an ordinary exit would wait for the others once more
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -71,6 +68,18 @@ def _connection_lost(error: RuntimeError) -> bool:
 
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "[gloo]")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
+def _what_was_lost(error: RuntimeError, output_dir: Path) -> str:
+    """One line: whether the other process has ended or hangs, and what repeating the command does."""
+    said = str(error).splitlines()[0][:150]
+    if "imed out" in said or "timeout" in said:
+        what = f"which hangs ({said}). If it does so at the same step again, the code is to blame"
+    else:
+        what = f"which has ended ({said}). Its own last line says why"
+    kept = sorted(int(path.parent.name.split("-")[1]) for path in output_dir.glob("checkpoint-[0-9]*/manifest.json"))
+    then = f"goes on from checkpoint-{kept[-1]}" if kept else "starts anew: there is no complete checkpoint"
+    return f"lost the connection to another process, {what}; else the same command on all machines {then}."
 
 
 def setup(training_args, run_args) -> None:
@@ -109,8 +118,10 @@ def setup(training_args, run_args) -> None:
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
+    step_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     log.info(
-        "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
+        "%s, %d process%s, %s, seed %d, %d rows a step",
+        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, step_rows),
     )
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
