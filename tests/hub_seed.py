@@ -127,6 +127,16 @@ def web_pages(name: str, count: int) -> list[dict]:
     return rows
 
 
+def crawl(name: str, count: int) -> list[dict]:
+    """As FineWeb-Edu: pages with where they were found, and how educational a classifier says that they are."""
+    rows = []
+    for number, page in enumerate(web_pages(name, count)):
+        found = {"id": f"<urn:uuid:{number:032x}>", "dump": "CC-MAIN-2024-10", "url": f"https://town-{number}.example/"}
+        found |= {"file_path": "s3://commoncrawl/crawl-data/x.warc.gz", "language": "en", "language_score": 0.97}
+        rows.append({**page, **found, "token_count": len(page["text"]) // 4, "score": 3.2, "int_score": 3})
+    return rows
+
+
 def encyclopedia(name: str, count: int) -> list[dict]:
     rows = []
     for number, (_, facts, chosen) in enumerate(towns(name, count, 9), 1):
@@ -287,9 +297,12 @@ def seed_datasets(hub, folder: Path) -> None:
     cnn, wiki = splits(news, *three), encyclopedia("en", ROWS["train"])
     # name -> licence, {(configuration, folder of its files): splits}, features
     parquet = {
-        "Skylion007/openwebtext": (
-            "cc0-1.0",
-            {("plain_text", "plain_text"): {"train": web_pages("web", ROWS["train"])}},
+        "HuggingFaceFW/fineweb-edu": (
+            "odc-by",
+            {
+                ("sample-10BT", "sample/10BT"): {"train": crawl("web", ROWS["train"])},
+                ("sample-100BT", "sample/100BT"): {"train": crawl("more of the web", 60)},
+            },
             None,
         ),
         "wikimedia/wikipedia": (
@@ -354,6 +367,18 @@ def seed_datasets(hub, folder: Path) -> None:
         (here / "README.md").write_text(card(metadata, name))
         hub.create(f"datasets/{name}")
         hub.upload(f"datasets/{name}", here)
+
+    # A script, which `datasets` does not run, and the copy in parquet that the Hub makes of the first 5 GB of such a data set.
+    here = folder / "datasets" / "openwebtext"
+    (here / "script").mkdir(parents=True)
+    (here / "script" / "openwebtext.py").write_text('raise RuntimeError("code from a data set was run")\n')
+    (here / "script" / "README.md").write_text(card({"license": "cc0-1.0", "language": ["en"]}, "openwebtext"))
+    copy = here / "copy" / "plain_text" / "partial-train"
+    copy.mkdir(parents=True)
+    Dataset.from_list(web_pages("openwebtext", 60)).to_parquet(copy / "0000.parquet")
+    hub.create("datasets/Skylion007/openwebtext")
+    hub.upload("datasets/Skylion007/openwebtext", here / "script")
+    hub.upload("datasets/Skylion007/openwebtext", here / "copy", ref="refs/convert/parquet")
 
     # These three are kept as CSV and JSON lines, without `configs:`; the splits come from the names of the files.
     here = folder / "datasets" / "samsum"

@@ -360,11 +360,11 @@ class Hub:
             self.write(repo, "refs/heads/main", files, "initial commit", "", repo_id.split("/")[0])
             return repo
 
-    def upload(self, name: str, folder: Path, title: str = "Upload") -> Commit:
-        """Commits a local folder, as a client would, without the network; used for seeding."""
+    def upload(self, name: str, folder: Path, title: str = "Upload", ref: str = "refs/heads/main") -> Commit:
+        """Commits a local folder, as a client would, without the network; used for seeding. A ref that is new begins empty."""
         with self.lock:
             repo = self.repo(name)
-            files = dict(repo.commit("main").files)
+            files = dict(repo.commit(ref).files) if ref in repo.refs else {}
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file():
                     inside, content = path.relative_to(folder).as_posix(), path.read_bytes()
@@ -372,7 +372,7 @@ class Hub:
                     files[inside] = self.entry(self.store(content), lfs)
                     if lfs:
                         repo.objects.add(files[inside].sha256)
-            return self.write(repo, "refs/heads/main", files, title, "", repo.id.split("/")[0])
+            return self.write(repo, ref, files, title, "", repo.id.split("/")[0])
 
     def write(self, repo: Repo, ref: str, files: dict, title: str, message: str, author: str) -> Commit:
         """Moves a ref to a new commit with this tree; where the tree is the old one nothing changes."""
@@ -417,6 +417,7 @@ ROUTES = [
     ("GET", API + "/commits/" + REV, "commits"),
     ("POST", API + r"/branch/(?P<name>[^/]+)", "create_branch"),
     ("DELETE", API + r"/branch/(?P<name>[^/]+)", "delete_branch"),
+    ("POST", API + "/super-squash/" + REV, "super_squash"),
     ("POST", API + "/tag/" + REV, "create_tag"),
     ("DELETE", API + r"/tag/(?P<name>[^/]+)", "delete_tag"),
     ("POST", REPO + r"\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -899,6 +900,7 @@ class Handler(BaseHTTPRequestHandler):
     def refs(self, kind, id):
         refs = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
         places = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
+        places |= {"refs/convert/": "converts"}
         for ref, sha in self.repo(id, kind).refs.items():
             prefix = next(prefix for prefix in places if ref.startswith(prefix))
             refs[places[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": sha})
@@ -914,6 +916,17 @@ class Handler(BaseHTTPRequestHandler):
         if name.startswith("refs/"):
             raise Refusal(400, f"Invalid reference for a branch: {name}")
         self.create_ref(repo, f"refs/heads/{name}", body.get("startingPoint") or "main")
+
+    def super_squash(self, kind, id, revision):
+        """One commit with the tree of a branch in the place of its history."""
+        repo, ref, body = self.repo(id, kind, write=True), f"refs/heads/{revision}", self.json()
+        with self.hub.lock:
+            if ref not in repo.refs:
+                raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            files = repo.commit(ref).files
+            del repo.refs[ref]
+            self.hub.write(repo, ref, files, body["message"], "", self.user)
+        self.answer({})
 
     def create_tag(self, kind, id, revision):
         repo, body = self.repo(id, kind, write=True), self.json()

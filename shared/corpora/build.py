@@ -3,7 +3,7 @@
     python -m shared.corpora docs:prose --output docs.jsonl.gz
     python -m shared.corpora viwiki-latest-pages-articles.xml.bz2 --output viwiki.jsonl.gz
     python -m shared.corpora https://docs.python.org/3/tutorial/ --depth 1 --output tutorial.jsonl.gz
-    python -m shared.corpora Skylion007/openwebtext --output openwebtext.jsonl.gz
+    python -m shared.corpora wikimedia/wikipedia --dataset_config 20231101.vi --output wikipedia.jsonl.gz
 
 A SOURCE is a `docs:` name, a MediaWiki dump, a web page (with --depth the site around it), a local file or folder, or a Hub
 dataset. Each line of the output has `text, source, title, license, sha256`, all strings; license is "" where none is stated.

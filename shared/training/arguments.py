@@ -59,8 +59,9 @@ class RunArguments:
     resume: str = field(
         default="auto",
         metadata={
-            "help": "`auto` goes on from the newest valid checkpoint in output_dir, `never` starts anew, "
-            "a path goes on from that checkpoint."
+            "help": "`auto` goes on from the newest valid checkpoint in output_dir, or on the Hub if that folder has none and "
+            "checkpoints are kept there (`--push_to_hub true --hub_strategy checkpoint`); `hub` from the newest of both; "
+            "`never` starts anew; a path goes on from that checkpoint."
         },
     )
     dry_run: bool = field(

@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from accelerate import PartialState
 from shared import UserError
+from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.out_of_memory import train_within_memory
 from shared.training.processes import on_main_process
@@ -45,21 +47,26 @@ log = logging.getLogger("taskbook")
 REPLACED = "checkpoint-replaced"
 
 
-def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None = None) -> Path | None:
+def find_checkpoint(
+    output_dir: str | Path, resume: str, identity: dict | None = None, fetch: Callable[[int], Path | None] | None = None
+) -> Path | None:
     """The checkpoint to go on from; says in the log which one and why, and names each one that is passed over.
 
-    Changes nothing on disk. With several processes the first one decides, since the others must not see another answer.
+    Changes nothing on disk, but for what `fetch` puts there. With several processes the first one decides, since the others must
+    not see another answer.
 
     Args:
         output_dir: the run's folder, which holds `checkpoint-N`.
-        resume: `auto` (newest valid one), `never` (start anew) or the path of a checkpoint.
+        resume: `auto` (newest valid one here, else on the Hub), `hub` (newest valid one of both), `never` (start anew) or the
+            path of a checkpoint.
         identity: what must not change within a run (fingerprint of the data, tokenizer, chat template, ...), plain JSON
             values; compared with the one given to `CompleteCheckpoints` when the checkpoint was written.
+        fetch: downloads the newest valid checkpoint after a step from the Hub; None where none is kept there.
 
     Raises:
-        UserError: the path does not exist or is damaged; the identity differs.
+        UserError: the path does not exist or is damaged; the identity differs; see `shared.training.hub_checkpoints.fetch`.
     """
-    found = on_main_process(lambda: _find(Path(output_dir), resume, identity))
+    found = on_main_process(lambda: _find(Path(output_dir), resume, identity, fetch))
     if found and not (found / "trainer_state.json").exists():
         raise UserError(
             f"{found} is not on machine {platform.node()}: --output_dir must lie on a disk that all machines share. "
@@ -68,12 +75,12 @@ def find_checkpoint(output_dir: str | Path, resume: str, identity: dict | None =
     return found
 
 
-def _find(output_dir: Path, resume: str, identity: dict | None) -> Path | None:
+def _find(output_dir: Path, resume: str, identity: dict | None, fetch: Callable | None) -> Path | None:
     candidates = sorted(_checkpoints(output_dir), key=_step, reverse=True)
     if resume == "never":
         log.info("Starts anew: resume is `never`.%s", _set_aside_notice(candidates))
         return None
-    if resume != "auto":
+    if resume not in ("auto", "hub"):
         chosen = Path(resume)
         if not chosen.is_dir():
             found = _names(candidates) or "no checkpoint"
@@ -86,13 +93,19 @@ def _find(output_dir: Path, resume: str, identity: dict | None) -> Path | None:
         newer = [c for c in candidates if _step(c) > _step(chosen)]
         log.info("Resumes from %s: named by --resume.%s", chosen, _set_aside_notice(newer))
         return chosen
+    chosen = None
     for candidate in candidates:
         if reason := damage(candidate):
             log.warning("Passed over %s: %s.", candidate, reason)
             continue
-        check_identity(candidate, identity)
-        log.info("Resumes from %s: the newest valid checkpoint.", candidate)
-        return candidate
+        chosen = candidate
+        break
+    if fetch and (resume == "hub" or not chosen):
+        chosen = fetch(_step(chosen) if chosen else -1) or chosen
+    if chosen:
+        check_identity(chosen, identity)
+        log.info("Resumes from %s: the newest valid checkpoint.", chosen)
+        return chosen
     why = "none of the checkpoints is valid" if candidates else "there is no checkpoint yet"
     log.info("Starts anew: %s in %s.%s", why, output_dir, _set_aside_notice(candidates))
     return None
@@ -139,6 +152,7 @@ class CompleteCheckpoints(TrainerCallback):
         self.identity = identity
         self.limit = None
         self.saved_step = None
+        self.uploads = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.save_total_limit is not None:
@@ -153,6 +167,8 @@ class CompleteCheckpoints(TrainerCallback):
             if _step(checkpoint) > state.global_step:
                 _set_aside(checkpoint, worthless=state.global_step > 0 and not (checkpoint / MANIFEST).exists())
         check_disk(output_dir, _expected_bytes(args, model))
+        if args.hub_strategy == "checkpoint" and self.uploads is None:
+            self.uploads = Uploads(args.hub_model_id, output_dir)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         sampler = train_dataloader
@@ -178,7 +194,11 @@ class CompleteCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.uploads:
+                make_portable(checkpoint)
             write_manifest(checkpoint, self.identity)
+            if self.uploads:
+                self.uploads.add(checkpoint)
             _delete(checkpoint.parent / REPLACED)
             self._delete_older(checkpoint, state.best_model_checkpoint)
         # A process that exits before would make the launcher end the first one, which is still writing.
@@ -186,6 +206,8 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self.limit
+        if self.uploads:
+            self.uploads.wait()
 
     def _delete_older(self, newest: Path, best: str | None) -> None:
         if not self.limit or self.limit < 0:

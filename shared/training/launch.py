@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -24,8 +25,10 @@ log = logging.getLogger("taskbook")
 
 def run(main, script_class: type, training: str) -> None:
     """Parse, call `main(script_args, training_args, run_args)`, and turn a foreseeable error into one line and exit code 2."""
+    parsed = ()
     try:
-        main(*parse(script_class, training))
+        parsed = parse(script_class, training)
+        main(*parsed)
     except UserError as error:
         if _traceback_asked(sys.argv[1:]):
             raise
@@ -42,12 +45,7 @@ def run(main, script_class: type, training: str) -> None:
     except RuntimeError as error:
         if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):
             raise
-        print(
-            f"error: lost the connection to another process, which has ended or hangs ({str(error).splitlines()[0][:150]}). "
-            "The same command on all machines goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
         os._exit(2)  # an ordinary exit would wait for the others once more
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -70,6 +68,18 @@ def _connection_lost(error: RuntimeError) -> bool:
 
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "[gloo]")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
+
+
+def _what_was_lost(error: RuntimeError, output_dir: Path) -> str:
+    """One line: whether the other process has ended or hangs, and what repeating the command does."""
+    said = str(error).splitlines()[0][:150]
+    if "imed out" in said or "timeout" in said:
+        what = f"which hangs ({said}). If it does so at the same step again, the code is to blame"
+    else:
+        what = f"which has ended ({said}). Its own last line says why"
+    kept = sorted(int(path.parent.name.split("-")[1]) for path in output_dir.glob("checkpoint-[0-9]*/manifest.json"))
+    then = f"goes on from checkpoint-{kept[-1]}" if kept else "starts anew: there is no complete checkpoint"
+    return f"lost the connection to another process, {what}; else the same command on all machines {then}."
 
 
 def setup(training_args, run_args) -> None:
@@ -108,13 +118,16 @@ def setup(training_args, run_args) -> None:
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
+    step_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
     log.info(
-        "%s, %d process%s, %s, seed %d", hardware(), processes, "es" * (processes > 1), precision, training_args.seed
+        "%s, %d process%s, %s, seed %d, %d rows a step",
+        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, step_rows),
     )
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
-    # The push comes once, at the end, and not at each checkpoint
+    _check_hub_strategy(training_args, run_args)
+    # Trainer would push checkpoints in place, whole or not: the model is pushed once, at the end, by `finish`
     run_args.push, training_args.push_to_hub = training_args.push_to_hub, False
     if run_args.push and rank == 0 and not run_args.dry_run:
         from shared.publish.hub import check_push
@@ -122,6 +135,24 @@ def setup(training_args, run_args) -> None:
         name = training_args.hub_model_id or Path(training_args.output_dir).name
         training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
     run_args.started = time.time()
+
+
+def _check_hub_strategy(training_args, run_args) -> None:
+    """Raises UserError where an option for the Hub would be ignored."""
+    strategy = run_args.resolved.get("hub_strategy", "end")
+    if strategy not in ("end", "checkpoint"):
+        raise UserError(
+            f"--hub_strategy {strategy}: here it is `end` (the finished model) or `checkpoint` (each one, too)."
+        )
+    for flag, given in (
+        ("--hub_strategy checkpoint", strategy == "checkpoint"),
+        ("--resume hub", run_args.resume == "hub"),
+    ):
+        if given and not training_args.push_to_hub:
+            raise UserError(
+                f"{flag} needs --push_to_hub true, and --hub_model_id unless the output folder has its name."
+            )
+    training_args.hub_strategy = strategy
 
 
 def begin(args, run_args, preflight: dict, identity: dict):
@@ -139,15 +170,18 @@ def begin(args, run_args, preflight: dict, identity: dict):
     """
     from shared.publish import results
     from shared.training.checkpoints import find_checkpoint
+    from shared.training.hub_checkpoints import fetch
     from shared.training.processes import on_main_process
 
-    output = Path(args.output_dir)
+    output, fetched = Path(args.output_dir), None
 
     def claim() -> None:
         run_args.lock = _claim(output)
 
     on_main_process(claim)
-    checkpoint = find_checkpoint(output, run_args.resume, identity)
+    if args.hub_strategy == "checkpoint" or run_args.resume == "hub":
+        fetched = partial(fetch, args.hub_model_id, output)
+    checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
     if args.should_save:
         header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)

@@ -29,6 +29,7 @@ from shared.training.packed_attention import PACKED
 BUFFERS = 0.1e9  # bytes of the libraries once they train on a CPU, above what the planning process holds
 GAPS = 1.1  # of what training holds beside the weights: rows of different lengths leave gaps in the heap of a CPU's process
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
+OF_DATA_SHEET = 0.33  # the same of a data sheet's peak, which no card holds for hours: an estimate, not measured
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
 
 
@@ -81,6 +82,14 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         return out
+
+
+# torch 2.13 counts the attention of GPUs and not the CPU's, in which a plan is computed
+for _part in ("", "_backward"):
+    _gpu = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{_part}")
+    flop_registry.setdefault(
+        getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{_part}"), flop_registry[_gpu]
+    )
 
 
 def without_dropout(*args, dropout=0.0, **kwargs):
@@ -237,8 +246,13 @@ def print_plan(
     if not on_cpu and model.config._attn_implementation in ("sdpa", PACKED):
         model.set_attn_implementation("planned")
     found = needed(micro, args.gradient_checkpointing)
+    flops = found["flops"]
+    if positions_at_once:  # the memory is that of one piece, the work that of all
+        kept = math.ceil(supervised_share * longest_row)
+        flops = estimate(model, micro, longest_row, kept, device.precision, longest_target, in_4bit)["flops"]
     mean_length = tokens / rows / (longest_row + longest_target)
-    seconds = steps * accumulated * found["flops"] * min(1, mean_length) / (UTILISATION * device.flops)
+    reached = (UTILISATION if here else OF_DATA_SHEET) * device.flops
+    seconds = steps * accumulated * flops * min(1, mean_length) / reached
     disk = 12 * trained * ((args.save_total_limit or 3) + 1)
     free = shutil.disk_usage(_existing(Path(args.output_dir))).free
     print(yaml.safe_dump(run_args.resolved, allow_unicode=True), end="")

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from shared import UserError
+from shared.publish.hub import check_peft
 from shared.training.packed_attention import PACKED
 
 
@@ -22,6 +23,8 @@ def check_method(script_args) -> None:
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
     if script_args.load_in_4bit and script_args.method == "full":
         raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+    if script_args.method != "full":
+        check_peft()
 
 
 def load_tokenizer(source: Path):

@@ -12,7 +12,7 @@ from shared import UserError
 from shared.training.hardware import matmul_flops
 from shared.training.losses import finite, log_evaluation, step_mean
 from shared.training.packed_attention import PACKED
-from shared.training.scoring import score_rows
+from shared.training.scoring import autocast, score_rows
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)
@@ -106,7 +106,10 @@ class PretrainTrainer(Trainer):
         targets = inputs["shift_labels"].flatten()
         hidden = hidden_states(model, inputs["input_ids"], self.end)
         head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        total = loss_sum(hidden, head, targets)
+        with autocast(
+            hidden.device, self.args
+        ):  # accelerate's covers the model's forward only, and the head is a third of it
+            total = loss_sum(hidden, head, targets)
         loss = step_mean(self, total, (targets != -100).sum(), num_items_in_batch)
         return finite(loss, lambda: f" at step {self.state.global_step + 1}")
 

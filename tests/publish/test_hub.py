@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import task_runs
@@ -264,3 +265,26 @@ def test_a_run_is_pushed_at_its_end_and_its_token_is_written_nowhere(hub, tiny, 
     everything = b"".join([*written, *pushed.values(), ran.stdout.encode(), ran.stderr.encode()])
     assert hub.tokens["write"].encode() not in everything
     assert str(tmp_path).encode() not in b"".join(pushed.values())
+
+
+def test_an_old_torchao_is_named_before_an_adapter_is_made_or_loaded(run, tmp_path, monkeypatch):
+    """As on Colab, whose image carries 0.10: peft raises an ImportError in the middle of `get_peft_model`."""
+    import methods
+    from peft.import_utils import is_torchao_available
+
+    (tmp_path / "site" / "torchao-0.10.0.dist-info").mkdir(parents=True)
+    (tmp_path / "site" / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "site" / "torchao").mkdir()
+    (tmp_path / "site" / "torchao" / "__init__.py").write_text("")
+    assert hub.pull(str(run)) == run
+    is_torchao_available.cache_clear()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    said = r"beside this torchao \(.*0\.10\.0.*\)\. Nothing here needs it: `pip uninstall torchao`"
+    try:
+        with pytest.raises(UserError, match=said):
+            hub.pull(str(run))
+        with pytest.raises(UserError, match=said):
+            methods.check_method(SimpleNamespace(method="lora", load_in_4bit=False, save_merged=False))
+        methods.check_method(SimpleNamespace(method="full", load_in_4bit=False, save_merged=False))
+    finally:
+        is_torchao_available.cache_clear()

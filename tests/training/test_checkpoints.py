@@ -13,6 +13,8 @@ import shutil
 import signal
 import socket
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ import torch
 import transformers
 
 from shared import UserError
-from shared.training import checkpoints, processes, signals
+from shared.training import checkpoints, hub_checkpoints, processes, signals
 
 IDENTITY = {"data": "f00d", "chat_template": None, "columns": ["prompt", "completion"]}
 
@@ -50,6 +52,10 @@ class Accident(transformers.TrainerCallback):
             folder.mkdir()
             (folder / "optimizer.pt").symlink_to("/dev/full")
         if self.kind == "between saves":
+            die()
+        if self.kind == "uploaded":
+            while (Path(args.output_dir) / hub_checkpoints.OUTBOX).exists():
+                time.sleep(0.01)
             die()
         if self.kind == "weights written":
             transformers.Trainer._save_optimizer_and_scheduler = die
@@ -87,6 +93,7 @@ def main(output_dir: str, accident: tuple = ("", 0, 0), environment: dict | None
     rows = torch.randint(0, 64, (22, 16), generator=torch.Generator().manual_seed(1)).tolist()
     settings = {"max_steps": 14, "save_steps": 3, "save_total_limit": 1, "logging_steps": 1} | arguments
     resume = settings.pop("resume", "auto")
+    hub_checkpoints.PAUSES = (0.1,)
     args = transformers.TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=2,
@@ -103,7 +110,8 @@ def main(output_dir: str, accident: tuple = ("", 0, 0), environment: dict | None
     )
     stopper = signals.StopOnSignal()
     try:
-        checkpoint = checkpoints.find_checkpoint(output_dir, resume, IDENTITY)
+        fetch = partial(hub_checkpoints.fetch, args.hub_model_id, out) if args.hub_strategy == "checkpoint" else None
+        checkpoint = checkpoints.find_checkpoint(output_dir, resume, IDENTITY, fetch)
         trainer = transformers.Trainer(
             model,
             args,
@@ -127,7 +135,7 @@ def main(output_dir: str, accident: tuple = ("", 0, 0), environment: dict | None
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(empty_hub):
     """Starts `main` in a process of its own."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
@@ -207,6 +215,59 @@ def test_the_log_and_the_mean_loss_do_not_depend_on_where_a_run_stopped(tmp_path
     assert finish(start(tmp_path / "killed", **settings)) == 0
     assert [step for step, *_ in result(tmp_path / "whole")["losses"]] == [4, 5, 8, 10, 11]
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+def test_a_new_machine_goes_on_from_the_hub(tmp_path, start, empty_hub):
+    """Each run has a disk of its own, and dies; what it kept on the Hub is all that the next one has."""
+    hub, repo = empty_hub, empty_hub.create("alice/long-run", private=True)
+    settings = {"hub_strategy": "checkpoint", "hub_model_id": repo.id, "environment": {"HF_TOKEN": hub.tokens["write"]}}
+
+    def log(name: str) -> str:
+        return (tmp_path / name / "log.txt").read_text()
+
+    def on_the_hub() -> dict[str, set[str]]:
+        found = {}
+        for path in hub.files(repo.id, "checkpoints"):
+            folder, _, name = path.partition("/")
+            found.setdefault(folder, set()).add(name)
+        return {folder: names for folder, names in found.items() if folder.startswith("checkpoint-")}
+
+    undisturbed = start(tmp_path / "undisturbed")
+    # A file that is cut on its way is sent again (what arrived whole is not); the commit never comes about.
+    with hub.fault("PUT /lfs/", drop_after=100) as cut, hub.fault("POST .*/commit/", status=500, times=1000) as down:
+        assert finish(start(tmp_path / "down", **settings)) == 0
+    assert cut.hits == 1 and down.hits >= 2 and on_the_hub() == {}, "nothing, not half of one"
+    assert "checkpoint-14 was not uploaded (" in log("down") and hub.tokens["write"] not in log("down")
+
+    assert finish(start(tmp_path / "first", "uploaded", 8, 0, **settings)) == -9
+    assert on_the_hub().keys() == {"checkpoint-3", "checkpoint-6"}
+    names = {"model.safetensors", "optimizer.pt", "rng_state.pth", "manifest.json"}
+    assert all(names <= files and "training_args.bin" not in files for files in on_the_hub().values())
+
+    # A commit that is refused is repeated; the oldest checkpoint leaves.
+    with hub.fault("POST .*/commit/checkpoints", status=503) as refused:
+        assert finish(start(tmp_path / "second", "uploaded", 11, 0, **settings)) == -9
+    assert refused.hits == 1
+    assert "Resumes from " in log("second") and "second/checkpoint-6" in log("second")
+    assert on_the_hub().keys() == {"checkpoint-6", "checkpoint-9"}
+    assert len(hub.commits(repo.id, "checkpoints")) == 1, "the storage of what has left is given back"
+    assert hub.files(repo.id).keys() == {".gitattributes"}, "the branch of the model holds no checkpoint"
+
+    harm = tmp_path / "harm" / "checkpoint-9"
+    harm.mkdir(parents=True)
+    content = bytearray(hub.files(repo.id, "checkpoints")["checkpoint-9/optimizer.pt"])
+    content[len(content) // 2] ^= 1
+    (harm / "optimizer.pt").write_bytes(content)
+    hub.upload(repo.id, harm.parent, ref="refs/heads/checkpoints")
+    with hub.fault("GET .*/revision/checkpoints", status=500, times=100):
+        assert finish(start(tmp_path / "third", **settings)) == 2
+    assert "error: --resume: the checkpoint on the Hub could not be fetched" in log("third")
+    assert finish(start(tmp_path / "third", resume="hub", **settings)) == 0
+    assert "Passed over checkpoint-9 on the Hub: optimizer.pt differs from its sha256." in log("third")
+    assert finish(undisturbed) == 0
+    assert result(tmp_path / "third") == result(tmp_path / "undisturbed") == result(tmp_path / "down")
+    assert {path.name for path in (tmp_path / "third").glob("checkpoint-*")} == {"checkpoint-14"}
+    assert on_the_hub().keys() == {"checkpoint-12", "checkpoint-14"}
 
 
 def test_two_processes_stop_together_go_on_exactly_and_end_when_one_is_out_of_memory(tmp_path, start):
@@ -316,7 +377,7 @@ def test_another_run_is_not_continued(tmp_path):
 
 
 def begin(output_dir: Path, step: int, limit: int | None):
-    args = SimpleNamespace(output_dir=str(output_dir), save_total_limit=limit, world_size=1, seed=0)
+    args = SimpleNamespace(output_dir=str(output_dir), save_total_limit=limit, world_size=1, seed=0, hub_strategy="end")
     state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=None, epoch=0)
     callback = checkpoints.CompleteCheckpoints(IDENTITY)
     callback.on_train_begin(args, state, None)

@@ -1,5 +1,6 @@
 """shared/training/plan.py: live bytes counted by hand, the peak of a known model, 4-bit weights, plans that do not fit."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -72,7 +73,7 @@ def test_four_bit_weights_count_half_a_byte_but_embeddings_and_head():
     assert found["weights"] == pytest.approx(0.53 * linear + 4 * rest + unpacked, rel=0.01)
 
 
-def planned(model, capsys, batch=32, **changes) -> str:
+def planned(model, capsys, batch=32, facts=None, **changes) -> str:
     args = {
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": 2,
@@ -86,7 +87,8 @@ def planned(model, capsys, batch=32, **changes) -> str:
         "bf16": False,
     }
     run_args = SimpleNamespace(hardware="t4", resolved={"fp16": True})
-    plan.print_plan(model, SimpleNamespace(**args | changes), run_args, rows=1000, tokens=400_000, longest_row=1024)
+    rows = {"rows": 1000, "tokens": 400_000, "longest_row": 1024} | (facts or {})
+    plan.print_plan(model, SimpleNamespace(**args | changes), run_args, **rows)
     return capsys.readouterr().out
 
 
@@ -113,3 +115,15 @@ def test_a_gpu_does_not_hold_the_weights_of_attention(capsys):
 def test_a_model_that_is_too_large_for_one_row(capsys):
     large = llama(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
     assert "Not even one row at a time would, with gradient checkpointing" in planned(large, capsys, batch=1)
+
+
+def test_a_loss_in_pieces_takes_the_memory_of_one_and_the_time_of_all(capsys):
+    """GPT-2 small on a T4, 2,500 steps of half a million tokens: 6 operations a weight and token, attention besides."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    rows = 2500 * 512
+    facts = {"rows": rows, "tokens": rows * 1024, "positions_at_once": 512}
+    said = planned(model, capsys, batch=8, facts=facts, gradient_accumulation_steps=64, max_steps=2500)
+    expected = rows * 1024 * (6 * 124e6 + 12 * 12 * 768 * 1024) / (plan.OF_DATA_SHEET * 65e12) / 3600
+    assert float(re.search(r"([\d.]+) hours of training", said)[1]) == pytest.approx(expected, rel=0.1)
+    assert "It will not fit" not in said and float(re.search(r"about ([\d.]+) GB memory", said)[1]) < 15

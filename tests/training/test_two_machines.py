@@ -17,6 +17,8 @@ import pytest
 import task_runs
 from checkout import ROOT
 
+from shared.training.launch import _what_was_lost
+
 TASK = ROOT / "tasks" / "classify_bert"
 PORT = "29517"
 COMMANDS = re.findall(
@@ -121,5 +123,18 @@ def test_when_one_host_is_gone_the_other_ends(tiny_bert, tmp_path, how, signum):
         os.kill(program.pid, signal.SIGKILL)
     ended, _ = first.wait(), second.wait()
     assert not hangs
-    assert ended.returncode == 2 and ended.stderr.splitlines()[-1].startswith("error: lost the connection to another")
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2 and last.startswith("error: lost the connection to another process, which ")
+    assert f"which {'has ended' if how == 'killed' else 'hangs'} (" in last
+    assert re.search(r"the same command on all machines goes on from checkpoint-\d+\.", last)
     assert "Traceback" not in ended.stderr
+
+
+def test_without_a_checkpoint_nothing_goes_on(tmp_path):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4242")
+    assert "has ended ([gloo/" in _what_was_lost(lost, tmp_path)
+    assert _what_was_lost(lost, tmp_path).endswith("starts anew: there is no complete checkpoint.")
+    (tmp_path / "checkpoint-20").mkdir()  # half of one
+    assert "there is no complete checkpoint" in _what_was_lost(lost, tmp_path)
+    hangs = RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)")
+    assert "which hangs (" in _what_was_lost(hangs, tmp_path) and "OpType=ALLREDUCE" in _what_was_lost(hangs, tmp_path)
