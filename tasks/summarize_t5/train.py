@@ -145,6 +145,7 @@ def main(script_args, args, run_args) -> None:
             batched=True,
             remove_columns=rows.column_names,
         )
+    allow_such_summaries(model.generation_config, list(tokenized["train"]["labels"]))
     facts = preflight(tokenized["train"], args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
     first = tokenized["train"][0]
@@ -180,6 +181,7 @@ def main(script_args, args, run_args) -> None:
     # Evaluate
     documents, references = list(splits["test"]["document"]), list(splits["test"]["summaries"])
     base = load_model(source, tokenizer, script_args, args).to(args.device)
+    base.generation_config = model.generation_config
     outputs, losses = {}, {}
     for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
         losses[name] = score_summaries(system, tokenized["test"], collator, args)
