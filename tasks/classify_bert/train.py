@@ -22,6 +22,8 @@ from shared.training.launch import begin, log, run, setup
 class ScriptArguments:
     """Fine-tune an encoder to sort texts into classes: accuracy and macro-F1 beside a linear classifier on it as it was."""
 
+    BELONGS_TO = {"label_until": "dataset", "min_label_rows": "dataset"}
+
     max_length: int = field(default=128, metadata={"help": "Tokens of a text; what is longer is cut."})
     label_until: str | None = field(
         default=None,

@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
-from shared.training.launch import log
 from shared.training.losses import finite
 from shared.training.scoring import score_rows
 
@@ -120,34 +119,6 @@ def load_model(source: Path | None, tokenizer, script_args, args):
 def prefix_of(model) -> str:
     """What a document begins with: T5 was pretrained on `summarize: ` (Raffel et al. 2020, appendix D), BART on none."""
     return "summarize: " if model.config.model_type in T5_FAMILY else ""
-
-
-def allow_such_summaries(settings, summaries: list[list[int]]) -> None:
-    """Lifts what a base's generation settings forbid and these summaries do: it was right for the data set of the base.
-
-    BART for CNN/DailyMail writes 56 tokens or more and no three tokens twice: one that has learnt shorter summaries, or lists,
-    would be made to add words.
-
-    Args:
-        settings: the model's GenerationConfig, changed in place.
-        summaries: token ids of the references to learn.
-    """
-    lengths = sorted(map(len, summaries))
-    median, n = lengths[len(lengths) // 2], settings.no_repeat_ngram_size or 0
-    for name in ("min_length", "min_new_tokens"):
-        if (getattr(settings, name) or 0) > median:
-            log.info(
-                "%s %d is not kept: half of the summaries have %d tokens or fewer",
-                name,
-                getattr(settings, name),
-                median,
-            )
-            setattr(settings, name, None)
-    ngrams = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in summaries)
-    repeating = sum(len(set(found)) < len(found) for found in ngrams) if n else 0
-    if repeating > 0.05 * len(summaries):
-        log.info("no_repeat_ngram_size %d is not kept: %d of %d summaries repeat one", n, repeating, len(summaries))
-        settings.no_repeat_ngram_size = None
 
 
 def keep_feed_forward_in_fp32(model, device: str) -> None:

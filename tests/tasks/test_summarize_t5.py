@@ -360,7 +360,7 @@ def test_summaries_keep_order_and_memory(small):
 )
 def test_a_base_must_not_forbid_summaries_like_those_it_learns(settings, summaries, kept):
     settings = GenerationConfig(**settings)
-    seq2seq_models.allow_such_summaries(settings, summaries)
+    articles.allow_such_summaries(settings, summaries)
     assert (settings.min_length or None, settings.no_repeat_ngram_size or None) == kept
 
 
