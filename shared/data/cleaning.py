@@ -18,6 +18,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 FTFY = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, explain=False
 )
+# Thai and Lao, Burmese, Khmer, kana, Han
+NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = re.compile(f"[{NO_BLANKS}]+")
 LONGEST = 1_000_000  # characters of one text; a longer one is a dump, not an example
 
 
@@ -89,11 +92,20 @@ def repetitive(text: str) -> str | None:
     return None
 
 
+def count_words(text: str) -> int:
+    """Words between blanks; where a script puts no blanks between words, each letter is one."""
+    runs = [] if text.isascii() else UNSPACED.findall(text)
+    if not runs:
+        return len(text.split())
+    letters = sum(character.isalpha() for run in runs for character in run)
+    return letters + sum(any(map(str.isalnum, word)) for word in UNSPACED.sub(" ", text).split())
+
+
 def words_between(fewest: int = 50, most: int = 100_000) -> Callable[[str], str | None]:
-    """The filter for length in words; Gopher's limits unless told."""
+    """The filter for length in words (`count_words`); Gopher's limits unless told."""
 
     def wrong_length(text):
-        count = len(text.split())
+        count = count_words(text)
         return "too short" if count < fewest else "too long" if count > most else None
 
     return wrong_length

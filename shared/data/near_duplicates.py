@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from shared.data.cleaning import CleaningReport, clean_rows
+from shared.data.cleaning import NO_BLANKS, CleaningReport, clean_rows
 
-# Chinese and Japanese put no blanks between words: there every character counts as one.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# Where a script puts no blanks between words every character counts as one.
+WORD = re.compile(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+")
 
 
 def shingles(text: str) -> list[str]:

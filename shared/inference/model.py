@@ -17,6 +17,7 @@ import torch
 
 from shared import UserError
 from shared.inference.onnx_runner import OnnxRunner
+from shared.inference.positions import longest_input
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -111,9 +112,8 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._runner = (OnnxRunner if artifact in ONNX else TorchRunner)(folder, self.task)
         self.config, self.generation = self._runner.config, self._runner.generation
-        most = [self.tokenizer.model_max_length, getattr(self.config, "max_position_embeddings", None)]
-        most = [n for n in most if n and n < 1e9]
-        self.context = min(most) if most else 512  # T5's positions are relative; it was trained on 512 tokens
+        # T5's positions are relative; it was trained on 512 tokens
+        self.context = longest_input(self.config, self.tokenizer) or 512
         ends = self.generation.eos_token_id if self.generation else None
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.stop_ids = tuple(dict.fromkeys([*ends, *([self.tokenizer.eos_token_id] if not ends else [])]))
@@ -197,7 +197,7 @@ class Model:
             the logits of its first and last token), `no_answer_score` (how much better "no answer" fits than the best span) and
             `threshold` of the latter, None where the model was trained on questions that all have an answer.
         """
-        from shared.inference.qa_windows import decode, make_windows
+        from shared.inference.qa_windows import decode, make_windows, strip_blanks
 
         if self.task != "question-answering":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not answer questions about a text.")
@@ -219,6 +219,7 @@ class Model:
                 inside = slice(windows.starts[i], windows.starts[i + 1])
                 start[inside], end[inside] = (values[: inside.stop - inside.start] for values in (first, last))
         found = decode(windows, start, end, max_answer_length=getattr(self.config, "max_answer_length", 30))
+        strip_blanks(found, contexts)
         threshold = getattr(self.config, "no_answer_threshold", None)
         answers = []
         for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ import time
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -26,7 +26,13 @@ from shared.training.hardware import gpus, precision_flags
 
 @dataclass
 class RunArguments:
-    """What means the same in every task."""
+    """What means the same in every task.
+
+    BELONGS_TO, which a task's ScriptArguments may have too, names the options that describe something: for the configuration's
+    own data set (or model) it sets them, for another one on the command line they are what the command line says.
+    """
+
+    BELONGS_TO: ClassVar[dict[str, str]] = {"columns": "dataset", "dataset_config": "dataset"}
 
     model_name_or_path: str = field(
         default=None,
@@ -80,6 +86,7 @@ class RunArguments:
     # Not options: filled by `parse` and `setup`.
     resolved: dict = field(default_factory=dict, init=False)
     command: str = field(default="", init=False)
+    set_aside: list[str] = field(default_factory=list, init=False)
     started: float = field(default_factory=time.time, init=False)
     push: bool = field(default=False, init=False)
     lock: object = field(default=None, init=False)
@@ -113,6 +120,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     for name in typed:
         if name.removeprefix("no_") not in known | {"help"}:
             raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
+    set_aside = _set_aside(entries, dict(_typed_pairs(argv)), (script_class, RunArguments))
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
     if "LOCAL_RANK" in os.environ and not gpus():
@@ -140,10 +148,23 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
+    run_args.set_aside = [f"{line}: not used ({config})" for line in set_aside]
     run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
     )
     return script_args, training_args, run_args
+
+
+def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) -> list[str]:
+    """Removes what the YAML says of its own data set or model where the command line names another; a line for each."""
+    belongs = {name: owner for cls in classes for name, owner in getattr(cls, "BELONGS_TO", {}).items()}
+    other = {name for name in set(belongs.values()) & typed.keys() if str(entries.get(name)) != typed[name]}
+    removed = {name: entries.pop(name) for name in list(entries) if belongs.get(name) in other}
+    return [
+        f"{name} {value} goes with {belongs[name]} {entries.get(belongs[name], '(none)')}"
+        for name, value in removed.items()
+        if name not in typed
+    ]
 
 
 def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:

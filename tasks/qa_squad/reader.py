@@ -171,5 +171,7 @@ allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(model.config.max
 scores[~(allowed & inside[:, None] & inside)] = -torch.inf
 first, last = divmod(int(scores.argmax()), len(inside))
 threshold = model.config.no_answer_threshold
-answer = context[places[first, 0] : places[last, 1]] if threshold is None or null - scores.max() <= threshold else ""
+answer = context[places[first, 0] : places[last, 1]].strip()
+if threshold is not None and null - scores.max() > threshold:
+    answer = ""
 print(answer)'''

@@ -4,12 +4,17 @@ needs no torch. Windows and their decoding are in shared/inference/qa_windows.py
 An answer is a place in its context, so contexts are taken as they are: cleaning would move them.
 """
 
+import ast
 import gzip
 import json
+import re
+import unicodedata
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import regex
 
 from shared import UserError
 from shared.data.cleaning import malformed
@@ -56,19 +61,76 @@ def read_official(path: str) -> list[dict] | None:
         raise UserError(f"{path}: not SQuAD's JSON: {type(error).__name__} {error} in an article of `data`.") from error
 
 
+def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
+    """Where an answer stands in its context: first and last + 1 character; None if it does not, or nothing says at which place.
+
+    Args:
+        start: its place as the file gives it: characters, or the units of UTF-16 (JavaScript, Java, most annotation tools) or
+            UTF-8. Where the answer stands at none of these, it is the nearest to it; without a place, the only one.
+    """
+    spans = [(found.start(1), found.end(1)) for found in re.finditer(f"(?=({re.escape(text)}))", context)]
+    if not spans:  # one composed, the other not: `a` + U+0301 for `á`
+        letters = regex.findall(r"\X", context)
+        composed = [unicodedata.normalize("NFC", letter) for letter in letters]
+        begins = list(accumulate(map(len, composed), initial=0))
+        original = dict(zip(begins, accumulate(map(len, letters), initial=0), strict=True))
+        plain = re.escape(unicodedata.normalize("NFC", text))
+        found = [(hit.start(1), hit.end(1)) for hit in re.finditer(f"(?=({plain}))", "".join(composed))]
+        spans = [(original[a], original[b]) for a, b in found if a in original and b in original]
+    start = int(start) if str(start).removesuffix(".0").isdecimal() else None
+    if len(spans) < 2 or start is None:
+        return spans[0] if len(spans) == 1 else None
+    units = (
+        lambda place: place,
+        lambda place: len(context[:place].encode("utf-16-le", "surrogatepass")) // 2,
+        lambda place: len(context[:place].encode("utf8", "surrogatepass")),
+    )
+    exact = (span for count in units for span in spans if count(span[0]) == start)
+    return next(exact, None) or min(spans, key=lambda span: abs(span[0] - start))
+
+
+def number_text(number: float) -> str:
+    """`1700` for 1700 and 1700.0: pandas makes floats of whole numbers where a cell of the column is empty."""
+    return f"{number:.0f}" if float(number).is_integer() else str(number)
+
+
+def parse_answers(text: str):
+    """What a cell of a table says: the text itself, or the list or dict whose repr or JSON it is, as pandas writes them."""
+    try:
+        found = ast.literal_eval(re.sub(r"array\((\[.*?\])(?:, dtype=[^)]*)?\)", r"\1", text, flags=re.DOTALL))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            return text
+    if isinstance(found, dict) and "text" in found:
+        return found
+    if isinstance(found, list) and all(
+        isinstance(part, str) or isinstance(part, dict) and "text" in part for part in found
+    ):
+        return found
+    return text
+
+
 def to_question(row: dict, places: dict[str, str]) -> dict | str:
     """A row in the Hub's columns, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
-    `answers` may be the Hub's `{"text": [...], "answer_start": [...]}`, a list of `{"text", "answer_start"}`, a text or a list
-    of texts. An answer that does not stand at its `answer_start` is looked for in the context, and taken where it occurs once.
+    `answers` may be the Hub's `{"text": [...], "answer_start": [...]}`, a list of `{"text", "answer_start"}`, a text, a number or
+    a list of them, or the repr of these in a cell of a table. Each is taken as it stands in the context: see `find_in`.
     """
     values = {name: row.get(column) for name, column in places.items()}
     context, question, answers = (values[name] for name in NEEDED)
     for text in (context, question):
         if reason := malformed(text):
             return f"bad: {reason}"
+    if isinstance(answers, str) and answers[:1] in ("{", "[") and answers not in context:
+        answers = parse_answers(answers)
+    if isinstance(answers, int | float) and not isinstance(answers, bool):
+        answers = "" if answers != answers else number_text(answers)  # NaN: an empty cell
     if isinstance(answers, dict):
-        texts, starts = answers.get("text") or [], answers.get("answer_start") or []
+        texts, starts = answers.get("text") or [], answers.get("answer_start")
+        texts = texts if isinstance(texts, list) else [texts]
+        starts = starts if isinstance(starts, list) else [starts]
     elif isinstance(answers, str):
         texts, starts = [answers] if answers else [], [values.get("answer_start")]
     elif isinstance(answers, list) or answers is None:
@@ -76,20 +138,17 @@ def to_question(row: dict, places: dict[str, str]) -> dict | str:
         texts, starts = [a.get("text") for a in pairs], [a.get("answer_start") for a in pairs]
     else:
         return "bad: wrong type"
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    texts = [number_text(text) if type(text) in (int, float) else text for text in texts]
+    if not all(isinstance(text, str) for text in texts):
         return "bad: wrong type"
     starts = [*starts, *[None] * (len(texts) - len(starts))]
     found = {"text": [], "answer_start": []}
     for text, start in zip(texts, starts, strict=False):
-        if not text.strip():
-            continue
-        if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
-            start = context.find(text) if context.count(text) == 1 else -1
-        if start >= 0:
-            found["text"].append(text)
-            found["answer_start"].append(start)
+        if text.strip() and (span := find_in(context, text, start)):
+            found["text"].append(context[span[0] : span[1]])
+            found["answer_start"].append(span[0])
     if any(text.strip() for text in texts) and not found["text"]:
-        return "bad: answer not in its context, or more than once and not at answer_start"
+        return "bad: answer not in its context, or more than once and without answer_start"
     title = values.get("title")
     return {
         "id": str(values.get("id") or ""),
@@ -134,7 +193,7 @@ def preflight(rows, windows: Windows) -> dict:
         window = found[number]
         first, last = windows.starts[window] + windows.answer[window]
         decoded = row["context"][windows.spans[first, 0] : windows.spans[last, 1]]
-        if decoded != gold[0].strip():
+        if decoded.strip() != gold[0].strip():
             mismatches.append({"row": number, "id": row["id"], "answer": gold[0], "tokens": decoded})
     if answerable and not found:
         raise UserError(f"preflight: none of {answerable:,} answers fits a window. Raise --max_length or --doc_stride.")

@@ -96,11 +96,12 @@ def main(script_args, args, run_args) -> None:
 
     import reader
     import squad_features as features
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.trainer_utils import set_seed
 
     from shared.data.splits import first_rows
-    from shared.inference.qa_windows import decode, make_windows
+    from shared.inference.positions import longest_input
+    from shared.inference.qa_windows import decode, make_windows, strip_blanks
     from shared.publish import compare
     from shared.publish.hub import pull
     from shared.training.checkpoints import CompleteCheckpoints, train
@@ -114,6 +115,11 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
+    if longest and longest < script_args.max_length:
+        raise UserError(
+            f"--max_length {script_args.max_length}: {run_args.model_name_or_path} reads at most {longest} tokens."
+        )
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {
         "train": run_args.max_train_rows,
@@ -133,11 +139,6 @@ def main(script_args, args, run_args) -> None:
     # Model
     set_seed(args.seed)
     model = reader.load_model(source, script_args.dropout, args.device)
-    longest = getattr(model.config, "max_position_embeddings", script_args.max_length)
-    if longest < script_args.max_length:
-        raise UserError(
-            f"--max_length {script_args.max_length}: {run_args.model_name_or_path} reads at most {longest} tokens."
-        )
     if run_args.dry_run:
         plan = {"rows": facts["windows"], "tokens": facts["tokens"], "longest_row": facts["longest_window"]}
         return print_plan(model, args, run_args, supervised_share=0.0, **plan)
@@ -153,6 +154,7 @@ def main(script_args, args, run_args) -> None:
         """Best spans of a split with their scores, as text, and the mean loss of its windows."""
         scores = reader.score_windows(model, windows[name], collator, args, f"{name}, {title}")
         found = decode(windows[name], scores["start"], scores["end"], max_answer_length=script_args.max_answer_length)
+        strip_blanks(found, rows[name]["context"])
         return found, features.spans_of(rows[name], found), float(scores["nll"].mean())
 
     def validate(model) -> dict:

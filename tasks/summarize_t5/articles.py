@@ -1,14 +1,15 @@
 """Rows of any summarization data set -> documents with their summaries -> token ids; pieces, lead sentences, padding. Pure
 functions, used by train.py."""
 
-import re
+import unicodedata
 
 import numpy as np
 
 from shared import UserError
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
-from shared.metrics.rouge.rouge import split_sentences
+from shared.metrics.rouge.rouge import WORD, split_sentences
+from shared.training.launch import log
 
 # Columns of a document and its summary, the first pair that fits: CNN/DailyMail, XSum, SAMSum, SciTLDR.
 FORMATS = (("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("source", "target"))
@@ -113,6 +114,34 @@ def preflight(rows, args) -> dict:
     }
 
 
+def allow_such_summaries(settings, summaries: list[list[int]]) -> None:
+    """Lifts what a base's generation settings forbid and these summaries do: it was right for the data set of the base.
+
+    BART for CNN/DailyMail writes 56 tokens or more and no three tokens twice: one that has learnt shorter summaries, or lists,
+    would be made to add words.
+
+    Args:
+        settings: the model's GenerationConfig, changed in place.
+        summaries: token ids of the references to learn.
+    """
+    lengths = sorted(map(len, summaries))
+    median, n = lengths[len(lengths) // 2], settings.no_repeat_ngram_size or 0
+    for name in ("min_length", "min_new_tokens"):
+        if (getattr(settings, name) or 0) > median:
+            log.info(
+                "%s %d is not kept: half of the summaries have %d tokens or fewer",
+                name,
+                getattr(settings, name),
+                median,
+            )
+            setattr(settings, name, None)
+    ngrams = ([tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)] for ids in summaries)
+    repeating = sum(len(set(found)) < len(found) for found in ngrams) if n else 0
+    if repeating > 0.05 * len(summaries):
+        log.info("no_repeat_ngram_size %d is not kept: %d of %d summaries repeat one", n, repeating, len(summaries))
+        settings.no_repeat_ngram_size = None
+
+
 def padding_share(source: np.ndarray, target: np.ndarray, args, strategy: str) -> float:
     """Share of the positions of an epoch's batches, sources and targets together, that hold padding, 0 to 1."""
     import torch
@@ -164,4 +193,4 @@ def novel_bigrams(summary: str, document: str) -> tuple[int, int]:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    return WORD.findall(unicodedata.normalize("NFC", text.lower()))

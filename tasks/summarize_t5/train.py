@@ -76,13 +76,14 @@ def compute_metrics(outputs: list[str], documents: list[str], references: list[l
     from articles import novel_bigrams
 
     from shared import metrics
+    from shared.data.cleaning import count_words
 
     found = metrics.load("rouge").compute(predictions=outputs, references=references, per_row=True)
     rows = found.pop("rows")
     bleu = metrics.load("bleu").compute(predictions=outputs, references=references)
     found |= {"bleu": bleu["bleu"], "bleu_ci95": bleu["bleu_ci95"], "bleu_signature": bleu["signature"]}
     new, bigrams = map(sum, zip(*map(novel_bigrams, outputs, documents), strict=True))
-    found["summary_words"] = sum(len(text.split()) for text in outputs) / len(outputs)
+    found["summary_words"] = sum(map(count_words, outputs)) / len(outputs)
     found["novel_bigrams"] = new / bigrams if bigrams else None
     found["empty_outputs"] = sum(not text.strip() for text in outputs) / len(outputs)
     return found, rows
@@ -102,7 +103,7 @@ def validation_metrics(prediction, tokenizer) -> dict:
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
-    from articles import lead, preflight, tokenize
+    from articles import allow_such_summaries, lead, preflight, tokenize
     from seq2seq_models import load_model, load_tokenizer, prefix_of, score_summaries, summarize, token_loss, usage
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
     from transformers.trainer_utils import set_seed
@@ -145,6 +146,7 @@ def main(script_args, args, run_args) -> None:
             batched=True,
             remove_columns=rows.column_names,
         )
+    allow_such_summaries(model.generation_config, list(tokenized["train"]["labels"]))
     facts = preflight(tokenized["train"], args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
     first = tokenized["train"][0]
@@ -180,6 +182,7 @@ def main(script_args, args, run_args) -> None:
     # Evaluate
     documents, references = list(splits["test"]["document"]), list(splits["test"]["summaries"])
     base = load_model(source, tokenizer, script_args, args).to(args.device)
+    base.generation_config = model.generation_config
     outputs, losses = {}, {}
     for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
         losses[name] = score_summaries(system, tokenized["test"], collator, args)

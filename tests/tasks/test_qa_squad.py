@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from shared import UserError
 from shared.data import assets
 from shared.data.columns import find_columns
 from shared.inference import qa_windows
+from shared.inference.positions import longest_input
 from shared.training.arguments import parse
 
 qa_squad = train_script("qa_squad")
@@ -178,8 +180,109 @@ def test_answers_of_any_form_are_recognised(answers):
     }
 
 
+PARTY = "\U0001f389\U0001f389 Box 7: code 100 was given; \u00e9 later code 100 was lost, and code 100 found."
+HANOI, TIES = "Thủ đô của Việt Nam là Hà Nội.", "blue green blue red blue"
+
+
 @pytest.mark.parametrize(
-    "answers", [None, "", [], {"text": [], "answer_start": []}, {"text": [""], "answer_start": [-1]}]
+    ("context", "answers", "text", "start"),
+    [
+        # offsets in UTF-16 units, in bytes, past what a tool has removed: the nearest of several
+        (PARTY, {"text": ["100"], "answer_start": [17]}, "100", 15),
+        (PARTY, {"text": ["100"], "answer_start": [45]}, "100", 43),
+        (PARTY, {"text": ["100"], "answer_start": [50]}, "100", 43),
+        (PARTY, {"text": ["100"], "answer_start": [41]}, "100", 43),
+        (TIES, {"text": ["blue"], "answer_start": ["20"]}, "blue", 20),
+        (TIES, {"text": ["blue"], "answer_start": [11.0]}, "blue", 11),
+        (TIES, {"text": "blue", "answer_start": 11}, "blue", 11),
+        # one of both decomposed
+        (HANOI, unicodedata.normalize("NFD", "Hà Nội"), "Hà Nội", 23),
+        (unicodedata.normalize("NFD", HANOI), "Việt", unicodedata.normalize("NFD", "Việt"), 14),
+        ("Ha\u0300 N\u1ed9i", "H\u00e0 No\u0323\u0302i", "Ha\u0300 N\u1ed9i", 0),
+        # numbers, and what pandas writes into a cell
+        ("Founded in 1700.", 1700, "1700", 11),
+        ("Founded in 1700.", 1700.0, "1700", 11),
+        ("It weighs 1.5 kg.", [1.5], "1.5", 10),
+        (TIES, "{'text': ['red'], 'answer_start': [16]}", "red", 16),
+        (TIES, "{'text': array(['blue'], dtype=object), 'answer_start': array([11], dtype=int32)}", "blue", 11),
+        (TIES, '{"text": ["blue"], "answer_start": [11]}', "blue", 11),
+        (TIES, "['red']", "red", 16),
+        ("See [1] and {2}.", "[1]", "[1]", 4),
+        ("See [1] and {2}.", "{2}", "{2}", 12),
+    ],
+)
+def test_an_answer_is_found_where_it_stands(context, answers, text, start):
+    row = {"context": context, "question": "Where?", "answers": answers}
+    found = squad_features.to_question(row, squad_features.find_columns(list(row), []))
+    assert found["answers"] == {"text": [text], "answer_start": [start]}
+    assert context[start : start + len(text)] == text
+
+
+def test_a_column_of_places_may_hold_text():
+    row = {"context": TIES, "question": "Where?", "answers": "blue", "answer_start": "11"}
+    found = squad_features.to_question(row, squad_features.find_columns(list(row), []))
+    assert found["answers"] == {"text": ["blue"], "answer_start": [11]}
+
+
+@pytest.fixture(scope="module")
+def metaspace(models):
+    """A tiny RoBERTa of 34 positions, and a tokenizer as XLM-R's: a token holds the blank before its word."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    words = ["was", "seen", "in", "Lima", "by", "red", "boxes", "Where", "it", "?", "."]
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *(blank + word for word in words for blank in ("\u2581", ""))]
+    inner = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "eos_token": "</s>"}
+    folder = models / "metaspace"
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **names).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = RobertaConfig(vocab_size=len(vocabulary), max_position_embeddings=34, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_has_no_blank_before_it(metaspace):
+    tokenizer = AutoTokenizer.from_pretrained(metaspace)
+    rows = [question("red boxes seen in Lima by red boxes", "Lima")]
+    windows = qa_windows.make_windows(rows, tokenizer, 32, 8)
+    facts = squad_features.preflight(rows, windows)
+    assert facts["answers_read_back"] == 1 and not facts["span_mismatches"]
+    start, end = (np.eye(len(windows.ids), dtype=np.float32)[i] for i in windows.answer[0])
+    found = qa_windows.decode(windows, start, end)
+    assert squad_features.spans_of({"context": [rows[0]["context"]]}, found) == [" Lima"]
+    qa_windows.strip_blanks(found, [rows[0]["context"]])
+    assert squad_features.spans_of({"context": [rows[0]["context"]]}, found) == ["Lima"]
+    assert (found["first"][0], found["last"][0]) == (18, 22)
+
+
+def test_what_a_metaspace_model_answers_has_no_blank_before_it(metaspace, tmp_path):
+    from transformers import RobertaForQuestionAnswering
+
+    from shared.inference.model import load
+
+    torch.manual_seed(0)
+    model = RobertaForQuestionAnswering.from_pretrained(metaspace)
+    model.qa_outputs.weight.data.normal_(std=3)
+    model.config.window_length, model.config.max_answer_length = 32, 3
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(metaspace).save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.context == 32  # of 34 positions one is that of padding, and one is never used
+    contexts = [f"{'red ' * n}boxes was seen in Lima by it" for n in range(6)]
+    answers = loaded.answer(["Where ?"] * 6, contexts)
+    assert any(answer["answer"] for answer in answers)
+    for answer, context in zip(answers, contexts, strict=True):
+        assert answer["answer"] == answer["answer"].strip() == context[answer["start"] : answer["end"]]
+
+
+@pytest.mark.parametrize(
+    "answers", [None, "", [], float("nan"), {"text": [], "answer_start": []}, {"text": [""], "answer_start": [-1]}]
 )
 def test_no_answer_is_an_answer(answers):
     row = {"context": "Nothing.", "question": "Where?", "answers": answers}
@@ -193,10 +296,14 @@ def test_no_answer_is_an_answer(answers):
         ({"context": None, "question": "q", "answers": []}, "bad: missing"),
         ({"context": "c", "question": " ", "answers": []}, "bad: empty"),
         ({"context": "c", "question": 3, "answers": []}, "bad: wrong type"),
-        ({"context": "c", "question": "q", "answers": 5}, "bad: wrong type"),
-        ({"context": "c", "question": "q", "answers": [{"text": 5}]}, "bad: wrong type"),
+        ({"context": "c", "question": "q", "answers": 5}, "bad: answer not in its context"),
+        ({"context": "c", "question": "q", "answers": True}, "bad: wrong type"),
+        ({"context": "c", "question": "q", "answers": [{"text": None}]}, "bad: wrong type"),
         ({"context": "c", "question": "q", "answers": "d"}, "bad: answer not in its context"),
-        ({"context": "c c", "question": "q", "answers": "c"}, "bad: answer not in its context, or more than once"),
+        (
+            {"context": "c c", "question": "q", "answers": "c"},
+            "bad: answer not in its context, or more than once and without",
+        ),
     ],
 )
 def test_unusable_rows_are_named(row, reason):
@@ -513,6 +620,18 @@ def test_foreseeable_errors_are_one_line(argv, words, models, files, tmp_path):
     with pytest.raises(UserError) as stopped:
         run_main([*flags(models, files / "v2.json", tmp_path / "run"), *argv])
     assert words in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_roberta_reads_two_tokens_less_than_it_has_positions(metaspace, files, tmp_path):
+    from transformers import AutoModel
+
+    with pytest.raises(UserError, match="--max_length 33: .* reads at most 32 tokens"):
+        run_main(flags(metaspace, files / "v1.json", tmp_path, model_name_or_path=metaspace, max_length=33))
+    model = AutoModel.from_pretrained(metaspace)
+    assert longest_input(model.config, AutoTokenizer.from_pretrained(metaspace)) == 32
+    model(input_ids=torch.full((1, 32), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds|out of range"):
+        model(input_ids=torch.full((1, 33), 5))
 
 
 def test_an_error_is_shown_without_traceback(tmp_path):

@@ -22,6 +22,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -344,6 +345,35 @@ def test_summaries_keep_order_and_memory(small):
     del model.generate
     alone = [seq2seq_models.summarize(model, tokenizer, [document], script_args, args)[0] for document in documents[:6]]
     assert texts[:6] == alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "summaries", "kept"),
+    [
+        ({"min_length": 16}, [[5, 6, 7]] * 9, (None, None)),
+        ({"min_length": 3}, [[5, 6, 7]] * 9, (3, None)),
+        ({"min_length": 56, "no_repeat_ngram_size": 3}, [[5, 6, 7, 5, 6, 7]] * 9, (None, None)),
+        ({"no_repeat_ngram_size": 3}, [[5, 6, 7, 5, 6, 8]] * 9, (None, 3)),
+        ({"no_repeat_ngram_size": 3}, [[*range(9)]] * 99 + [[5, 6, 7] * 3], (None, 3)),
+        ({}, [[5, 5, 5]] * 9, (None, None)),
+    ],
+)
+def test_a_base_must_not_forbid_summaries_like_those_it_learns(settings, summaries, kept):
+    settings = GenerationConfig(**settings)
+    articles.allow_such_summaries(settings, summaries)
+    assert (settings.min_length or None, settings.no_repeat_ngram_size or None) == kept
+
+
+def test_a_run_from_a_base_for_long_summaries_writes_short_ones(small, pairs, tmp_path):
+    """As facebook/bart-large-cnn: its shortest summary is longer than these."""
+    shutil.copytree(small / "bart", tmp_path / "base")
+    settings = GenerationConfig.from_pretrained(tmp_path / "base")
+    settings.min_length, settings.no_repeat_ngram_size = 11, 3
+    settings.save_pretrained(tmp_path / "base")
+    options = {"max_steps": 1, "max_test_rows": 2, "max_train_rows": 16, "max_validation_rows": 2}
+    run_main(flags(pairs, tmp_path / "run", model_name_or_path=tmp_path / "base", **options))
+    saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert not saved.get("min_length") and saved["no_repeat_ngram_size"] == 3
 
 
 def test_chunks_are_summarized_one_by_one_and_joined(small):

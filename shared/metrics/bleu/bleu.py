@@ -1,5 +1,7 @@
 """Corpus BLEU-4 by sacrebleu, with its signature: `shared.metrics.load("bleu")`."""
 
+import re
+import unicodedata
 from itertools import zip_longest
 
 import datasets
@@ -9,6 +11,12 @@ from sacrebleu.metrics import BLEU
 
 from shared.metrics import as_lists, ci95, resampled_counts  # From: -e .
 
+SCRIPTS = {
+    "zh": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"),
+    "kana": re.compile(r"[\u3041-\u30ff]"),
+    # Thai, Lao, Burmese, Khmer, Korean
+    "char": re.compile(r"[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u1100-\u11ff\uac00-\ud7af]"),
+}
 INPUTS = """
 Args:
     predictions: (rows,) texts, not tokenized; an empty one counts as a text of no words.
@@ -17,20 +25,35 @@ Args:
 Returns:
     bleu: BLEU-4 of the whole corpus in points, 0 to 100: n-grams are summed over rows, so it is no mean over rows.
     bleu_ci95: [low, high], 95 % bootstrap interval over rows (Koehn 2004).
-    signature: sacrebleu's, which makes the number comparable.
+    signature: sacrebleu's, which makes the number comparable; it names the tokenizer (`tokenizer_for`).
 
 Raises:
     UserError: no row, or a row without a reference.
 """
 
 
+def tokenizer_for(texts) -> str:
+    """sacrebleu's tokenizer for the script that most words of the texts are in: 13a, `zh`, or `char` without spaces.
+
+    `char` for Japanese and Korean too: their own (ja-mecab, ko-mecab) need dictionaries, and what is installed must not change a
+    number.
+    """
+    letters = "".join(texts)
+    counts = {name: len(script.findall(letters)) for name, script in SCRIPTS.items()}
+    spaced = (sum(map(str.isalpha, letters)) - sum(counts.values())) / 5  # about so many letters make a word
+    if counts["kana"] > 0.05 * counts["zh"]:  # Japanese writes Han too
+        counts = {"char": sum(counts.values())}
+    counts = {"13a": spaced} | counts
+    return max(counts, key=counts.get)
+
+
 class Bleu(evaluate.Metric):
-    """sacrebleu's corpus BLEU with its default tokenizer (13a), with a bootstrap interval over rows."""
+    """sacrebleu's corpus BLEU with the tokenizer for the language of the references, with a bootstrap interval over rows."""
 
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="BLEU-4 in points, by sacrebleu with its default settings.",
+            description="BLEU-4 in points, by sacrebleu with its default settings and the tokenizer of the language.",
             citation="Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU Scores",
             inputs_description=INPUTS,
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
@@ -42,10 +65,14 @@ class Bleu(evaluate.Metric):
         super().add_batch(predictions=predictions, references=as_lists(references))
 
     def _compute(self, predictions, references):
-        corpus = BLEU()
+        # Vietnamese comes in two spellings that look the same, composed and not
+        predictions = [unicodedata.normalize("NFC", text) for text in predictions]
+        references = [[unicodedata.normalize("NFC", text) for text in row] for row in references]
+        tokenizer = tokenizer_for(text for row in references for text in row)
+        corpus = BLEU(tokenize=tokenizer)
         # sacrebleu wants a list per reference number, with None where a row has fewer.
         score = corpus.corpus_score(predictions, [list(stream) for stream in zip_longest(*references)])
-        sentence, statistics = BLEU(effective_order=True), np.empty((len(predictions), 10))
+        sentence, statistics = BLEU(effective_order=True, tokenize=tokenizer), np.empty((len(predictions), 10))
         for row, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
             found = sentence.sentence_score(prediction, texts)
             statistics[row] = [found.sys_len, found.ref_len, *found.counts, *found.totals]

@@ -20,6 +20,14 @@ TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # Scripts written without spaces count by character, the others by runs of letters with their marks, and digits.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}&&\p{L}]"
 WORD = regex.compile(rf"(?V1){UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{Nd}}]--{UNSPACED}]+")
+STOP = regex.compile(r"([。！？｡।॥؟۔።།။។])(?![」』”’）)»\"])[^\S\n]*(?=\S)")  # a quotation goes on: 「猫。」と言う
+UNIT = regex.compile(r"(?:^|[\s(])[QPHX]\. \d$")  # Vietnamese districts and wards: "Q. 1"
+ABBREVIATIONS = (  # Vietnamese, then German to Russian
+    r"T[Pp]|T[XT]|T[Hh][Ss]|Th\.S|P?GS|(?:P?GS\.)?TS|[BKLC]S|CN|N[Xx][Bb]|tr|vd|VD|"
+    r"z\.B|u\.a|d\.h|bzw|ca|Nr|Z|Bd|Hrsg|Mme|Mlle|MM|Dra|Sra|Srta|Uds?|Sig|Dott|г|ул|им|стр|см|т\.е"
+)
+ENUMERATION = r"(?:^|\n)\s*\(?(?:\d{1,3}|\p{L}|[ivxIVX]{1,4})[.)]$"
+OPEN = regex.compile(rf"{ENUMERATION}|(?:^|[\s(])(?:{ABBREVIATIONS})\.$")
 INPUTS = """
 Args:
     predictions: (rows,) summaries.
@@ -49,9 +57,18 @@ class WordTokenizer(tokenizers.Tokenizer):
 
 
 def split_sentences(text: str) -> str:
-    """One sentence a line, as ROUGE-Lsum reads it; line breaks in the text stay ends of sentences."""
-    sentences = punkt.sent_tokenize(text.strip())
-    return regex.sub(r"(?<=[。！？।])\s*", "\n", "\n".join(sentences))  # punkt's English rules do not know these
+    """One sentence a line, as ROUGE-Lsum reads it; line breaks in the text stay ends of sentences.
+
+    Punkt's rules are English: the full stops of other scripts are added, and what it takes for an end is none after an
+    enumeration ("1.") or an abbreviation of another language ("TP. Hồ Chí Minh").
+    """
+    joined: list[str] = []
+    for sentence in punkt.sent_tokenize(text.strip()):
+        if joined and (OPEN.search(joined[-1]) or UNIT.search(f"{joined[-1]} {sentence[:1]}")):
+            joined[-1] += f" {sentence}"
+        else:
+            joined.append(sentence)
+    return STOP.sub(r"\1\n", "\n".join(joined))
 
 
 class Rouge(evaluate.Metric):

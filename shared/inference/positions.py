@@ -1,0 +1,22 @@
+"""How many tokens an encoder reads. Called by tasks that take one, and by model.py."""
+
+import torch
+
+
+def longest_input(config, tokenizer) -> int | None:
+    """Most tokens of one input, special tokens included; None where neither configuration nor tokenizer sets a limit.
+
+    RoBERTa and its kin (XLM-R, CamemBERT, MPNet, ...) number positions from the one after padding: of 514 they read 512. The
+    architecture tells, not a list of names: their table of positions has a row for padding.
+    """
+    from transformers import AutoModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        with torch.device("meta"):  # shapes only: no memory, no weights
+            model = AutoModel.from_config(config)
+        for name, module in model.named_modules():
+            if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min((limit for limit in limits if limit and limit < 1e9), default=None)

@@ -1,0 +1,74 @@
+"""What a configuration says of its own data set does not hold for another; every configuration of every task."""
+
+from dataclasses import fields
+
+import pytest
+import yaml
+from checkout import ROOT, train_script
+
+from shared.training.arguments import RunArguments, parse
+
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tasks/*/configs/*.yaml"))
+TRAINING = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
+CHAT = "trl.trainer.sft_config:SFTConfig"
+MADE_FOR_THE_DATA = {"columns", "dataset_config", "label_until", "min_label_rows"}
+
+
+def parsed(config: str, *argv: str) -> tuple[dict, list[str]]:
+    """What each option is with this configuration, and what was set aside."""
+    task = config.split("/")[1]
+    script, _, run_args = parse(
+        train_script(task).ScriptArguments,
+        CHAT if task == "chat_sft" else TRAINING,
+        [f"--config={ROOT / config}", "--fp16=false", *argv],
+    )
+    both = {f.name: getattr(args, f.name) for args in (script, run_args) for f in fields(args)}
+    return both, run_args.set_aside
+
+
+def defaults(config: str) -> dict:
+    classes = (train_script(config.split("/")[1]).ScriptArguments, RunArguments)
+    made = [cls() for cls in classes]
+    return {f.name: getattr(args, f.name) for args in made for f in fields(args)}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_describes_the_data_set_of_a_configuration_does_not_hold_for_another(config):
+    entries, plain = yaml.safe_load((ROOT / config).read_text()), defaults(config)
+    theirs = MADE_FOR_THE_DATA & entries.keys()
+    own, nothing = parsed(config)
+    assert nothing == [] and all(own[name] != plain[name] for name in theirs)
+    same, nothing = parsed(config, f"--dataset={entries['dataset']}")
+    assert nothing == [] and all(same[name] == own[name] for name in theirs)
+    other, said = parsed(config, "--dataset", "./mine.csv")
+    assert all(other[name] == plain[name] for name in theirs), theirs
+    assert len(said) == len(theirs) and all(entries["dataset"] in line and config in line for line in said)
+    kept = entries.keys() & plain.keys() - MADE_FOR_THE_DATA - {"dataset"}
+    assert kept and all(other[name] == own[name] for name in kept)
+    assert not theirs & other["resolved"].keys() and other["resolved"]["dataset"] == "./mine.csv"
+
+
+def test_there_is_such_a_configuration():
+    entries = yaml.safe_load((ROOT / "tasks/classify_bert/configs/laptop.yaml").read_text())
+    assert {"columns", "label_until", "min_label_rows"} <= entries.keys()
+
+
+def test_the_command_line_may_say_it_again():
+    argv = ["--dataset=./mine.csv", "--columns", "text=body", "--label_until=|"]
+    found, said = parsed("tasks/classify_bert/configs/laptop.yaml", *argv)
+    assert found["columns"] == ["text=body"] and found["label_until"] == "|"
+    assert len(said) == 1 and said[0].startswith("min_label_rows 20 goes with dataset docs:summaries: not used (")
+
+
+def test_another_model_brings_its_own_tokenizer():
+    found, said = parsed("tasks/pretrain_gpt2/configs/t4.yaml", "--model_name_or_path=./mine", "--output_dir=x")
+    assert found["tokenizer"] is None
+    assert said[0].startswith("tokenizer openai-community/gpt2 goes with model_name_or_path (none)")
+
+
+def test_what_belongs_to_something_is_an_option():
+    for path in sorted(ROOT.glob("tasks/*/train.py")):
+        script = train_script(path.parent.name).ScriptArguments
+        names = {f.name for cls in (script, RunArguments) for f in fields(cls)}
+        belongs = getattr(script, "BELONGS_TO", {}) | RunArguments.BELONGS_TO
+        assert belongs.keys() <= names and set(belongs.values()) <= names
