@@ -79,6 +79,10 @@ class PlainText:
         """
         return self._encode(text)
 
+    def split(self, text: str) -> int:
+        """Number of tokens of a text of any length."""
+        return len(self._ids(text, False))
+
     def _encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         size, tokens = CHARACTERS * self._most, 0
         if len(text) > size:  # read part by part first, so that a megabyte takes no longer than what fits
