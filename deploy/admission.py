@@ -1,34 +1,40 @@
 """Who is admitted, how much at once, and what a refusal looks like. Called by api.py."""
 
 import asyncio
+import base64
 import functools
 import hmac
 import ipaddress
 import json
 import logging
 import os
+import re
 import time
 import traceback
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields
-from urllib.parse import urlsplit
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 
-from deploy.inference import TooLong
+from deploy.encoding import TooLong
+from deploy.schemas import SURROGATES, NotJSON, one_line
 from shared import UserError
 
 log = logging.getLogger("uvicorn.error")
 HEALTH = ("/livez", "/readyz")
-WORK = ("/v1/chat/completions", "/v1/completions", "/summarize", "/answer", "/fill-mask")
+WORK = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/summarize", "/answer", "/fill-mask", "/classify")
+DOCS = ("/docs", "/redoc", "/openapi.json")  # a browser opens them, and asks for the key as a password
+HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]+)?")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Body in bytes; requests admitted at once, of which `running` compute; seconds a request may take; seconds for SIGTERM."""
+    """Body in bytes, and seconds in which it has to come; requests admitted at once, of which `running` compute; seconds a
+    request may take; seconds for SIGTERM."""
 
     body: int = 1_000_000
+    body_seconds: float = 5
     admitted: int = 32
     running: int = 2
     queue_seconds: float = 30
@@ -57,7 +63,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, retry_after: int | None = None):
         super().__init__(message)
-        self.status, self.retry_after = status, retry_after
+        self.status, self.retry_after, self.scheme = status, retry_after, "Bearer"
 
 
 class ClientGone(Exception):
@@ -97,16 +103,15 @@ def explain(error: Exception) -> tuple[int, dict]:
         status = error.status
     elif isinstance(error, TooLong):
         status, code = 400, "context_length_exceeded"
-    elif isinstance(error, UserError):
+    elif isinstance(error, UserError | NotJSON):
         status = 400
-    elif isinstance(error, RequestValidationError):
+    elif isinstance(error, ValidationError):
         status = 422
-        # the value is left out: it may be as long as the body
-        message = "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()[:5])
+        message = one_line(error.errors(include_url=False, include_input=False, include_context=False))
     else:  # starlette's: no such route, wrong method
         status, message = error.status_code, str(error.detail)
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return status, {"error": {"message": message.translate(SURROGATES), "type": kind, "param": None, "code": code}}
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -116,12 +121,15 @@ def error_response(error: Exception) -> JSONResponse:
     if getattr(error, "retry_after", None):
         headers["Retry-After"] = str(error.retry_after)
     if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+        headers["WWW-Authenticate"] = error.scheme
+    if status in (408, 413):  # the rest of the body is not read
+        headers["Connection"] = "close"
     return JSONResponse(content, status, headers)
 
 
 class AdmissionMiddleware:
-    """Outermost: the key, admission, the deadline of a request and how it ended. Full is said before anything is parsed."""
+    """Outermost: the key, the body, admission, the deadline of a request and how it ended. Full is said before anything is
+    parsed, and a request takes no slot before its body is here."""
 
     def __init__(self, app, service, key: str | None):
         self.app, self.service, self.key = app, service, key
@@ -131,11 +139,18 @@ class AdmissionMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        service, refused = self.service, self._refuses(scope, dict(scope["headers"]))
+        service, refused = self.service, self._refuses(scope, scope["headers"])
         answer = error_response(refused) if refused else self.app
         if not refused and scope["method"] == "POST" and scope["path"] in WORK:
-            if service.admitted < service.limits.admitted:
-                return await self._admitted(scope, receive, send)
+            try:
+                full = service.admitted >= service.limits.admitted
+                body = None if full else await self._body(scope["headers"], receive)
+                if not full and service.admitted < service.limits.admitted:  # others may have come in between
+                    return await self._admitted(scope, replayed(body, receive), send)
+            except ClientGone:
+                return
+            except Refused as error:
+                return await error_response(error)(scope, receive, send)
             service.refused.labels(scope["path"]).inc()
             answer = self.full
         if answer is not self.app:
@@ -143,6 +158,33 @@ class AdmissionMiddleware:
                 async with asyncio.timeout(1):  # cheaper than wait_for, which makes a task
                     await read_away(receive, service.limits.body)
         await answer(scope, receive, send)
+
+    async def _body(self, headers, receive) -> bytes:
+        """All of a body. Raises Refused: too large, too slow, or too much is on its way at once; ClientGone."""
+        limits, service, parts, size = self.service.limits, self.service, [], 0
+        too_large = Refused(413, f"the body has more than {limits.body:,} bytes.")
+        announced = dict(headers).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > limits.body:
+            raise too_large
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message.get("body", b"")
+                    parts.append(part)
+                    size, service.arriving = size + len(part), service.arriving + len(part)
+                    if size > limits.body:
+                        raise too_large
+                    if service.arriving > limits.admitted * limits.body:
+                        raise Refused(503, "too many bodies are on their way.", 2)
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {limits.body_seconds:g} s.") from None
+        finally:
+            service.arriving -= size
 
     async def _admitted(self, scope, receive, send):
         service, route, status, complete = self.service, scope["path"], None, False
@@ -192,16 +234,33 @@ class AdmissionMiddleware:
         if scope["path"] in HEALTH or scope["method"] == "OPTIONS":  # a browser's preflight carries no key
             return None
         if self.key:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self.key.encode()):
-                return Refused(401, "a key is needed: Authorization: Bearer <TASKBOOK_API_KEY>.")
+            scheme, _, given = dict(headers).get(b"authorization", b"").partition(b" ")
+            given = given.strip()
+            browser = scope["path"] in DOCS and scope["method"] == "GET"  # nowhere else: a browser sends it unasked
+            if browser and scheme.lower() == b"basic":
+                with suppress(ValueError):
+                    scheme, given = b"bearer", base64.b64decode(given, validate=True).partition(b":")[2]
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self.key.encode()):
+                refused = Refused(401, "a key is needed: Authorization: Bearer <TASKBOOK_API_KEY>.")
+                if browser:
+                    refused.scheme = 'Basic realm="any name, and TASKBOOK_API_KEY as the password"'
+                return refused
             return None
         server = (scope.get("server") or ("",))[0]
-        with suppress(ValueError):  # no address at all in `Host`
-            host = urlsplit("//" + headers.get(b"host", b"").decode("latin1")).hostname or ""
-            if is_loopback(host) and is_loopback(server):
-                return None
+        hosts = [HOST.fullmatch(value.decode("latin1")) for name, value in headers if name == b"host"]
+        if len(hosts) == 1 and hosts[0] and is_loopback(hosts[0][1].strip("[]")) and is_loopback(server):
+            return None
         return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
+
+
+def replayed(body: bytes, receive):
+    """As `receive`, for an application that has yet to read the body."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again():
+        return messages.pop() if messages else await receive()
+
+    return again
 
 
 def is_not_503(record: logging.LogRecord) -> bool:
@@ -230,8 +289,9 @@ def is_loopback(host: str) -> bool:
 
 
 ERRORS = {
-    400: "too long for the model, or not what this model does",
+    400: "no JSON, too long for the model, or not what this model does",
     404: "no such model",
+    408: "the body did not come in time",
     413: "body too large",
     422: "a value that is not allowed",
     503: "full, or stopping; Retry-After says when to come back",

@@ -1,7 +1,7 @@
-"""Serves models over HTTP: OpenAI's chat and completions, and /summarize, /answer, /fill-mask.
+"""Serves models over HTTP: OpenAI's chat, completions and embeddings; /summarize, /answer, /fill-mask, /classify.
 
     python -m deploy.api --model outputs/chat_sft --model pypi:smollm2-135m-instruct
-    uvicorn deploy.api:app                    # the same with TASKBOOK_MODELS="outputs/chat_sft pypi:..."
+    uvicorn deploy.api:app --http h11         # the same with TASKBOOK_MODELS="outputs/chat_sft pypi:..."
 
 Environment: TASKBOOK_API_KEY (asked on every route but health; needed to listen beyond this machine), TASKBOOK_MODELS,
 TASKBOOK_ORIGINS (web pages that may call it, none by default), and the fields of `Limits` as TASKBOOK_LIMIT_QUEUED and so on.
@@ -10,6 +10,7 @@ Neither prompts nor keys are logged.
 
 import argparse
 import asyncio
+import base64
 import gc
 import logging
 import os
@@ -18,16 +19,15 @@ import sys
 import time
 import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
-from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from deploy.admission import (
     ERRORS,
@@ -41,8 +41,20 @@ from deploy.admission import (
     is_not_503,
     log,
 )
-from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Usage, Workers
-from deploy.schemas import AnswerBody, ChatBody, CompletionBody, FillBody, SamplingBody, SummarizeBody
+from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Usage, Workers, model_id
+from deploy.schemas import (
+    AnswerBody,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    EmbeddingsBody,
+    FillBody,
+    NotJSON,
+    SamplingBody,
+    SummarizeBody,
+    openapi_schemas,
+    parse,
+)
 from shared import UserError
 
 
@@ -57,6 +69,7 @@ class Service:
         self.ready = self.draining = False
         self.error: UserError | None = None
         self.admitted, self.deadlines, self.turn = 0, set(), asyncio.Lock()
+        self.arriving = 0  # bytes of bodies that are not here yet
         self.registry = CollectorRegistry()
         counter = {"registry": self.registry, "labelnames": ("route",)}
         self.accepted = Counter("taskbook_accepted", "Requests admitted", **counter)
@@ -136,11 +149,6 @@ async def _first(queue: asyncio.Queue, seconds: float, otherwise: str):
     return event
 
 
-def model_id(name: str) -> str:
-    """What clients call a model: the last part of a folder's name, other names as they are."""
-    return Path(name).name if Path(name).expanduser().is_dir() else name
-
-
 def create_app(
     names: list[str], limits: Limits | None = None, key: str | None = None, origins: tuple[str, ...] = ()
 ) -> FastAPI:
@@ -179,13 +187,36 @@ def create_app(
         yield
         loading.cancel()
 
-    app = FastAPI(title="LM Taskbook", lifespan=lifespan)
+    # The middleware looks at keys; this tells /docs that there is one
+    app = FastAPI(title="LM Taskbook", lifespan=lifespan, dependencies=[Depends(HTTPBearer(auto_error=False))])
     app.state.service = service
     errors = {status: {"description": text} for status, text in ERRORS.items()}
 
+    def describe():
+        if app.openapi_schema is None:
+            FastAPI.openapi(app)["components"].setdefault("schemas", {}).update(openapi_schemas())
+        return app.openapi_schema
+
+    app.openapi = describe
+
+    def post(path: str, schema):
+        """A route whose function gets the request and its body, read in a thread and within bounds; see `schemas.parse`."""
+
+        def decorated(function):
+            async def route(request: Request):
+                return await function(request, await asyncio.to_thread(parse, schema, await request.body()))
+
+            route.__name__, route.__doc__ = function.__name__, function.__doc__
+            reference = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}
+            content = {"requestBody": {"content": {"application/json": reference}, "required": True}}
+            return app.post(path, responses=errors, openapi_extra=content)(route)
+
+        return decorated
+
     @app.exception_handler(UserError)
     @app.exception_handler(Refused)
-    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(NotJSON)
+    @app.exception_handler(ValidationError)
     @app.exception_handler(HTTPException)
     async def failed(request, error):
         return error_response(error)
@@ -195,9 +226,9 @@ def create_app(
             result = event
         return result
 
-    async def text(request: Request, body: SamplingBody, submit, kind: str):
-        """Both of OpenAI's routes; `kind` is the object's name in its answers."""
-        chat = kind == "chat.completion"
+    async def text(request: Request, body: SamplingBody, submit, kind: str, prompts: int = 1):
+        """Both of OpenAI's routes for text; `kind` is the object's name in its answers."""
+        count, chat = prompts * body.n, kind == "chat.completion"
         name = body.model or next(iter(service.engines))
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -206,7 +237,7 @@ def create_app(
         }
         if body.stream:
             return EventStream(streamed(request, body, submit, head, chat))
-        texts, reasons = [""] * body.n, [None] * body.n
+        texts, reasons = [""] * count, [None] * count
         async for event in service.events(request, submit):
             if isinstance(event, Chunk):
                 texts[event.row] += event.text
@@ -228,63 +259,83 @@ def create_app(
             content = {"delta": delta | ({"content": text} if text else {})} if chat else {"text": text}
             return head | {"choices": [{"index": row, **content, "logprobs": None, "finish_reason": reason}]}
 
-        fresh = set(range(body.n))
+        begun = set()
         async with aclosing(service.events(request, submit)) as events:
             async for event in events:
                 if isinstance(event, Chunk):
-                    role = {"role": "assistant"} if chat and event.row in fresh else {}
-                    fresh.discard(event.row)
+                    role = {"role": "assistant"} if chat and event.row not in begun else {}
+                    begun.add(event.row)
                     yield chunk(event.row, event.text, event.reason, **role)
-                elif (body.stream_options or {}).get("include_usage"):
+                elif body.stream_options and body.stream_options.include_usage:
                     yield head | {"choices": [], "usage": as_usage(event)}
 
-    @app.post("/v1/chat/completions", responses=errors)
+    @post("/v1/chat/completions", ChatBody)
     async def chat_completions(request: Request, body: ChatBody):
         """A reply to a conversation."""
-        messages = [
-            {"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(p.text for p in m.content)}
-            for m in body.messages
-        ]
+        messages = [message.turn() for message in body.messages]
         model = service.engine(body.model)
         return await text(request, body, lambda emit: model.chat(messages, body.sampling(), emit), "chat.completion")
 
-    @app.post("/v1/completions", responses=errors)
+    @post("/v1/completions", CompletionBody)
     async def completions(request: Request, body: CompletionBody):
         """The continuation of a text."""
-        model = service.engine(body.model)
-        return await text(
-            request, body, lambda emit: model.complete(body.prompt, body.sampling(), emit), "text_completion"
-        )
+        model, prompts = service.engine(body.model), body.prompts()
+
+        def submit(emit):
+            return model.complete(prompts, body.sampling(), emit)
+
+        return await text(request, body, submit, "text_completion", len(prompts))
+
+    @post("/v1/embeddings", EmbeddingsBody)
+    async def embeddings(request: Request, body: EmbeddingsBody):
+        """A vector of length 1 for each text: the mean of its tokens' last hidden states."""
+        model, texts = service.engine(body.model), [body.input] if isinstance(body.input, str) else body.input
+        found = await one(request, lambda emit: model.embed(texts, emit))
+        vectors = [
+            base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
+            for vector in found["vectors"].astype("<f4")
+        ]
+        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": found["tokens"], "total_tokens": found["tokens"]}
+        return {"object": "list", "data": data, "model": model.name, "usage": usage}
+
+    def described(name: str, engine: Engine) -> dict:
+        about = {"id": name, "object": "model", "created": 0, "owned_by": "taskbook", "task": engine.task}
+        return about | {"artifact": engine.artifact, "context": engine.context}
 
     @app.get("/v1/models")
     async def models():
         """Which models answer here, and what each is for."""
-        return {
-            "object": "list",
-            "data": [
-                {"id": name, "object": "model", "created": 0, "owned_by": "taskbook", "task": each.task}
-                | {"artifact": each.artifact, "context": each.context}
-                for name, each in service.engines.items()
-            ],
-        }
+        return {"object": "list", "data": [described(name, each) for name, each in service.engines.items()]}
 
-    @app.post("/summarize", responses=errors)
+    @app.get("/v1/models/{name:path}", responses={404: {"description": ERRORS[404]}})
+    async def model(name: str):
+        """What one of them is for."""
+        return described(name, service.engine(name))
+
+    @post("/summarize", SummarizeBody)
     async def summarize(request: Request, body: SummarizeBody):
         """A summary: `summary`."""
         model = service.engine(body.model)
         return await one(request, lambda emit: model.summarize(body.text, body.max_tokens, emit))
 
-    @app.post("/answer", responses=errors)
+    @post("/answer", AnswerBody)
     async def answer(request: Request, body: AnswerBody):
         """Where the answer stands: `answer` ("" if the text has none), `start`, `end`, `score`."""
         model = service.engine(body.model)
         return await one(request, lambda emit: model.answer(body.question, body.context, emit))
 
-    @app.post("/fill-mask", responses=errors)
+    @post("/fill-mask", FillBody)
     async def fill_mask(request: Request, body: FillBody):
         """The likeliest words for the blank."""
         model = service.engine(body.model)
         return {"words": await one(request, lambda emit: model.fill(body.text, body.top_k, emit))}
+
+    @post("/classify", ClassifyBody)
+    async def classify(request: Request, body: ClassifyBody):
+        """The labels of a text, the likeliest first: `labels`."""
+        model = service.engine(body.model)
+        return {"labels": await one(request, lambda emit: model.classify(body.text, body.top_k, emit))}
 
     @app.get("/livez")
     async def livez():
@@ -305,7 +356,6 @@ def create_app(
 
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=limits.body)
     app.add_middleware(AdmissionMiddleware, service=service, key=key)
     return app
 
@@ -344,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with suppress(KeyboardInterrupt):
-        uvicorn.run(app, host=options.host, port=options.port)
+        uvicorn.run(app, host=options.host, port=options.port, http="h11")  # it bounds the headers; httptools does not
     return 2 if app.state.service.error else 0
 
 

@@ -1,4 +1,4 @@
-"""A page to try models on: chat, summaries, answers in a text, missing words. In English and Vietnamese.
+"""A page to try models on: chat, summaries, answers in a text, missing words, labels. In English and Vietnamese.
 
     python -m streamlit run deploy/app.py                        # or: make chat
     TASKBOOK_MODELS="pypi:smollm2-135m-instruct" python -m streamlit run deploy/app.py      # only these can be chosen
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import streamlit as st
 
+from deploy.admission import is_loopback
 from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Sampling, Workers, stream
 from deploy.texts import EXAMPLE, PAGES, TEXTS, TRAINED_BY
 from shared import UserError
+from shared.publish.redact import without_paths
 
 log = logging.getLogger("deploy")
 
@@ -54,6 +56,23 @@ def load(name: str, changed: float) -> Engine:
     return Engine(name, workers=workers())
 
 
+def refuse_foreign_folder(name: str) -> None:
+    """A typed name is a run in outputs/, a model of the Hub or a packaged one: no visitor opens another folder of the server.
+
+    Raises:
+        UserError: a folder, or what may be one, that is not offered.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    inside = path.is_relative_to(Path("outputs").absolute())
+    if (path.exists() or name.startswith((".", "/", "~"))) and not inside and name not in names_for(None):
+        raise UserError("a folder outside outputs/ is opened only if the page was started with it: TASKBOOK_MODELS.")
+
+
+def is_exposed() -> bool:
+    """Whether other machines reach this page, so that anybody may choose what is loaded here."""
+    return not os.environ.get("TASKBOOK_MODELS") and not is_loopback(st.get_option("server.address") or "")
+
+
 def engine_of(name: str) -> Engine:
     """The model of that name. Raises UserError."""
     files = (*Path(name).glob("*.safetensors"), Path(name) / "export.json") if Path(name).is_dir() else ()
@@ -77,6 +96,7 @@ def task_of(folder: Path) -> str | None:
     ends = {
         "ForQuestionAnswering": "question-answering",
         "ForMaskedLM": "fill-mask",
+        "ForSequenceClassification": "text-classification",
         "ForConditionalGeneration": "summarization",
         "LMHeadModel": "text-generation",
         "ForCausalLM": "text-generation",
@@ -320,6 +340,18 @@ def fill_page(engine: Engine) -> None:
                 st.progress(word["score"], f"**{literally(word['token_str'].strip())}**  {word['score']:.1%}")
 
 
+def classify_page(engine: Engine) -> None:
+    """The labels of a text, the likeliest first."""
+    text = st.text_area(t("text"), EXAMPLE, height=150)
+    if st.button(t("sort"), type="primary", icon=":material/category:") and text.strip():
+        with closing(stream(lambda emit: engine.classify(text, 5, emit))) as results, st.spinner(""):
+            labels = next(results)
+        with st.container(border=True):
+            for each in labels:
+                share = min(max(each["score"], 0.0), 1.0)  # of a regression the score is no share
+                st.progress(share, f"**{literally(str(each['label']))}**  {each['score']:.1%}")
+
+
 def model_page(engine: Engine) -> None:
     """What the folder of a model tells: facts, metrics, loss, forms, card."""
     folder = engine.folder
@@ -389,13 +421,18 @@ def main() -> None:
     st.query_params["page"] = page
     with st.sidebar:
         name = choose_model(page)
+    if is_exposed():
+        log.error("%s", t("exposed"))
+        return st.error(literally(t("exposed")), icon=":material/error:")
     if not name:
         return st.info(t("no_model", TRAINED_BY.get(PAGES[page][0], "chat_sft")), icon=":material/info:")
-    pages = {"chat": chat_page, "summarize": summarize_page, "ask": ask_page, "fill": fill_page, "model": model_page}
+    pages = {"chat": chat_page, "summarize": summarize_page, "ask": ask_page, "fill": fill_page}
+    pages |= {"classify": classify_page, "model": model_page}
     try:
+        refuse_foreign_folder(name)
         pages[page](engine_of(name))
     except UserError as error:
-        st.error(literally(str(error)), icon=":material/error:")
+        st.error(literally(without_paths(str(error))), icon=":material/error:")
     except Exception as error:  # its place is logged, not its text, which may quote what somebody typed
         log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
         st.error(t("failed"), icon=":material/error:")

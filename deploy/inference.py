@@ -1,4 +1,4 @@
-"""A model that is loaded once and serves many: text, answers, summaries, masked words. Used by api.py and app.py.
+"""A model that is loaded once and serves many: text, answers, summaries, words, labels, vectors. Used by api.py and app.py.
 
     engine = Engine("outputs/chat_sft")
     for piece in stream(lambda emit: engine.chat([{"role": "user", "content": "Hi"}], Sampling(), emit)):
@@ -16,22 +16,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import SimpleQueue
 
 from tokenizers.decoders import DecodeStream
 
-from deploy.encoding import PlainText
+from deploy.encoding import Deadline, PlainText, TooLong
 from shared import UserError
-from shared.inference.model import GOLDEN, load
+from shared.inference.golden import GOLDEN
+from shared.inference.model import load
+from shared.inference.sampling import Cancelled
 from shared.publish.hub import pull
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
+ENCODING_SECONDS = 10  # for a text; the longest that fits takes about one
 MASK = re.compile(r"\[MASK\]|<mask>|_{3,}")
-
-
-class TooLong(UserError):
-    """The text does not fit into what the model reads; nothing is cut."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,14 @@ class Workers:
                     job.emit(None)
                 if jobs:
                     jobs[0].run(jobs)
+            except Cancelled:
+                pass
             except Exception as error:  # the thread lives on; who asked hears of it
                 for job in jobs:
                     job.emit(error)
+            except BaseException as error:  # native code that fails raises what is no Exception
+                for job in jobs:
+                    job.emit(UserError(f"the model fails on this text ({type(error).__name__})."))
 
 
 class Reply:
@@ -162,31 +167,36 @@ class Engine:
     """One model by name.
 
     Attributes:
-        name, folder, task, artifact, context: what it is; `task` as on the Hub, `context` in tokens.
+        name, folder, task, artifact, context: what it is; `name` without its folders, `task` as on the Hub, `context` in tokens.
 
     Raises:
         UserError: no such model, unsafe, or its output is no longer what it was when it was exported.
     """
 
     def __init__(self, name: str, artifact: str | None = None, workers: Workers | None = None):
-        self.name, self.folder, self.workers = name, pull(name), workers or Workers()
+        self.name, self.folder, self.workers = model_id(name), pull(name), workers or Workers()
         self.model = load(self.folder, artifact)
         if (self.model.folder / GOLDEN).is_file():
             self.model.verify()
         self.task, self.artifact, self.context = self.model.task, self.model.artifact, self.model.context
         self._written = self.model.tokenizer
-        self._text = PlainText(self.model.tokenizer)
+        self._deadline = Deadline(ENCODING_SECONDS)
+        self._text = PlainText(self.model.tokenizer, self.context)
         self.model.tokenizer = self._text.tokenizer
         self.warm_up()
 
     def warm_up(self) -> None:
         """One forward, so that the first user does not wait for it."""
         if self.task == "text-generation":
-            self.model.generate([self._text.encode("a") or [0]], max_new_tokens=1)
+            self.model.generate([self._encode("a") or [0]], max_new_tokens=1)
         elif self.task == "fill-mask":
             self.model.fill(self._text.tokenizer.mask_token)
         elif self.task == "question-answering":
             self.model.answer("Who?", "She.")
+        elif self.task == "text-classification":
+            self.model.classify(["A text."])
+        elif self.task == "feature-extraction":
+            self.model.embed(["A text."])
         else:
             self.model.summarize(["A text."], max_new_tokens=1)
 
@@ -198,36 +208,42 @@ class Engine:
     def chat(self, messages: list[dict], sampling: Sampling, emit: Callable) -> Job:
         """Replies to a conversation. Messages have `role` and `content`. Emits `Chunk`s, then `Usage`."""
         self._needs("text-generation")
-        return self._submit(self._text.encode_chat(messages), sampling, emit)
+        return self._submit([self._deadline.run(self._text.encode_chat, messages)], sampling, emit)
 
-    def complete(self, prompt: str, sampling: Sampling, emit: Callable) -> Job:
-        """Continues a text. Emits `Chunk`s, then `Usage`."""
+    def complete(self, prompts: str | list[str | list[int]], sampling: Sampling, emit: Callable) -> Job:
+        """Continues a text, or several, which may be token ids. Emits `Chunk`s, whose rows count through, then `Usage`."""
         self._needs("text-generation")
-        return self._submit(self._text.encode(prompt) or [self._written.bos_token_id or 0], sampling, emit)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        return self._submit([row or [self._written.bos_token_id or 0] for row in ids], sampling, emit)
 
     def answer(self, question: str, context: str, emit: Callable) -> Job:
         """Finds the answer in a text. Emits the dict of `Model.answer`, with `confidence` that there is one."""
         self._needs("question-answering")
+        self._encode(question)
+        self._deadline.run(self._text.split, context)  # only that it can be encoded: it is read in windows
 
         def run(jobs):
-            found = self.model.answer(*(list(texts) for texts in zip(*(job.item for job in jobs), strict=True)))
+            questions, contexts = (list(texts) for texts in zip(*(job.item for job in jobs), strict=True))
+            found = self.model.answer(questions, contexts, cancelled=all_cancelled(jobs))
             for job, answer in zip(jobs, found, strict=True):
                 none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
                 job.emit(answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))})
 
-        return self.workers.submit(Job(run, emit, (self.name, "answer"), (question, context)))
+        return self.workers.submit(Job(run, emit, (id(self), "answer"), (question, context)))
 
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
         self._needs("summarization")
-        self._fits(len(self._text.encode(self.model.summary_prefix + text)))
+        self._fits(len(self._encode(self.model.summary_prefix + text)))
 
         def run(jobs):
             texts = [job.item[0] for job in jobs]
-            for job, summary in zip(jobs, self.model.summarize(texts, max_new_tokens=max_tokens), strict=True):
+            found = self.model.summarize(texts, max_new_tokens=max_tokens, cancelled=all_cancelled(jobs))
+            for job, summary in zip(jobs, found, strict=True):
                 job.emit({"summary": summary})
 
-        return self.workers.submit(Job(run, emit, (self.name, "summarize", max_tokens), (text,)))
+        return self.workers.submit(Job(run, emit, (id(self), "summarize", max_tokens), (text,)))
 
     def fill(self, text: str, top_k: int, emit: Callable) -> Job:
         """Fills one blank, written `[MASK]`, `<mask>` or `___`. Emits the likeliest words with their probability, a list.
@@ -238,32 +254,72 @@ class Engine:
         if len(MASK.findall(text)) != 1:
             raise UserError("write [MASK] in the text once, where a word is missing.")
         masked = MASK.sub(self._text.tokenizer.mask_token, text)
-        self._fits(len(self._text.encode(masked)))
+        self._fits(len(self._encode(masked)))
 
         def run(jobs):
             for job, words in zip(jobs, self.model.fill([job.item[0] for job in jobs], top_k), strict=True):
                 job.emit(words)
 
-        return self.workers.submit(Job(run, emit, (self.name, "fill", top_k), (masked,)))
+        return self.workers.submit(Job(run, emit, (id(self), "fill", top_k), (masked,)))
 
-    def _needs(self, task: str) -> None:
-        if self.task != task:
-            raise UserError(f"{self.name} is a model for {self.task}, not for {task}.")
+    def classify(self, text: str, top_k: int, emit: Callable) -> Job:
+        """Emits a list of `label` and `score`, the likeliest first. Texts that wait together are sorted together."""
+        self._needs("text-classification")
+        self._fits(len(self._encode(text)))
+
+        def run(jobs):
+            found = self.model.classify([job.item[0] for job in jobs], cancelled=all_cancelled(jobs))
+            for job, labels in zip(jobs, found, strict=True):
+                job.emit(labels[: job.item[1]])
+
+        return self.workers.submit(Job(run, emit, (id(self), "classify"), (text, top_k)))
+
+    def embed(self, texts: list[str], emit: Callable) -> Job:
+        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read."""
+        self._needs("feature-extraction", "fill-mask")
+        lengths = [len(self._encode(text)) for text in texts]
+        self._fits(max(lengths))
+
+        def run(jobs):
+            vectors = self.model.embed(list(jobs[0].item), cancelled=all_cancelled(jobs))
+            jobs[0].emit({"vectors": vectors, "tokens": sum(lengths)})
+
+        return self.workers.submit(Job(run, emit, item=tuple(texts)))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._deadline.run(self._text.encode, text)
+
+    def _needs(self, *tasks: str) -> None:
+        if self.task not in tasks:
+            raise UserError(f"{self.name} is a model for {self.task}, not for {' or '.join(tasks)}.")
 
     def _fits(self, tokens: int, wanted: int = 0) -> None:
         if tokens + wanted > self.context:
             more = f" and {wanted:,} more are wanted" if wanted else ""
             raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
 
-    def _submit(self, ids: list[int], sampling: Sampling, emit: Callable) -> Job:
-        self._fits(len(ids), sampling.max_tokens or 1)
-        job = Job(lambda jobs: self._generate(ids, sampling, job), emit)
+    def _submit(self, prompts: list[list[int]], sampling: Sampling, emit: Callable) -> Job:
+        known = self.model.config.get_text_config().vocab_size
+        for ids in prompts:
+            self._fits(len(ids), sampling.max_tokens or 1)
+            if max(ids) >= known:
+                raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
+
+        def run(jobs):
+            began, written = time.perf_counter(), 0
+            for i, ids in enumerate(prompts):
+                written += self._generate(ids, sampling, job, i * sampling.n)
+            if not job.cancelled.is_set():
+                job.emit(Usage(sum(map(len, prompts)), written, time.perf_counter() - began))
+
+        job = Job(run, emit)
         return self.workers.submit(job)
 
-    def _generate(self, ids: list[int], sampling: Sampling, job: Job) -> None:
+    def _generate(self, ids: list[int], sampling: Sampling, job: Job, first: int) -> int:
+        """The replies to one prompt, emitted as rows `first` and on; returns how many tokens were written."""
         most = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids))  # `_submit` looked that it fits
         replies = [Reply(self._written.backend_tokenizer, sampling.stop) for _ in range(sampling.n)]
-        written, began = 0, time.perf_counter()
+        written = 0
 
         def on_token(row: int, token: int) -> None:
             nonlocal written
@@ -273,7 +329,7 @@ class Engine:
             written += 1
             text = reply.add(token)
             if text or reply.reason:
-                job.emit(Chunk(row, text, reply.reason))
+                job.emit(Chunk(first + row, text, reply.reason))
 
         rows = self.model.generate(
             [ids] * sampling.n,
@@ -286,12 +342,22 @@ class Engine:
             cancelled=lambda: job.cancelled.is_set() or all(reply.reason for reply in replies),
         )
         if job.cancelled.is_set():
-            return
+            return written
         for row, (ids_written, reply) in enumerate(zip(rows, replies, strict=True)):
             if not reply.reason:
                 reason = "length" if len(ids_written) >= most else "stop"
-                job.emit(Chunk(row, reply.finish(reason), reason))
-        job.emit(Usage(len(ids), written, time.perf_counter() - began))
+                job.emit(Chunk(first + row, reply.finish(reason), reason))
+        return written
+
+
+def model_id(name: str) -> str:
+    """What clients call a model: the last part of a folder's name, other names as they are."""
+    return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def all_cancelled(jobs: list[Job]) -> Callable[[], bool]:
+    """Tells whether nobody waits for any of them."""
+    return lambda: all(job.cancelled.is_set() for job in jobs)
 
 
 def stream(submit: Callable) -> Iterator:

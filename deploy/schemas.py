@@ -1,62 +1,140 @@
-"""Bodies of requests: what the API accepts, and within which bounds. Called by api.py."""
+"""Bodies of requests: what the API accepts, and within which bounds. Called by api.py.
 
-from typing import Annotated, Literal
+A field that asks for nothing is accepted (null, an empty list of tools); one that would change the reply and is not offered is
+refused by its name.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.json_schema import models_json_schema
 
 from deploy.inference import Sampling
 
+MOST_FIELDS, MOST_OBJECTS = 64, 5000  # of one object, and of all of a body: each may become an error that is built
+SURROGATES = {code: "\ufffd" for code in range(0xD800, 0xE000)}  # halves of a character, which no encoding can write
 
-class Body(BaseModel):
-    """A field that is not known is refused, and so is one that this server would ignore."""
+
+class NotJSON(ValueError):
+    """The body cannot be read; the message says why."""
+
+
+def only(*values):
+    """A field that may be there, with one of these values, which ask for nothing."""
+
+    def check(value):
+        if value not in values:
+            raise ValueError("not offered")
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
+
+
+class Strict(BaseModel):
+    """A field that is not known is refused, and so is one that this server would ignore; null is as good as not sent."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_null(cls, data):
+        """OpenAI's clients send null for what they leave to the server."""
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class Body(Strict):
+    """What every request may say."""
+
     model: str | None = Field(None, max_length=200, description="one of /v1/models; may be left out where there is one")
 
 
-class SamplingBody(Body):
-    """What OpenAI's two routes share, with their defaults where they have one."""
+class StreamOptions(Strict):
+    """Whether the last chunk of a stream tells the usage."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = Field(False, description="changes nothing: chunks are not padded")
+
+
+class Accepted(Body):
+    """What OpenAI's clients send along and what changes no reply."""
+
+    user: str | None = Field(None, max_length=200)
+    safety_identifier: str | None = Field(None, max_length=200)
+    prompt_cache_key: str | None = Field(None, max_length=200)
+    store: bool | None = Field(None, description="nothing is stored")
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = Field(None, max_length=50)
+
+
+class SamplingBody(Accepted):
+    """What OpenAI's two routes for text share, with their defaults where they have one."""
 
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     temperature: float = Field(0.7, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(0.95, gt=0, le=1)
     repetition_penalty: float = Field(1.1, ge=1, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=4)
+    stop: (
+        Annotated[str, Field(max_length=1000)]
+        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(fail_fast=True, max_length=4)]
+        | None
+    ) = None
     n: int = Field(1, ge=1, le=4)
     stream: bool = False
-    stream_options: dict[Literal["include_usage"], bool] | None = None
-    user: str | None = Field(None, max_length=200)
-    logprobs: Literal[False, None] = Field(None, description="not offered")
-    frequency_penalty: Literal[0, None] = Field(None, description="not offered; see repetition_penalty")
-    presence_penalty: Literal[0, None] = Field(None, description="not offered; see repetition_penalty")
+    stream_options: StreamOptions | None = None
+    logprobs: only(False) = None
+    logit_bias: only({}) = None
+    frequency_penalty: only(0) = Field(None, description="see repetition_penalty")
+    presence_penalty: only(0) = Field(None, description="see repetition_penalty")
 
     def sampling(self) -> Sampling:
         """As the engine takes it."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         seed = None if self.seed is None else self.seed % 2**32
+        stop = tuple(text for text in stop if text)
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.repetition_penalty, seed, stop, self.n)
 
 
-class TextPart(BaseModel):
+class TextPart(Strict):
     """One of the parts that OpenAI's clients may send as `content`."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class Message(Strict):
+    """One turn of a conversation. An assistant's reply can be sent back as it came."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: only([]) = None
+    annotations: only([]) = None
+
+    @model_validator(mode="after")
+    def somebody_speaks(self):
+        """Only an assistant may say nothing."""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: needed for the role {self.role}")
+        return self
+
+    def turn(self) -> dict:
+        """As chat templates know it."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatBody(SamplingBody):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    tools: only([]) = None
+    tool_choice: only("none", "auto") = None
+    parallel_tool_calls: bool | None = Field(None, description="there are no tools")
+    response_format: only({"type": "text"}) = None
+    modalities: only(["text"]) = None
 
     @model_validator(mode="after")
     def one_limit(self):
@@ -65,10 +143,31 @@ class ChatBody(SamplingBody):
         return self
 
 
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True, min_length=1)]
+
+
 class CompletionBody(SamplingBody):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
-    prompt: str
+    prompt: str | TokenIds | Annotated[list[str | TokenIds], Field(fail_fast=True, min_length=1, max_length=32)] = (
+        Field(
+            description="a text, token ids of this model, or a list of either; ids are taken as they are, control tokens too"
+        )
+    )
+    best_of: only(1) = None
+    echo: only(False) = None
+    suffix: only("") = None
+
+    def prompts(self) -> list:
+        """Each a text or token ids."""
+        return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+
+
+class EmbeddingsBody(Accepted):
+    """https://platform.openai.com/docs/api-reference/embeddings/create; texts only: ids of another tokenizer would mislead."""
+
+    input: str | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class SummarizeBody(Body):
@@ -82,7 +181,7 @@ class AnswerBody(Body):
     """A question about a text."""
 
     question: str = Field(min_length=1, max_length=2000)
-    context: str = Field(min_length=1)
+    context: str = Field(min_length=1, max_length=100_000)
 
 
 class FillBody(Body):
@@ -90,3 +189,52 @@ class FillBody(Body):
 
     text: str = Field(min_length=1)
     top_k: int = Field(5, ge=1, le=50)
+
+
+class ClassifyBody(Body):
+    """A text to sort, and how many of its labels to tell."""
+
+    text: str = Field(min_length=1)
+    top_k: int = Field(5, ge=1, le=1000)
+
+
+def parse(schema: type[Body], raw: bytes) -> Body:
+    """A body as its schema has it. Within bounds that hold whatever was sent, so it takes milliseconds.
+
+    Raises:
+        NotJSON: no JSON, too many fields or objects, nested too deeply.
+        pydantic.ValidationError: a value that is not allowed; few errors, since lists end at the first.
+    """
+    objects = 0
+
+    def bounded(pairs):
+        nonlocal objects
+        objects += 1
+        if len(pairs) > MOST_FIELDS or objects > MOST_OBJECTS:
+            raise NotJSON(f"more than {MOST_FIELDS} fields in an object, or more than {MOST_OBJECTS:,} objects.")
+        return dict(pairs)
+
+    def constant(name):
+        raise NotJSON(f"{name} is no JSON.")
+
+    try:
+        data = json.loads(raw.decode("utf8"), object_pairs_hook=bounded, parse_constant=constant)
+    except NotJSON:
+        raise
+    except (ValueError, RecursionError) as error:  # the error may quote the body
+        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise NotJSON(f"the body is not JSON in UTF-8{place}.") from None
+    return schema.model_validate(data)
+
+
+def one_line(errors: list[dict]) -> str:
+    """The first of pydantic's errors, without values, which may be as long as the body."""
+    lines = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in errors[:5]]
+    return "; ".join(line.translate(SURROGATES)[:300] for line in lines)
+
+
+def openapi_schemas() -> dict:
+    """The schemas of all bodies, for /openapi.json."""
+    bodies = (ChatBody, CompletionBody, EmbeddingsBody, SummarizeBody, AnswerBody, FillBody, ClassifyBody)
+    found = models_json_schema([(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}")
+    return found[1]["$defs"]

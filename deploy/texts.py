@@ -5,6 +5,7 @@ PAGES = {  # task of its models, icon
     "summarize": ("summarization", ":material/short_text:"),
     "ask": ("question-answering", ":material/quick_reference_all:"),
     "fill": ("fill-mask", ":material/match_word:"),
+    "classify": ("text-classification", ":material/category:"),
     "model": (None, ":material/monitoring:"),
 }
 TEXTS = {
@@ -12,6 +13,7 @@ TEXTS = {
     "summarize": ("Summarize", "Tóm tắt"),
     "ask": ("Ask a text", "Hỏi đáp"),
     "fill": ("Fill the blank", "Điền từ"),
+    "classify": ("Sort a text", "Phân loại"),
     "model": ("Model", "Mô hình"),
     "which": ("Model", "Mô hình"),
     "which_help": (
@@ -61,6 +63,13 @@ TEXTS = {
     "no_answer": ("The text does not say.", "Văn bản không nói điều này."),
     "confidence": ("Confidence that the text answers this: {:.0%}", "Độ tin rằng văn bản có câu trả lời: {:.0%}"),
     "sentence": ("Sentence with ___ where a word is missing", "Câu có ___ ở chỗ thiếu từ"),
+    "sort": ("Find its label", "Tìm nhãn"),
+    "exposed": (
+        "This page can be reached from other machines: TASKBOOK_MODELS has to name the models that may be chosen. Set it and "
+        "start again, or start without --server.address.",
+        "Máy khác truy cập được trang này: TASKBOOK_MODELS phải nêu các mô hình được chọn. Hãy đặt biến đó rồi chạy lại, hoặc "
+        "chạy không có --server.address.",
+    ),
     "guess": ("Guess", "Đoán"),
     "task": ("Task", "Việc"),
     "artifact": ("Form", "Dạng"),
@@ -77,6 +86,7 @@ TEXTS = {
     "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
 }
 TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
+TRAINED_BY |= {"text-classification": "classify_bert"}
 EXAMPLE = """\
 Split the text into a list of words.
 

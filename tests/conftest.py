@@ -91,12 +91,15 @@ def tiny_served(tmp_path_factory, tiny, tiny_bert):
         BartForConditionalGeneration,
         BertConfig,
         BertForQuestionAnswering,
+        BertForSequenceClassification,
     )
 
     folder, tokenizer = tmp_path_factory.mktemp("served"), AutoTokenizer.from_pretrained(tiny_bert)
     torch.manual_seed(0)
     encoder = BertConfig.from_pretrained(tiny_bert)
     BertForQuestionAnswering(encoder).save_pretrained(folder / "answers")
+    encoder.id2label = dict(enumerate(("torch", "numpy", "other")))
+    BertForSequenceClassification(encoder).save_pretrained(folder / "labels")
     ends = {"bos_token_id": 101, "eos_token_id": 102, "decoder_start_token_id": 102, "forced_eos_token_id": None}
     sizes = {
         f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 1), ("ffn_dim", 64))
@@ -104,13 +107,14 @@ def tiny_served(tmp_path_factory, tiny, tiny_bert):
     heads = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0}
     bart = BartConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **ends, **sizes, **heads)
     BartForConditionalGeneration(bart).save_pretrained(folder / "summaries")
-    for name in ("answers", "summaries"):
+    for name in ("answers", "summaries", "labels"):
         tokenizer.save_pretrained(folder / name)
     return {
         "text-generation": tiny / "llama",
         "fill-mask": tiny_bert,
         "question-answering": folder / "answers",
         "summarization": folder / "summaries",
+        "text-classification": folder / "labels",
     }
 
 

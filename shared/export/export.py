@@ -46,7 +46,7 @@ def export(
     """
     from transformers import AutoTokenizer
 
-    from shared.export.measure import golden_prompts, in_a_process, start_measuring, too_different, write_golden
+    from shared.export.measure import METRIC, golden_prompts, in_a_process, start_measuring, too_different, write_golden
     from shared.export.measure import test_rows as rows_of
     from shared.inference.model import task_of
     from shared.inference.torch_runner import load_torch
@@ -60,6 +60,10 @@ def export(
 
     source = pull(name)
     task = task or task_of(source)
+    if task not in METRIC:
+        raise UserError(
+            f"{name} is a model for {task}, which has no other formats yet; exported are {', '.join(METRIC)}."
+        )
     cannot = impossible(source, task)
     refused = {each: reason for each, reason in cannot.items() if each in formats}
     if refused:

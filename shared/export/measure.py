@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from shared import UserError
-from shared.inference.model import GOLDEN, GOLDEN_TOKENS, Model, load
+from shared.inference.golden import GOLDEN, GOLDEN_TOKENS, file_digest, golden_outputs
+from shared.inference.model import Model, load
 from shared.inference.torch_runner import TASKS
 
 # transformers imports when it is first asked: here, so that processes start with it, and loading is no importing
@@ -93,11 +94,13 @@ def golden_prompts(rows: list[dict], tokenizer, task: str) -> list:
 
 
 def write_golden(folder: Path, artifact: str, prompts: list, outputs: list, ids: list, stop_ids) -> None:
-    """golden.json: prompts, their token ids and what this artifact makes of them. `Model.verify` replays it."""
+    """golden.json: prompts, their token ids, what this artifact makes of them, a checksum of each file; see `Model.verify`."""
     from shared.publish import results
 
     items = [{"prompt": p, "input_ids": i, "output": o} for p, i, o in zip(prompts, ids, outputs, strict=True)]
-    results.write_json(folder / GOLDEN, {"artifact": artifact, "stop_ids": list(stop_ids), "items": items})
+    kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (GOLDEN, "README.md"))
+    golden = {"artifact": artifact, "stop_ids": list(stop_ids), "items": items}
+    results.write_json(folder / GOLDEN, golden | {"sha256": {path.name: file_digest(path) for path in kept}})
 
 
 def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prompts: list) -> dict:
@@ -135,7 +138,7 @@ def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prom
 
 
 def use(model: Model, prompts: list) -> list:
-    """What `Model.golden_outputs` gives, all prompts as one batch where the model takes one."""
+    """What `golden_outputs` gives, all prompts as one batch where the model takes one."""
     if model.task == "text-generation":
         return model.generate([model.prompt_ids(p) for p in prompts], max_new_tokens=GOLDEN_TOKENS)
     if model.task == "summarization":
@@ -143,7 +146,7 @@ def use(model: Model, prompts: list) -> list:
     if model.task == "question-answering":
         found = model.answer([p["question"] for p in prompts], [p["context"] for p in prompts])
         return [[answer["start"], answer["end"]] for answer in found]
-    return model.golden_outputs(prompts)
+    return golden_outputs(model, prompts)
 
 
 def _nll(scores: np.ndarray, tokens: np.ndarray) -> float:

@@ -1,5 +1,5 @@
-"""A model as it is used: `generate`, `answer`, `fill`, `summarize`, whatever runs beneath. Used by deploy, and by
-shared/export/export.py to compare what it writes with the original.
+"""A model as it is used: `generate`, `answer`, `fill`, `summarize`, `classify`, `embed`, whatever runs beneath. Used by
+deploy, and by shared/export/export.py to compare what it writes with the original.
 
     model = load("outputs/chat_sft")  # a run, a folder that shared/export/export.py wrote, or one format of it
     model.generate([model.tokenizer("Hello").input_ids], max_new_tokens=20)
@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from shared import UserError
+from shared.inference import golden
+from shared.inference.golden import GOLDEN
 from shared.inference.onnx_runner import OnnxRunner
 from shared.inference.positions import longest_input
-from shared.inference.sampling import pick
+from shared.inference.sampling import Cancelled, check_cancelled, pick
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
 
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see shared/export/README.md
 ONNX = ("int4", "onnx-int8", "onnx")
 
-GOLDEN = "golden.json"
-GOLDEN_TOKENS = 6  # of each output in it
-SAME = 0.9  # share of golden outputs that must repeat: another CPU rounds otherwise, and a near tie may then flip
+EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
 
@@ -41,7 +41,7 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
         task: where the configuration does not tell it; one of TASKS.
 
     Raises:
-        UserError: no such folder or artifact, or a model of another task.
+        UserError: no such folder or artifact, a model of another task, or a damaged file.
     """
     folder = pull(str(folder))
     here = [name for name in FASTEST if (folder / name / GOLDEN).is_file()]
@@ -106,11 +106,20 @@ class Model:
         from transformers import AutoTokenizer
 
         self.folder, self.artifact = folder, artifact
-        self.task = task or task_of(folder)
-        if self.task not in TASKS:
-            raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._runner = (OnnxRunner if artifact in ONNX else TorchRunner)(folder, self.task)
+        try:
+            self.task = task or task_of(folder)
+            if self.task not in TASKS:
+                raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self._runner = (OnnxRunner if artifact in ONNX else TorchRunner)(folder, self.task)
+        except UserError:
+            raise
+        except Exception as error:  # each library has classes of its own for a file that it cannot read
+            reason = (str(error).strip().splitlines() or [""])[0][:160]
+            raise UserError(
+                f"{folder}: this model cannot be loaded; one of its files is damaged, missing, or of another model "
+                f"({type(error).__name__}: {reason})."
+            ) from error
         self.config, self.generation = self._runner.config, self._runner.generation
         # T5's positions are relative; it was trained on 512 tokens
         self.context = longest_input(self.config, self.tokenizer) or 512
@@ -142,7 +151,7 @@ class Model:
             seed: the same seed gives the same tokens, whatever other rows there are; row `i` uses seed + i.
             stop_ids: end a row in addition to `self.stop_ids`.
             on_token: called with row and token id after each token, not for the one that ends a row.
-            cancelled: asked before each token; True ends the call, which returns what there is.
+            cancelled: asked before each token and between chunks of a prompt; True ends the call, which returns what there is.
 
         Returns:
             New token ids of each row, without the one that ended it.
@@ -165,12 +174,14 @@ class Model:
         decoding = None
         tokens = torch.zeros(len(ids), dtype=torch.long)
         for _ in range(most):
-            if cancelled is not None and cancelled():
+            try:
+                check_cancelled(cancelled)
+                if decoding is None:
+                    decoding = self._runner.start(ids, self.tokenizer.pad_token_id or 0, most, cancelled)
+                else:
+                    decoding.feed(tokens)
+            except Cancelled:
                 break
-            if decoding is None:
-                decoding = self._runner.start(ids, self.tokenizer.pad_token_id or 0, most)
-            else:
-                decoding.feed(tokens)
             logits = decoding.logits.float()
             for row in sorted(open_rows):
                 seen = [*ids[row], *written[row]] if repetition_penalty != 1 else []
@@ -189,13 +200,18 @@ class Model:
         """Scores of each next token: one (tokens, vocabulary) fp32 array a row."""
         return [self._runner.logits(row) for row in ids]
 
-    def answer(self, question: str | list[str], context: str | list[str]) -> dict | list[dict]:
+    def answer(
+        self, question: str | list[str], context: str | list[str], cancelled: Callable[[], bool] | None = None
+    ) -> dict | list[dict]:
         """The best answer of each context to its question, found as tasks/qa_squad trains and evaluates it.
 
         Returns:
             For each: `answer` ("" where the text holds none), `start` and `end` (characters of the context), `score` (sum of
             the logits of its first and last token), `no_answer_score` (how much better "no answer" fits than the best span) and
             `threshold` of the latter, None where the model was trained on questions that all have an answer.
+
+        Raises:
+            Cancelled: `cancelled`, asked between batches, was true.
         """
         from shared.inference.qa_windows import decode, make_windows, strip_blanks
 
@@ -212,6 +228,7 @@ class Model:
         windows = make_windows(rows, self.tokenizer, length, stride)
         start, end = (np.empty(len(windows.ids), np.float32) for _ in range(2))
         for batch in _batches(np.diff(windows.starts)):
+            check_cancelled(cancelled)
             scores = self._encode(
                 [windows[i]["input_ids"] for i in batch], [windows[i]["token_type_ids"] for i in batch]
             )
@@ -275,11 +292,70 @@ class Model:
             filled.append(guesses)
         return filled[0] if len(filled) == 1 else filled
 
-    def summarize(self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None) -> list[str]:
-        """A summary of each text, by the model's generation settings but for those given; what does not fit is cut off."""
+    def classify(self, texts: list[str], cancelled: Callable[[], bool] | None = None) -> list[list[dict]]:
+        """The classes of each text, likeliest first: `label` and `score`, as transformers' pipeline gives them.
+
+        The score is a probability among the classes; of a model for several labels at once, one for each; of a regression, the
+        value.
+
+        Raises:
+            Cancelled: `cancelled`, asked between batches, was true.
+        """
+        if self.task != "text-classification":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not sort texts.")
+        found = [None] * len(texts)
+        kind = self.config.problem_type
+        for batch, encoded in self._encoded(texts, cancelled):
+            scores = torch.from_numpy(self._runner.encode(encoded)[0])
+            if kind == "multi_label_classification" or (kind != "regression" and self.config.num_labels == 1):
+                scores = scores.sigmoid()
+            elif kind != "regression":
+                scores = scores.softmax(-1)
+            for i, row in zip(batch, scores.tolist(), strict=True):
+                labels = [{"label": self.config.id2label[n], "score": score} for n, score in enumerate(row)]
+                found[i] = sorted(labels, key=lambda each: -each["score"])
+        return found
+
+    def embed(self, texts: list[str], cancelled: Callable[[], bool] | None = None) -> np.ndarray:
+        """A vector of length 1 for each text, (texts, width) fp32: the mean of its tokens' last hidden states.
+
+        Raises:
+            Cancelled: `cancelled`, asked between batches, was true.
+        """
+        if self.task not in EMBEDS or self.artifact in ONNX:
+            raise UserError(
+                f"{self.folder} is a model for {self.task} ({self.artifact}): embeddings come from an encoder in PyTorch, for "
+                f"{' or '.join(EMBEDS)}."
+            )
+        vectors = [None] * len(texts)
+        for batch, encoded in self._encoded(texts, cancelled):
+            hidden, mask = self._runner.hidden_states(encoded), encoded["attention_mask"][:, :, None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            for i, vector in zip(batch, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True):
+                vectors[i] = vector
+        return np.stack(vectors).astype(np.float32)
+
+    def _encoded(self, texts: list[str], cancelled):
+        """Batches of texts of about equal length: numbers of the texts, and inputs of an encoder."""
+        ids = [np.array(self.tokenizer(each, truncation=True, max_length=self.context)["input_ids"]) for each in texts]
+        for batch in _batches(np.array([len(row) for row in ids])):
+            check_cancelled(cancelled)
+            yield batch, self._padded([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
+
+    def summarize(
+        self,
+        texts: list[str],
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """A summary of each text, by the model's generation settings but for those given; what does not fit is cut off.
+
+        `cancelled` is asked before each token; True ends the call, which returns what there is.
+        """
         if not texts:
             return []
-        found = self.summary_ids(texts, max_new_tokens, num_beams)
+        found = self.summary_ids(texts, max_new_tokens, num_beams, cancelled)
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
     @property
@@ -289,7 +365,11 @@ class Model:
         return settings.get("prefix", "")
 
     def summary_ids(
-        self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None
+        self,
+        texts: list[str],
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """`summarize` as token ids, padding removed."""
         if self.task != "summarization":
@@ -303,37 +383,14 @@ class Model:
         )
         changes = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         changes = {name: value for name, value in changes.items() if value is not None}
+        if cancelled is not None:
+            changes["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), cancelled(), device=ids.device)]
         out = self._runner.seq2seq(batch["input_ids"], batch["attention_mask"], changes)
         return [[t for t in row if t != self.tokenizer.pad_token_id] for row in out.tolist()]
 
     def verify(self) -> None:
-        """Replays the golden set of the folder: prompts are tokenized and rendered as before, and the outputs are the same.
-
-        Raises:
-            UserError: no golden set; other token ids of a prompt; other stop tokens; more than a tenth of other outputs.
-        """
-        golden = _read(self.folder / GOLDEN)
-        if not golden:
-            raise UserError(
-                f"{self.folder}: no {GOLDEN}, so nothing to compare with; shared/export/export.py writes one."
-            )
-        if sorted(self.stop_ids) != sorted(golden["stop_ids"]):
-            raise UserError(
-                f"{self.folder}: texts end at token {list(self.stop_ids)}, at export at {golden['stop_ids']}."
-            )
-        items = golden["items"]
-        for item in items:
-            if self.prompt_ids(item["prompt"]) != item["input_ids"]:
-                raise UserError(
-                    f"{self.folder}: the tokenizer or its template has changed: other tokens for {str(item['prompt'])[:60]!r}."
-                )
-        outputs = self.golden_outputs([item["prompt"] for item in items])
-        same = sum(out == item["output"] for out, item in zip(outputs, items, strict=True))
-        if same < SAME * len(items):
-            raise UserError(
-                f"{self.folder}: only {same} of {len(items)} golden outputs are repeated: the weights or a library have changed. "
-                "Export again and compare."
-            )
+        """Replays the golden set of the folder; see golden.py. Raises UserError where the model is not what was exported."""
+        golden.verify(self)
 
     def prompt_ids(self, prompt) -> list[int]:
         """Token ids of a golden prompt: messages are rendered by the chat template, a question is paired with its context."""
@@ -345,19 +402,12 @@ class Model:
             )["input_ids"]
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
-    def golden_outputs(self, prompts: list) -> list:
-        """What the model makes of golden prompts: token ids, or a place in the context. One by one: padding rounds otherwise."""
-        if self.task == "text-generation":
-            return [self.generate([self.prompt_ids(p)], max_new_tokens=GOLDEN_TOKENS)[0] for p in prompts]
-        if self.task == "fill-mask":
-            return [[guess["token"] for guess in self.fill(p)][:1] for p in prompts]
-        if self.task == "summarization":
-            return [self.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
-        found = [self.answer(p["question"], p["context"]) for p in prompts]
-        return [[a["start"], a["end"]] for a in found]
-
     def _encode(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs of an encoder for windows padded on the right: each (windows, longest window)."""
+        return self._runner.encode(self._padded(ids, types))
+
+    def _padded(self, ids: list[np.ndarray], types: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs of an encoder, each (rows, longest row), padded on the right."""
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id or 0
         batch = {
@@ -367,7 +417,7 @@ class Model:
         }
         if "token_type_ids" not in self.tokenizer.model_input_names:
             del batch["token_type_ids"]
-        return self._runner.encode({name: values.astype(np.int64) for name, values in batch.items()})
+        return {name: values.astype(np.int64) for name, values in batch.items()}
 
 
 def _batches(lengths: np.ndarray, tokens: int = 4096) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from shared import UserError
+from shared.inference.sampling import PROMPT_CHUNK, check_cancelled
 
 
 class OnnxRunner:
@@ -15,7 +16,7 @@ class OnnxRunner:
     def __init__(self, folder: Path, task: str):
         from transformers import AutoConfig, GenerationConfig
 
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_settings = (folder / "generation_config.json").is_file()
         self.generation = GenerationConfig.from_pretrained(folder) if has_settings else None
         if task == "summarization":
@@ -25,9 +26,13 @@ class OnnxRunner:
             self.inputs = {each.name for each in self.session.get_inputs()}
             self.outputs = [each.name for each in self.session.get_outputs()]
 
-    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
-        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a OnnxDecoding."""
-        return OnnxDecoding(self, rows, pad, most)
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int, cancelled=None):
+        """Reads the prompts of a batch, of which at most `most` tokens each will follow: an OnnxDecoding.
+
+        Raises:
+            Cancelled: `cancelled` became true while the prompts were read.
+        """
+        return OnnxDecoding(self, rows, pad, most, cancelled=cancelled)
 
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
@@ -53,9 +58,19 @@ class OnnxDecoding:
     right: the attention of ONNX Runtime knows the length of each row, and the next token overwrites the padding.
     """
 
-    def __init__(self, runner: OnnxRunner, rows: Sequence[Sequence[int]], pad: int, most: int, every: bool = False):
+    def __init__(
+        self,
+        runner: OnnxRunner,
+        rows: Sequence[Sequence[int]],
+        pad: int,
+        most: int,
+        every: bool = False,
+        cancelled=None,
+    ):
         import onnxruntime
 
+        copies = len(rows) if len(rows) > 1 and all(row == rows[0] for row in rows) else 1
+        rows = rows[:1] if copies > 1 else rows  # a prompt that all rows share is read once
         self.session, self.inputs, self.every = runner.session, runner.inputs, every
         self.lengths = np.array([len(row) for row in rows])
         longest, config = int(self.lengths.max()), runner.config
@@ -70,7 +85,17 @@ class OnnxDecoding:
         ids = np.array([list(row) + [pad] * (longest - len(row)) for row in rows], np.int64)
         mask = (np.arange(longest) < self.lengths[:, None]).astype(np.int64)
         positions = np.minimum(np.arange(longest), self.lengths[:, None] - 1)
-        self._run(ids, mask, positions, self.lengths - 1)
+        size = PROMPT_CHUNK if not every and mask.all() else longest  # padding would be taken for text that was read
+        for start in range(0, longest, size):
+            check_cancelled(cancelled)
+            here = slice(start, start + size)
+            part = ids[:, here]
+            last = self.lengths - 1 if size == longest else np.full(len(rows), part.shape[1] - 1)
+            self._run(part, mask[:, : start + size], positions[:, here], last)
+        if copies > 1:
+            self.lengths, self.logits = np.repeat(self.lengths, copies), self.logits.repeat(copies, 1)
+            for name, values in self.cache.items():
+                self.cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.repeat(values.numpy(), copies, 0))
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, last: np.ndarray):
         binding = self.session.io_binding()

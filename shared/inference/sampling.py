@@ -1,8 +1,20 @@
-"""The next token from its scores, and rows of unequal length as one tensor. Used by model.py and torch_runner.py."""
+"""The next token from its scores, and rows of unequal length as one tensor. Used by model.py and the runners."""
 
 from collections.abc import Sequence
 
 import torch
+
+PROMPT_CHUNK = 512  # tokens of a prompt that are read before the caller is asked whether anybody still waits for it
+
+
+class Cancelled(Exception):
+    """Nobody waits for the result any more; raised between two steps of the computation."""
+
+
+def check_cancelled(cancelled) -> None:
+    """Raises Cancelled if the function that was given says so."""
+    if cancelled is not None and cancelled():
+        raise Cancelled
 
 
 def pick(logits: torch.Tensor, temperature: float, top_p: float, penalty: float, seen: list[int], draw) -> int:

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 
 from shared import UserError
-from shared.inference.sampling import pad_left, positions_of
+from shared.inference.sampling import PROMPT_CHUNK, check_cancelled, pad_left, positions_of
 from shared.publish.hub import pull
 
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
     "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+    "feature-extraction": "AutoModel",
     "summarization": "AutoModelForSeq2SeqLM",
 }
 
@@ -30,10 +32,14 @@ class TorchRunner:
         self.generation = getattr(self.model, "generation_config", None)
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
-        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a TorchDecoding."""
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int, cancelled=None):
+        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a TorchDecoding.
+
+        Raises:
+            Cancelled: `cancelled` became true while the prompts were read.
+        """
         ids, mask = pad_left(rows, pad)
-        return TorchDecoding(self.model, ids.to(self.device), mask.to(self.device))
+        return TorchDecoding(self.model, ids.to(self.device), mask.to(self.device), cancelled)
 
     @torch.inference_mode()
     def logits(self, row: Sequence[int]) -> np.ndarray:
@@ -48,6 +54,12 @@ class TorchRunner:
         return tuple(scores.float().cpu().numpy() for scores in out.to_tuple())
 
     @torch.inference_mode()
+    def hidden_states(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Last hidden states of the encoder below any head: (rows, tokens, width) fp32."""
+        inputs = {name: torch.from_numpy(values).to(self.device) for name, values in batch.items()}
+        return self.model.base_model(**inputs).last_hidden_state.float().cpu().numpy()
+
+    @torch.inference_mode()
     def seq2seq(self, ids: torch.Tensor, mask: torch.Tensor, changes: dict) -> torch.Tensor:
         """What an encoder-decoder writes to a padded batch: (rows, tokens) ids; `changes` are generation settings."""
         return self.model.generate(
@@ -56,23 +68,39 @@ class TorchRunner:
 
 
 class TorchDecoding:
-    """A batch in the middle of being continued: `logits` (rows, vocabulary) of the next token, `feed` to go on."""
+    """A batch in the middle of being continued: `logits` (rows, vocabulary) of the next token, `feed` to go on.
 
-    def __init__(self, model, ids, mask):
+    Rows of equal length are read in chunks, and a prompt that all rows share is read once. Not where a model carries a state
+    beside keys and values: it would take a chunk for a new text.
+    """
+
+    def __init__(self, model, ids, mask, cancelled=None):
         import inspect
+
+        chunked = bool(mask.all()) and not getattr(model, "_is_stateful", False)
+        copies = len(ids) if chunked and len(ids) > 1 and bool((ids == ids[0]).all()) else 1
+        if copies > 1:
+            ids, mask = ids[:1], mask[:1]
 
         prompt = None
         if getattr(model, "peft_config", None):  # virtual tokens (P-tuning) stand before the padding
             prompt = model.get_prompt(len(ids))
             model = model.get_base_model()
             mask = torch.cat([mask.new_ones(len(ids), prompt.shape[1]), mask], 1)
-        self.model, self.mask, self.cache = model, mask, None
+        self.model, self.cache = model, None
         self.positions = "position_ids" in inspect.signature(model.forward).parameters
-        if prompt is None:
-            self._run({"input_ids": ids})
-        else:
+        name, values = "input_ids", ids
+        if prompt is not None:
             embeddings = model.get_input_embeddings()(ids)
-            self._run({"inputs_embeds": torch.cat([prompt.to(embeddings.dtype), embeddings], 1)})
+            name, values = "inputs_embeds", torch.cat([prompt.to(embeddings.dtype), embeddings], 1)
+        for start in range(0, values.shape[1], PROMPT_CHUNK) if chunked else (0,):
+            check_cancelled(cancelled)
+            end = start + PROMPT_CHUNK if chunked else values.shape[1]
+            self.mask = mask[:, :end]
+            self._run({name: values[:, start:end]})
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+            self.mask, self.logits = self.mask.repeat(copies, 1), self.logits.repeat(copies, 1)
 
     def _run(self, inputs: dict):
         length = next(iter(inputs.values())).shape[1]
@@ -103,16 +131,33 @@ def load_torch(folder: Path, task: str):
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     gpu = torch.cuda.is_available()
     auto = getattr(transformers, TASKS[task])
-    options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32}
+    options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32, "trust_remote_code": False}
     with _quietly():
         if (folder / "adapter_config.json").is_file():
             return load_adapter(folder, auto, options).eval().to("cuda" if gpu else "cpu")
-        model = auto.from_pretrained(folder, **options).eval()
+        model = whole(auto, folder, options).eval()
     # On CPUs with AVX512-BF16 bitsandbytes would take widths that are multiples of 64 only, and compute in bf16
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model if getattr(model, "is_quantized", False) or not gpu else model.to("cuda")
+
+
+def whole(auto, folder: Path, options: dict):
+    """`from_pretrained` of a checkpoint that lacks nothing: what a file does not hold would be filled with random numbers.
+
+    Raises:
+        UserError: tensors are missing.
+    """
+    model, found = auto.from_pretrained(folder, **options, output_loading_info=True)
+    # Of AutoModel the hidden states are read, not what a pooler makes of them
+    missing = sorted(key for key in found["missing_keys"] if auto.__name__ != "AutoModel" or "pooler." not in key)
+    if missing:
+        raise UserError(
+            f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} for one; they would be "
+            "random. Is it another kind of model, or is a file incomplete?"
+        )
+    return model
 
 
 def load_adapter(folder: Path, auto, options: dict):
@@ -130,7 +175,7 @@ def load_adapter(folder: Path, auto, options: dict):
         )
     name = config.base_model_name_or_path or ""
     source = pull(f"{name}@{config.revision}" if config.revision and "/" in name and not Path(name).is_dir() else name)
-    base = auto.from_pretrained(source, **options)
+    base = whole(auto, source, options)
     if getattr(base, "is_quantized", False):
         base = base.dequantize().to(options["dtype"])
     try:

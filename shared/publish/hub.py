@@ -138,8 +138,9 @@ def _download(repo: str, revision: str, weights: bool) -> Path:
 def refuse_unsafe(folder: Path, name: str) -> None:
     """Refuses a model folder that could run code or read outside itself. `name` is for the message.
 
-    A configuration may carry `auto_map` for other loaders: it is ignored (`trust_remote_code` stays off), and refused only
-    where transformers has no class of its own. Attention kernels named in a configuration would be fetched and run.
+    config.json may carry `auto_map` for other loaders: it is ignored (`trust_remote_code` stays off), and refused only where
+    transformers has no class of its own, whose name it goes by. In any other file it is refused: a tokenizer's would ask on
+    the terminal whether to run code. Attention kernels named in a configuration would be fetched and run.
 
     Raises:
         UserError: the reason.
@@ -156,7 +157,12 @@ def refuse_unsafe(folder: Path, name: str) -> None:
                 raise UserError(
                     f"{name}: {index.name} names {part!r}, which lies outside the model's folder; not loaded."
                 )
+    for path in sorted(folder.glob("*_config.json")):
+        if any(place.get("auto_map") for place in _nested(_read(path, name))):
+            raise UserError(f"{name}: {path.name} has an `auto_map`: it asks for code of its own, which is not run.")
     config = _read(folder / "config.json", name)
+    if "AutoTokenizer" in str(config.get("auto_map")):
+        raise UserError(f"{name}: config.json asks for a tokenizer with code of its own, which is not run.")
     kind = config.get("model_type")
     if kind is not None or "auto_map" in config:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

