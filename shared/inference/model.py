@@ -21,7 +21,8 @@ from shared.inference.sampling import pick
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
 
-FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see shared/export/README.md
+# On a CPU, measured: see shared/export/README.md. Files for llama.cpp come last: PyTorch reads them slowly
+FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0")
 ONNX = ("int4", "onnx-int8", "onnx")
 
 GOLDEN = "golden.json"
@@ -36,7 +37,7 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
     Args:
         folder: what shared/export wrote (with `export.json`, a folder for each format), one of these formats, a run of a
             task (adapters too), or any name that `shared.publish.hub.pull` takes.
-        artifact: "int4", "onnx-int8", "onnx", "int8", "fp16", "merged" or "safetensors" (the folder's own weights).
+        artifact: one of FASTEST, or "safetensors" (the folder's own weights).
         task: where the configuration does not tell it; one of TASKS.
 
     Raises:
@@ -274,6 +275,19 @@ class Model:
             filled.append(guesses)
         return filled[0] if len(filled) == 1 else filled
 
+    def classify(self, texts: list[str]) -> list[dict]:
+        """The class of each text: `label`, its name, and `score`, its probability; what does not fit is cut off."""
+        if self.task != "text-classification":
+            raise UserError(f"{self.folder} is a model for {self.task}: it does not sort texts into classes.")
+        ids = [np.array(self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]) for text in texts]
+        found = [{} for _ in texts]
+        for batch in _batches(np.array([len(row) for row in ids])):
+            (scores,) = self._encode([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
+            for i, logits in zip(batch, torch.from_numpy(scores), strict=True):
+                best = int(logits.argmax())
+                found[i] = {"label": self.config.id2label[best], "score": float(logits.softmax(-1)[best])}
+        return found
+
     def summarize(self, texts: list[str], max_new_tokens: int | None = None, num_beams: int | None = None) -> list[str]:
         """A summary of each text, by the model's generation settings but for those given; what does not fit is cut off."""
         if not texts:
@@ -350,6 +364,8 @@ class Model:
             return [self.generate([self.prompt_ids(p)], max_new_tokens=GOLDEN_TOKENS)[0] for p in prompts]
         if self.task == "fill-mask":
             return [[guess["token"] for guess in self.fill(p)][:1] for p in prompts]
+        if self.task == "text-classification":
+            return [[self.classify([p])[0]["label"]] for p in prompts]
         if self.task == "summarization":
             return [self.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
         found = [self.answer(p["question"], p["context"]) for p in prompts]

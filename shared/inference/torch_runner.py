@@ -12,10 +12,12 @@ from shared import UserError
 from shared.inference.sampling import pad_left, positions_of
 from shared.publish.hub import pull
 
+GGUF = "model.gguf"
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
     "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
     "summarization": "AutoModelForSeq2SeqLM",
 }
 
@@ -109,8 +111,17 @@ def load_torch(folder: Path, task: str):
     with _quietly():
         if (folder / "adapter_config.json").is_file():
             return load_adapter(folder, auto, options).eval().to("cuda" if gpu else "cpu")
+        if (folder / GGUF).is_file():  # read back, configuration and all: llama.cpp itself is no part of this project
+            return _from_gguf(folder, auto).eval().to("cuda" if gpu else "cpu")
         model = auto.from_pretrained(folder, **options).eval()
     return model if getattr(model, "is_quantized", False) or not gpu else model.to("cuda")
+
+
+def _from_gguf(folder: Path, auto):
+    """The model of a GGUF file in plain fp32 layers."""
+    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
+    return model
 
 
 def load_adapter(folder: Path, auto, options: dict):
