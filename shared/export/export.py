@@ -36,7 +36,7 @@ def export(
         name: as `shared.publish.hub.pull` takes it.
         output: a folder that is made; formats that are in it already are replaced.
         task: where the configuration does not tell it.
-        dataset: test rows, see `shared.export.measure.test_rows`.
+        dataset: test rows, see `shared.export.score.test_rows`.
 
     Returns:
         What export.json holds: `model`, `license`, `task`, `test_data` and, by artifact (the first is "original"), its numbers.
@@ -46,8 +46,9 @@ def export(
     """
     from transformers import AutoTokenizer
 
-    from shared.export.measure import METRIC, golden_prompts, in_a_process, start_measuring, too_different, write_golden
-    from shared.export.measure import test_rows as rows_of
+    from shared.export.measure import in_a_process, start_measuring, write_golden
+    from shared.export.score import METRIC, golden_prompts, past_the_window, settled, too_different
+    from shared.export.score import test_rows as rows_of
     from shared.inference.model import task_of
     from shared.inference.torch_runner import load_torch
     from shared.publish import results
@@ -67,9 +68,8 @@ def export(
     cannot = impossible(source, task)
     refused = {each: reason for each, reason in cannot.items() if each in formats}
     if refused:
-        reasons = "; ".join(f"{each}: {reason}" for each, reason in refused.items())
         possible = [each for each in FORMATS if each not in cannot]
-        raise UserError(f"{name} cannot become {reasons}. Possible: {', '.join(possible) or 'none of them'}.")
+        raise UserError(f"{name} cannot become {_listed(refused)}. Possible: {', '.join(possible) or 'none of them'}.")
     start_measuring()
     rows, test_data = rows_of(source, task, dataset)
     model = load_torch(source, task).float()
@@ -84,6 +84,8 @@ def export(
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.save_pretrained(whole)
         prompts = golden_prompts(rows, tokenizer, task)
+        rows, prompts = past_the_window(rows, prompts, tokenizer, model.config, task)
+        losers = {}
         for each in sorted(formats, key=FORMATS.index):
             say(f"{each}: writing")
             shutil.rmtree(output / each, ignore_errors=True)
@@ -92,14 +94,20 @@ def export(
             except OSError as error:
                 shutil.rmtree(output / each, ignore_errors=True)
                 raise UserError(f"{output / each} could not be written: {error}.") from error
+            except UserError as error:  # tracing tells
+                shutil.rmtree(output / each, ignore_errors=True)
+                losers[each] = str(error)
+        written = [each for each in sorted(formats, key=FORMATS.index) if each not in losers]
+        if not written:
+            raise UserError(f"{name} cannot become {_listed(losers)}.")
         del model
         say("original: measuring")
-        found = {"original": in_a_process(str(source), None, task, rows, prompts)}
+        found = {"original": in_a_process(str(source), None, task, rows, prompts, True)}
         found["original"]["megabytes"] = _megabytes(whole)
-        losers = {}
-        for each in sorted(formats, key=FORMATS.index):
+        rows = settled(rows, found["original"]["scored_rows"])
+        for each in written:
             say(f"{each}: measuring")
-            numbers = in_a_process(str(output / each), each, task, rows, prompts)
+            numbers = in_a_process(str(output / each), each, task, rows, prompts, False)
             golden = [numbers[key] for key in ("outputs", "input_ids", "stop_ids")]
             if golden[1:] != [found["original"][key] for key in ("input_ids", "stop_ids")]:
                 raise UserError(f"{output / each}: other token or stop ids than {name} for the same prompts.")
@@ -124,14 +132,17 @@ def export(
     print(table(found, task))
     say(f"done: {output / 'export.json'}, {output / 'README.md'}")
     if losers:
-        reasons = "; ".join(f"{each}: {reason}" for each, reason in losers.items())
-        raise UserError(f"refused and removed: {reasons}. --accept_loss keeps what loses that much.")
+        raise UserError(f"refused and removed: {_listed(losers)}. --accept_loss keeps what loses that much.")
     return result
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
 
 
 def table(found: dict, task: str) -> str:
     """The numbers of each artifact as a Markdown table."""
-    from shared.export.measure import METRIC
+    from shared.export.score import METRIC
 
     unit = {"text-generation": "tokens", "summarization": "tokens"}.get(task, "answers")
     metric = METRIC[task]
@@ -191,7 +202,7 @@ def _shown(name: str) -> str:
 
 
 def _megabytes(folder: Path) -> float:
-    weights = (".safetensors", ".onnx", ".data")
+    weights = (".safetensors", ".onnx", ".data", ".gguf")
     return round(sum(path.stat().st_size for path in folder.iterdir() if path.suffix in weights) / 1e6, 1)
 
 

@@ -6,11 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-FORMATS = ("merged", "fp16", "int8", "onnx", "onnx-int8", "int4")
+from shared import UserError
+
+FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "onnx", "onnx-int8", "int4")
 HELP = {
     "merged": "safetensors in fp32, adapters merged in",
     "fp16": "safetensors of half the size",
     "int8": "safetensors with 8-bit weights (bitsandbytes)",
+    "gguf": "llama.cpp, Ollama, LM Studio in fp16",
+    "gguf-q8_0": "the same with 8-bit weights",
     "onnx": "ONNX Runtime in fp32",
     "onnx-int8": "ONNX Runtime with 8-bit weights",
     "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
@@ -33,7 +37,9 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    adapter = _read(folder / "adapter_config.json")
+    from shared.export import gguf_file
+
+    adapter, tokens = _read(folder / "adapter_config.json"), folder
     if adapter:
         from peft import PeftConfig
 
@@ -46,7 +52,11 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     config = AutoConfig.from_pretrained(folder)
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
-    elif not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")
+        return found
+    if reason := gguf_file.cannot(config, tokens):
+        found |= dict.fromkeys(("gguf", "gguf-q8_0"), reason)
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         reason = f"{config.model_type} has attention code of its own, which is no node of ONNX Runtime"
         found |= dict.fromkeys(("onnx", "onnx-int8", "int4"), reason)
     return found
@@ -76,16 +86,24 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         auto = getattr(transformers, TASKS[task])
         auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32).save_pretrained(target)
+    elif name.startswith("gguf"):
+        from shared.export import gguf_file
+
+        gguf_file.write(model, source, target, quantized=name == "gguf-q8_0")
     else:
         from shared.export import graphs, quantize
 
         traced = target.parent / ".graphs"  # in fp32, for all three formats
         if not traced.is_dir():
             traced.mkdir()
-            if task == "text-generation" and _genai_builds(folder):
-                _build_with_genai(folder, traced)
-            else:
-                graphs.export(model, traced, task, _reads_segments(source))
+            try:
+                if task == "text-generation" and _genai_builds(folder):
+                    _build_with_genai(folder, traced)
+                else:
+                    graphs.export(model, traced, task, _reads_segments(source))
+            except UserError:
+                shutil.rmtree(traced)
+                raise
         for graph in sorted(traced.glob("*.onnx")):
             if name == "onnx":
                 for file in (graph, graph.with_name(f"{graph.name}.data")):
@@ -139,7 +157,9 @@ def _genai_builds(folder: Path) -> bool:
     """Whether onnxruntime-genai knows the architecture, and its rotary embeddings the width of the heads."""
     config = _read(folder / "config.json")
     width = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
-    return (config.get("architectures") or [""])[0] in GENAI and width % 16 == 0
+    # Its caches are as long as the window, ours as the text
+    windowed = config.get("sliding_window") is not None or "sliding_attention" in (config.get("layer_types") or ())
+    return (config.get("architectures") or [""])[0] in GENAI and width % 16 == 0 and not windowed
 
 
 def _reads_segments(source: Path) -> bool:

@@ -18,10 +18,15 @@ from types import SimpleNamespace
 import torch
 from torch.export import Dim
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from shared import UserError
+
 ATTENTION = "onnxruntime"
+# What attention code is called with beside tensors, and what it may ignore; anything else that is set is refused
+HARMLESS = {"dropout", "is_causal", "deterministic", "position_ids", "output_attentions", "use_cache", "logits_to_keep"}
 
 
 class _Trace:
@@ -33,10 +38,12 @@ class _Trace:
         lengths, total: tokens of each row less one, and columns of the attention mask; int32, for a causal model.
         presents: (key, value) with the new tokens, a layer.
         layer: whose self-attention comes next; None before cross-attention or the attention of an encoder.
+        asked, windows: sizes of the windows that the model's masks have, and of those that its attention is given.
     """
 
     def __init__(self, pasts=(), padding=None, mask=None):
         self.pasts, self.padding, self.presents, self.layer = pasts, padding, [], None
+        self.asked, self.windows = set(), set()
         if mask is not None:
             self.lengths = (mask.sum(1) - 1).to(torch.int32)
             self.total = torch.ones_like(mask[0], dtype=torch.int32).sum().to(torch.int32)
@@ -68,22 +75,61 @@ class _Trace:
 _current: list[_Trace] = []
 
 
-def _attend(module, query, key, value, mask, scaling=None, position_bias=None, **_):
-    """Attention of all models as one node: GroupQueryAttention in a causal decoder, else MultiHeadAttention."""
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    scaling=None,
+    position_bias=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **others,
+):
+    """Attention of all models as one node: GroupQueryAttention in a causal decoder, else MultiHeadAttention.
+
+    Raises:
+        UserError: the model asks for something that the node cannot do.
+    """
     trace = _current[-1]
     batch, heads, length, width = query.shape
+    layer, trace.layer = trace.layer, None
+    causal = layer is not None and trace.padding is None
+    unknown = sorted(name for name, given in others.items() if name not in HARMLESS and given not in (None, False))
+    if causal and (position_bias is not None or getattr(module, "is_causal", True) is False):
+        unknown.append("tokens that see later ones" if position_bias is None else "position_bias")
+    elif not causal:
+        unknown += [name for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None]
+        if sliding_window is not None and mask is None:
+            unknown.append("sliding_window")
+        if layer is None and (others.get("is_causal") or getattr(module, "is_causal", False)):
+            unknown.append("tokens that see earlier ones only")
+    if value.shape[-1] != width:
+        unknown.append("values of another width than the keys")
+    if unknown:
+        raise UserError(f"its attention has {', '.join(unknown)}, which no node of ONNX Runtime computes")
 
     def flat(x):
         return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
     scale = float(width**-0.5 if scaling is None else scaling)
-    layer, trace.layer = trace.layer, None
-    if layer is not None and trace.padding is None:
+    if causal:
         kept = (batch, key.shape[1], trace.columns, width)
+        inputs = [flat(query), flat(key), flat(value), *trace.pasts[layer], trace.lengths, trace.total]
+        attributes = {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scale}
+        if sliding_window is not None:
+            attributes["local_window_size"] = int(sliding_window)
+            trace.windows.add(sliding_window)
+        if softcap is not None:
+            attributes["softcap"] = float(softcap)
+        if s_aux is not None:  # a score a head that takes part in the softmax and has no value
+            inputs += [None, None, None, None, s_aux]
         out, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            [flat(query), flat(key), flat(value), *trace.pasts[layer], trace.lengths, trace.total],
-            {"num_heads": heads, "kv_num_heads": key.shape[1], "scale": scale},
+            inputs,
+            attributes,
             dtypes=[query.dtype] * 3,
             shapes=[(batch, length, heads * width), kept, kept],
             version=1,
@@ -91,6 +137,8 @@ def _attend(module, query, key, value, mask, scaling=None, position_bias=None, *
         trace.presents.append(present)
         return out.view(batch, length, heads, width), None
     padding = trace.padding if layer is None else None  # a decoder writes one token at a time, after all others
+    if mask is not None:  # that of a window holds the padding too
+        padding, position_bias = None, torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         [flat(query), flat(key), flat(value), None, padding, position_bias],
@@ -102,7 +150,19 @@ def _attend(module, query, key, value, mask, scaling=None, position_bias=None, *
     return out.view(batch, length, heads, width), None
 
 
+def _mask(local_size=None, **sizes):
+    """The mask of an encoder's windowed layers, (batch, 1, sequence, sequence); all other attention needs none."""
+    trace = _current[-1]
+    if local_size is None:
+        return None
+    if trace.padding is None:
+        trace.asked.add(local_size)
+        return None
+    return sdpa_mask(**sizes | {"allow_is_bidirectional_skip": False}, local_size=local_size)
+
+
 AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 class _MatMul(torch.nn.Module):
@@ -123,7 +183,7 @@ def _prepare(model) -> None:
     model.set_attn_implementation(ATTENTION)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, torch.nn.Linear):
+            if type(child) is torch.nn.Linear:  # a subclass does something else
                 setattr(parent, name, _MatMul(child.weight.t(), child.bias))
             elif isinstance(child, Conv1D):  # GPT-2's
                 setattr(parent, name, _MatMul(child.weight, child.bias))
@@ -148,6 +208,8 @@ class _Decoder(torch.nn.Module):
             trace.columns = attention_mask.shape[1]
             inputs = {"input_ids": input_ids, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
             logits = self.model(**inputs, cache=trace, use_cache=True).logits
+        if trace.asked != trace.windows:
+            raise UserError("its layers attend to chunks, which no node of ONNX Runtime computes")
         return logits, *(tensor for present in trace.presents for tensor in present)
 
 
@@ -300,17 +362,30 @@ def _write(module, examples, shapes, inputs: list[str], outputs: list[str], path
         logging.getLogger(noisy).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module.eval(),
-            examples,
-            dynamic_shapes=shapes,
-            input_names=inputs,
-            output_names=outputs,
-            dynamo=True,
-            optimize=True,
-            verbose=False,
-        )
+        try:
+            module.eval()(*examples)  # tracing would hide the reason of a refusal
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            raise UserError(f"PyTorch cannot trace it ({_cause(error)})") from error
     program.save(str(path), external_data=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def export(model, folder: Path, task: str, segments: bool) -> None:

@@ -30,7 +30,11 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
 
         graph = onnx.load(source, load_external_data=False).graph
         products = [node for node in graph.node if node.op_type == "MatMul"]
-        kept = [node.name for node in products if re.search(r"qa_outputs|layer\.\d+\.output\.dense", node.input[1])]
+        kept = [
+            node.name
+            for node in products
+            if re.search(r"qa_outputs|classifier|layer\.\d+\.output\.dense", node.input[1])
+        ]
         logging.disable(logging.WARNING)  # it asks the root logger for a step that only images need
         try:
             quantize_dynamic(

@@ -54,6 +54,8 @@ def golden_outputs(model, prompts: list) -> list:
         return [model.generate([model.prompt_ids(p)], max_new_tokens=GOLDEN_TOKENS)[0] for p in prompts]
     if model.task == "fill-mask":
         return [[guess["token"] for guess in model.fill(p)][:1] for p in prompts]
+    if model.task == "text-classification":
+        return [[model.classify([p])[0][0]["label"]] for p in prompts]
     if model.task == "summarization":
         return [model.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
     found = [model.answer(p["question"], p["context"]) for p in prompts]

@@ -24,7 +24,8 @@ from shared.inference.sampling import Cancelled, check_cancelled, pick
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
 
-FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")  # on a CPU, measured: see shared/export/README.md
+# On a CPU, measured: see shared/export/README.md. Files for llama.cpp come last: PyTorch reads them slowly
+FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0")
 ONNX = ("int4", "onnx-int8", "onnx")
 
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
@@ -37,7 +38,7 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
     Args:
         folder: what shared/export wrote (with `export.json`, a folder for each format), one of these formats, a run of a
             task (adapters too), or any name that `shared.publish.hub.pull` takes.
-        artifact: "int4", "onnx-int8", "onnx", "int8", "fp16", "merged" or "safetensors" (the folder's own weights).
+        artifact: one of FASTEST, or "safetensors" (the folder's own weights).
         task: where the configuration does not tell it; one of TASKS.
 
     Raises:

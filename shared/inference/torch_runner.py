@@ -12,6 +12,7 @@ from shared import UserError
 from shared.inference.sampling import PROMPT_CHUNK, check_cancelled, pad_left, positions_of
 from shared.publish.hub import pull
 
+GGUF = "model.gguf"
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
@@ -135,7 +136,8 @@ def load_torch(folder: Path, task: str):
     with _quietly():
         if (folder / "adapter_config.json").is_file():
             return load_adapter(folder, auto, options).eval().to("cuda" if gpu else "cpu")
-        model = whole(auto, folder, options).eval()
+        # read back, configuration and all: llama.cpp itself is no part of this project
+        model = (_from_gguf(folder, auto) if (folder / GGUF).is_file() else whole(auto, folder, options)).eval()
     # On CPUs with AVX512-BF16 bitsandbytes would take widths that are multiples of 64 only, and compute in bf16
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -157,6 +159,13 @@ def whole(auto, folder: Path, options: dict):
             f"{folder}: the weights lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} for one; they would be "
             "random. Is it another kind of model, or is a file incomplete?"
         )
+    return model
+
+
+def _from_gguf(folder: Path, auto):
+    """The model of a GGUF file in plain fp32 layers."""
+    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
     return model
 
 

@@ -21,7 +21,7 @@ from shared.publish.redact import TOKEN, without_paths
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
 # What shared/export/export.py writes beside that, a folder for each format, and the file that says so
-GRAPHS, EXPORT = ("*.onnx", "*.onnx.data"), "export.json"
+GRAPHS, EXPORT = ("*.onnx", "*.onnx.data", "*.gguf", "Modelfile"), "export.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 NEVER_PUSHED = (
     "checkpoint-*/*",

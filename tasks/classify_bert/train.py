@@ -227,6 +227,7 @@ def main(script_args, args, run_args) -> None:
         metrics=metrics,
         samples=samples,
         preflight=facts,
+        test_rows=({"text": row["text"], "label": classes[row["label"]]} for row in splits["test"]),
         line=helped["line"],
         training={"labels": ", ".join(classes[:30]), "data": cleaning},
         pipeline="text-classification",

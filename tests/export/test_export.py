@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from deploy.inference import Engine, Sampling, stream
 from shared import UserError
-from shared.export import measure
+from shared.export import score
 from shared.export.export import export, main
 from shared.export.formats import FORMATS, impossible
 from shared.inference.model import load
@@ -90,18 +90,26 @@ def models(tiny, tiny_bert, tmp_path_factory):
         "t5": [{"document": c, "summaries": [sentence(9)]} for c in contexts],
         "bart": [{"document": c, "summaries": [sentence(9)]} for c in contexts],
     }
+    classes = {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), initializer_range=0.3, **classes, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder / "classes")
+    vocabulary.save_pretrained(folder / "classes")
+    texts = [sentence(i, 30) for i in range(30)]
+    found = load(folder / "classes").classify(texts)  # all right, so that each other answer is one less
+    rows["classes"] = [{"text": text, "label": best[0]["label"]} for text, best in zip(texts, found, strict=True)]
     for name, lines in rows.items():
         (folder / name / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
 WANTED = {
-    "llama": ["merged", "fp16", "int8", "onnx", "onnx-int8", "int4"],
-    "gpt2": ["onnx", "onnx-int8", "int4"],
+    "llama": ["merged", "fp16", "int8", "gguf-q8_0", "onnx", "onnx-int8", "int4"],
+    "gpt2": ["gguf", "onnx", "onnx-int8", "int4"],
     "bert": ["onnx"],
     "qa": ["int8", "onnx", "onnx-int8"],
     "t5": ["fp16", "onnx", "onnx-int8"],
     "bart": ["onnx"],
+    "classes": ["merged", "fp16", "int8", "onnx", "onnx-int8"],
 }
 
 
@@ -219,7 +227,7 @@ def test_every_format_is_measured_verified_and_the_fastest_is_taken(models, expo
     original = result["artifacts"]["original"]
     for artifact in WANTED[name]:
         numbers = result["artifacts"][artifact]
-        assert numbers[measure.METRIC[result["task"]]] >= 0 and numbers["peak_memory_gb"] > 0.1
+        assert numbers[score.METRIC[result["task"]]] >= 0 and numbers["peak_memory_gb"] > 0.1
         assert set(numbers["latency_ms"]) == set(numbers["per_second"]) == {"1", "8"}
         assert f"| {artifact}" in card
         if artifact in ("merged", "onnx"):
@@ -228,7 +236,7 @@ def test_every_format_is_measured_verified_and_the_fastest_is_taken(models, expo
         if artifact == "fp16":
             assert numbers["megabytes"] < 0.6 * original["megabytes"]
         load(folder, artifact).verify()
-    order = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged")
+    order = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0")
     assert load(folder).artifact == next(each for each in order if each in WANTED[name])
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -268,12 +276,23 @@ def test_an_export_travels_over_the_hub(exports, hub, tmp_path):
     push = [sys.executable, "-m", "shared.publish.hub", "push", folder, "--repo_id", "alice/exported"]
     pushed = subprocess.run(push, capture_output=True, text=True, cwd=ROOT, env=os.environ | hub.env_for("write"))
     assert pushed.returncode == 0, pushed.stderr
-    program = "from shared.inference.model import load; m = load('alice/exported'); m.verify(); print(m.artifact)"
+    program = (
+        "from shared.inference.model import load; m = load('alice/exported'); m.verify(); print(m.artifact); "
+        "load('alice/exported', 'gguf').verify()"
+    )
     elsewhere = os.environ | hub.env_for("read", home=tmp_path / "home")
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=elsewhere)
     assert loaded.stdout == "int4\n", loaded.stderr
     files = set(hub.files("alice/exported"))
-    assert {"export.json", "README.md", "onnx/model.onnx", "int4/golden.json", "int4/tokenizer.json"} <= files
+    assert {
+        "export.json",
+        "README.md",
+        "onnx/model.onnx",
+        "int4/golden.json",
+        "int4/tokenizer.json",
+        "gguf/model.gguf",
+    } <= files
+    assert "gguf/Modelfile" in files
     assert not [name for name in files if "/." in name or name.startswith(".") and name != ".gitattributes"]
 
 
@@ -413,7 +432,7 @@ def test_adapters_are_merged_and_a_four_bit_base_is_rounded_once(models, tmp_pat
 
 
 def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(measure.LOSSES, "masked_accuracy", -1)  # nobody is that much better
+    monkeypatch.setitem(score.LOSSES, "masked_accuracy", -1)  # nobody is that much better
     command = [str(models / "bert"), "--to", "merged", "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         main(command)
@@ -442,7 +461,42 @@ def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, 
     ],
 )
 def test_tolerances(task, name, artifact, change, refused):
-    assert bool(measure.too_different(task, artifact, {name: 20.0}, {name: 20.0 + change})) == refused
+    assert bool(score.too_different(task, artifact, {name: 20.0}, {name: 20.0 + change})) == refused
+
+
+def test_classes_are_the_same_in_onnx_and_gated_by_accuracy_and_macro_f1(models, exports, tmp_path):
+    original, exported = load(models / "classes"), load(exports("classes"), "onnx")
+    texts = [sentence(i, 5 + 3 * i) for i in range(40)]
+    expected, found = ([best[0] for best in model.classify(texts)] for model in (original, exported))
+    assert [each["label"] for each in found] == [each["label"] for each in expected]
+    assert len({each["label"] for each in found}) > 1 and exported.classify([]) == []
+    assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-4)
+    assert exported.classify(texts[3:4])[0][0]["score"] == pytest.approx(found[3]["score"], abs=1e-4), "padding leaks"
+    numbers = json.loads((exports("classes") / "export.json").read_text())["artifacts"]["original"]
+    assert numbers["accuracy"] == numbers["macro_f1"] == 100
+    before = {"accuracy": 90.0, "macro_f1": 80.0}
+    for change, refused in (({}, None), ({"accuracy": 89.4}, "accuracy"), ({"macro_f1": 78.9}, "macro_f1")):
+        reason = score.too_different("text-classification", "int8", before, before | change)
+        assert reason is None if refused is None else refused in reason
+    rows = [{"text": texts[0], "label": "x"}]
+    with pytest.raises(UserError, match="the label 'x' of the test rows is none of the model's: a, b, c"):
+        score.score(original, rows, False)
+    with pytest.raises(UserError, match="name rows with text and label"):
+        score.test_rows(tmp_path, "text-classification", None)
+
+
+def test_no_more_rows_are_scored_than_the_interval_asks_for(models, monkeypatch, capfd):
+    model = load(models / "classes")
+    rows = [json.loads(line) for line in (models / "classes" / "test.jsonl").read_text().splitlines()]
+    assert score.score(model, rows, False)["scored_rows"] == 30
+    found = score.score(model, rows, True)
+    assert found["scored_rows"] == score.BLOCK and found["accuracy_ci95"] == [100, 100]
+    wrong = [row | {"label": "abc"[i % 3]} for i, row in enumerate(rows)]
+    assert score.score(model, wrong, True)["scored_rows"] == 30, "so few rows leave it wide"
+    assert len(score.settled([*rows, {"after": 1}], 9)) == 9
+    monkeypatch.setattr(score.time, "monotonic", iter(range(0, 1000, 6)).__next__)
+    score.score(model, wrong, True)
+    assert "16 of at most 30 rows, accuracy " in capfd.readouterr().out
 
 
 def test_impossible_pairs_are_refused_at_once_with_what_is_possible(models, tiny, tmp_path):
@@ -487,9 +541,9 @@ def test_impossible_pairs_are_refused_at_once_with_what_is_possible(models, tiny
 
 def test_other_models_and_data_are_refused(models, tmp_path):
     config = transformers.BertConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "classes")
-    with pytest.raises(UserError, match="is a model for text-classification; expected one for text-generation"):
-        load(tmp_path / "classes")
+    transformers.BertForTokenClassification(config).save_pretrained(tmp_path / "tags")
+    with pytest.raises(UserError, match="is a model for token-classification; expected one for text-generation"):
+        load(tmp_path / "tags")
     (tmp_path / "rows.jsonl").write_text('{"words": "x"}\n')
     with pytest.raises(UserError, match="found the columns words"):
         export(str(models / "gpt2"), ["merged"], tmp_path / "out", dataset=str(tmp_path / "rows.jsonl"))
@@ -504,5 +558,5 @@ def test_other_models_and_data_are_refused(models, tmp_path):
 
 
 def test_without_a_run_the_documentation_of_this_machine_is_scored(models):
-    rows, name = measure.test_rows(models, "question-answering", None)
+    rows, name = score.test_rows(models, "question-answering", None)
     assert name == "docs:questions" and {"question", "context", "answers"} <= set(rows[0])

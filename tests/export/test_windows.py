@@ -1,0 +1,155 @@
+"""Windows and soft caps in exported graphs: ten tiny architectures next to PyTorch on texts longer than the window, what is
+refused, and a gate that looks past the window."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from shared import UserError
+from shared.export import graphs, score
+from shared.export.export import export
+from shared.export.formats import write
+from shared.inference.onnx_runner import OnnxRunner
+from shared.inference.sampling import pad_left, positions_of
+
+WINDOW, VOCABULARY = 16, 300
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+SIZES |= {
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+}
+DECODER = SIZES | {"num_hidden_layers": 1, "num_key_value_heads": 2, "sliding_window": WINDOW}
+SLIDING = {"layer_types": ["sliding_attention"]}
+OPTIONAL = {"use_sliding_window": True, "max_window_layers": 0}
+HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
+CAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
+# Those that share their attention's code with none of the others; Gemma 2 has a layer of each kind
+CONFIGS = {
+    "mistral": ("MistralConfig", {}),
+    "qwen2": ("Qwen2Config", OPTIONAL),
+    "qwen3": ("Qwen3Config", OPTIONAL | {"head_dim": 16}),
+    "starcoder2": ("Starcoder2Config", {}),
+    "gemma2": ("Gemma2Config", HEADS | CAPS | {"num_hidden_layers": 2}),
+    "gemma3": ("Gemma3TextConfig", HEADS | SLIDING),
+    "phi3": ("Phi3Config", {}),
+    "cohere2": ("Cohere2Config", SLIDING | {"head_dim": 16}),
+    "olmo3": ("Olmo3Config", SLIDING),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            "num_hidden_layers": 2,
+            "local_attention": WINDOW,
+            "global_attn_every_n_layers": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
+}
+
+
+def test_ten_architectures_with_windows_and_caps_match_past_the_window(tmp_path):
+    """Logits of a row, of a row padded in a batch, and of tokens added one by one: all as PyTorch's own attention has them."""
+    rows = [torch.randint(3, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (60, 25)]
+    for name, (kind, own) in CONFIGS.items():
+        torch.manual_seed(0)
+        encoder = name == "modernbert"
+        config = getattr(transformers, kind)(**(SIZES if encoder else DECODER) | own)
+        auto = transformers.AutoModelForMaskedLM if encoder else transformers.AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation="eager").eval()
+        folder = tmp_path / name
+        config.save_pretrained(folder)
+        ids, mask = pad_left(rows, 0)
+        with torch.no_grad():
+            if encoder:
+                ids, mask = ids.flip(1), mask.flip(1)  # padding on the right, as encoders have it
+                expected = model(input_ids=ids, attention_mask=mask).logits
+            else:
+                expected = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits
+        expected = expected.numpy()
+        graphs.export(model, folder, "fill-mask", False) if encoder else graphs.export(
+            model, folder, "text-generation", False
+        )
+        runner = OnnxRunner(folder, "fill-mask" if encoder else "text-generation")
+        if encoder:
+            (found,) = runner.encode({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+            for i, row in enumerate(rows):
+                np.testing.assert_allclose(found[i, : len(row)], expected[i, : len(row)], atol=1e-3, err_msg=name)
+            continue
+        np.testing.assert_allclose(runner.logits(rows[0]), expected[0], atol=1e-3, err_msg=name)
+        decoding = runner.start([row[:-2] for row in rows], 0, 2)
+        for left in (3, 2):
+            np.testing.assert_allclose(decoding.logits.numpy(), expected[:, -left], atol=1e-3, err_msg=name)
+            decoding.feed(torch.tensor([row[1 - left] for row in rows]))
+
+
+@pytest.mark.parametrize(
+    "kind, own, reason",
+    [
+        (
+            "Llama4TextConfig",
+            {"attention_chunk_size": 16, "num_local_experts": 1, "intermediate_size_mlp": 64},
+            "chunks",
+        ),
+        ("Gemma3TextConfig", HEADS | {"use_bidirectional_attention": True}, "see later ones"),
+    ],
+)
+def test_attention_that_no_node_computes_is_refused_by_name(kind, own, reason, tmp_path):
+    config = getattr(transformers, kind)(**DECODER | own)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match=f"{reason}.* which no node of ONNX Runtime computes"):
+        graphs.export(model, tmp_path, "text-generation", False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def mistral(tiny, tmp_path):
+    """A run of a Mistral that sees 48 tokens, with short test rows: longer than the window are only several together."""
+    config = transformers.MistralConfig(**DECODER | {"sliding_window": 48, "vocab_size": 50257, "head_dim": 16})
+    torch.manual_seed(0)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(tiny / "gpt2").save_pretrained(tmp_path / "run")
+    rows = [{"text": f"house {i} of the town near the river"} for i in range(8)]
+    (tmp_path / "run" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "run"
+
+
+def test_the_gate_looks_past_the_window(mistral, tmp_path, monkeypatch):
+    rows, _ = score.test_rows(mistral, "text-generation", None)
+    tokenizer = AutoTokenizer.from_pretrained(mistral)
+    config = transformers.AutoConfig.from_pretrained(mistral)
+    prompts = score.golden_prompts(rows, tokenizer, "text-generation")
+    longer, prompts = score.past_the_window(rows, prompts, tokenizer, config, "text-generation")
+    assert [row.get("after") for row in longer[len(rows) :]] == [48, 48] and len(prompts) == 10
+    assert all(len(tokenizer(prompt)["input_ids"]) > 48 for prompt in prompts[-2:])
+    config.sliding_window = None
+    assert score.past_the_window(rows, prompts, tokenizer, config, "text-generation") == (rows, prompts)
+    export(str(mistral), ["onnx"], tmp_path / "right")
+    result = json.loads((tmp_path / "right" / "export.json").read_text())["artifacts"]["onnx"]
+    assert result["identical_outputs"] == 1 and result["scored_rows"] == 10
+
+    def forgetful(each, folder, model, *others):
+        for layer in model.model.layers:
+            layer.self_attn.config.sliding_window = None
+        model.save_pretrained(folder)
+        write(each, folder, model, *others)
+
+    monkeypatch.setattr("shared.export.export.write", forgetful)
+    with pytest.raises(UserError, match="refused and removed: onnx: "):
+        export(str(mistral), ["onnx"], tmp_path / "wrong")
+    assert not (tmp_path / "wrong" / "onnx").exists()
+    shutil.rmtree(tmp_path / "wrong")
+
+
+def test_fp32_graphs_must_write_what_the_original_writes():
+    same = {"perplexity": 20.0, "identical_outputs": 0.9}
+    assert "90 % of the outputs" in score.too_different("text-generation", "onnx", same, same)
+    assert score.too_different("text-generation", "onnx", same, same | {"identical_outputs": 0.95}) is None
+    assert score.too_different("text-generation", "int4", same, same) is None
