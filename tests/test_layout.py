@@ -137,8 +137,9 @@ def code_from_data(root: Path) -> list[str]:
             ):
                 bad = "trust_remote_code"
             elif isinstance(node, ast.Dict):
-                keys = [getattr(key, "value", None) for key in node.keys]
-                bad = "trust_remote_code" if "trust_remote_code" in keys else None
+                given = {getattr(key, "value", None): value for key, value in zip(node.keys, node.values, strict=True)}
+                value = given.get("trust_remote_code", ast.Constant(False))
+                bad = "trust_remote_code" if getattr(value, "value", None) is not False else None
             elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.serialization.load"):
                 bad = "torch.load"
             if bad:

@@ -335,7 +335,13 @@ def test_fields_that_ask_for_nothing(server):
         return answer.json()["choices"][0]["message"]["content"]
 
     plain = reply()
-    nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": True, "metadata": {"a": "b"}}
+    nothing = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": True,
+        "metadata": {"a": "b"},
+    }
     nothing |= {"service_tier": "auto", "parallel_tool_calls": True, "logit_bias": {}, "stop": "never that long"}
     nothing |= {"stream_options": {"include_obfuscation": False}}
     assert reply(**nothing) == plain
@@ -547,7 +553,11 @@ def port():
 
 @pytest.mark.parametrize("how", ["python -m deploy.api", "uvicorn deploy.api:app"])
 def test_sigterm_lets_streams_finish(tiny, port, how):
-    arguments = ["deploy.api", "--model", str(tiny / "llama")] if "-m" in how else ["uvicorn", "deploy.api:app", "--http", "h11"]
+    arguments = (
+        ["deploy.api", "--model", str(tiny / "llama")]
+        if "-m" in how
+        else ["uvicorn", "deploy.api:app", "--http", "h11"]
+    )
     process = command(*arguments, "--port", str(port), TASKBOOK_MODELS=str(tiny / "llama"))
     url = f"http://127.0.0.1:{port}"
     try:
