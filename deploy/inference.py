@@ -20,8 +20,8 @@ from queue import SimpleQueue
 
 from tokenizers.decoders import DecodeStream
 
-from deploy.encoding import PlainText
 from shared import UserError
+from shared.data.encoding import PlainText
 from shared.inference.model import GOLDEN, load
 from shared.publish.hub import pull
 
