@@ -120,6 +120,7 @@ def load_adapter(folder: Path, auto, options: dict):
     lose what the adapter learnt.
     """
     from peft import PeftConfig, PeftModel
+    from transformers import GenerationConfig
 
     config = PeftConfig.from_pretrained(folder)
     name = config.base_model_name_or_path or ""
@@ -127,6 +128,8 @@ def load_adapter(folder: Path, auto, options: dict):
     base = auto.from_pretrained(source, **options)
     if getattr(base, "is_quantized", False):
         base = base.dequantize().to(options["dtype"])
+    if (folder / "generation_config.json").is_file():  # where its replies end, which its base may not know
+        base.generation_config = GenerationConfig.from_pretrained(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError) as error:
