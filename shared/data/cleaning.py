@@ -135,11 +135,19 @@ class CleaningReport:
     kept: int = 0
     bad: int = 0
     dropped: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # the first row of each reason
 
     def __str__(self):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.most_common())
         line = f"read {self.read:,} = kept {self.kept:,} + dropped {self.dropped.total():,}"
         return f"{line} ({reasons})" if reasons else line
+
+    def reasons(self) -> list[str]:
+        """A line for each reason: how many rows, which share of all, and the first of them."""
+        return [
+            f"{count:,} of {self.read:,} rows ({count / self.read:.1%}) dropped: {reason}; first {self.examples.get(reason, '')}"
+            for reason, count in self.dropped.most_common()
+        ]
 
     def check(self, source: str, most: float = 0.05) -> None:
         """Call when all rows are read.
@@ -150,21 +158,25 @@ class CleaningReport:
         if self.bad > most * self.read:
             raise UserError(
                 f"{source}: {self.bad:,} of {self.read:,} rows are unusable ({self}).\n"
-                f"Over {most:.0%} is taken as a mistake in the data or in --columns."
+                + "".join(f"{line}\n" for line in self.reasons())
+                + f"Over {most:.0%} is taken as a mistake in the data or in --columns."
             )
 
 
 def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: CleaningReport) -> Iterator[dict]:
     """Streams rows through `convert`, which returns the clean row, or the reason for dropping it as a text.
 
-    A reason that begins with `bad: ` says that the row is malformed; see `CleaningReport.check`.
+    A reason that begins with `bad: ` says that the row is malformed; see `CleaningReport.check`. In a second line it may say
+    where and with which value, for `CleaningReport.examples`.
     """
     for row in rows:
         report.read += 1
         result = convert(row)
         if isinstance(result, str):
+            reason, _, value = result.removeprefix("bad: ").partition("\n")
             report.bad += result.startswith("bad: ")
-            report.dropped[result.removeprefix("bad: ")] += 1
+            report.dropped[reason] += 1
+            report.examples.setdefault(reason, f"row {report.read:,}" + (f", {value}" if value else ""))
         else:
             report.kept += 1
             yield result
@@ -191,7 +203,9 @@ def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, feat
     report.check(source)
     log.info("%s: %s", source, report)
     if not report.kept:
-        raise UserError(f"{source}: no row is left after cleaning ({report}).")
+        raise UserError("\n".join([f"{source}: no row is left after cleaning ({report}).", *report.reasons()]))
+    for line in report.reasons():
+        log.info("%s", line)
     filled = {name: Dataset.from_list(rows, features=features) for name, rows in kept.items() if rows}
     features = next(iter(filled.values())).features
     empty = Dataset.from_dict({column: [] for column in features}, features=features)

@@ -176,6 +176,7 @@ def load_adapter(folder: Path, auto, options: dict):
     lose what the adapter learnt.
     """
     from peft import PeftConfig, PeftModel
+    from transformers import GenerationConfig
 
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning and config.peft_type not in ("P_TUNING", "PROMPT_TUNING"):
@@ -187,6 +188,8 @@ def load_adapter(folder: Path, auto, options: dict):
     base = whole(auto, source, options)
     if getattr(base, "is_quantized", False):
         base = base.dequantize().to(options["dtype"])
+    if (folder / "generation_config.json").is_file():  # where its replies end, which its base may not know
+        base.generation_config = GenerationConfig.from_pretrained(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError) as error:

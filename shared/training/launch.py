@@ -21,6 +21,7 @@ from shared.training.arguments import parse
 from shared.training.hardware import check_precision, cores, gpus, hardware
 
 log = logging.getLogger("taskbook")
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # says at import which kernel it could not download
 
 
 def run(main, script_class: type, training: str) -> None:

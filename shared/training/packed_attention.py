@@ -11,12 +11,13 @@ from transformers.masking_utils import sdpa_mask
 PACKED = "packed"
 
 
-def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, sliding_window=None, **kwargs):
     """Attention inside each text of a packed row, causal where the module is.
 
     Args:
         query, key, value: (1, heads, tokens, head_dim); key and value may have fewer heads (grouped queries).
         cu_seq_lens_q: (texts + 1,), where each text starts, and the end; absent where rows are padded (generation).
+        sliding_window: a causal model's token sees so many tokens, itself included; None: all before it.
 
     Work grows with the sum of squared lengths of the texts.
     """
@@ -25,11 +26,30 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=No
     kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
     lengths = cu_seq_lens_q.diff().tolist()
     parts = [
-        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        sdpa_attention_forward(module, q, k, v, _window(q, sliding_window), **kwargs)[0]
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, dim=1), None
 
 
+def _window(query: torch.Tensor, size: int | None) -> torch.Tensor | None:
+    """(1, 1, tokens, tokens), True where a token sees another; None where the window holds the whole text."""
+    tokens = query.shape[2]
+    if size is None or tokens <= size:
+        return None
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device)
+    return seen.tril_().triu_(1 - size)[None, None]
+
+
+def packed_mask(batch_size, q_length, kv_length, attention_mask=None, allow_is_causal_skip=True, **kwargs):
+    """None for a packed row: transformers finds its texts by their positions, and would build a mask that `packed_attention` does
+    not read, of the squared length of the row. As for sdpa where rows are padded, or a text is continued.
+    """
+    if batch_size == 1 and q_length == kv_length > 1 and attention_mask is None and not allow_is_causal_skip:
+        return None
+    skip = {"attention_mask": attention_mask, "allow_is_causal_skip": allow_is_causal_skip}
+    return sdpa_mask(batch_size, q_length, kv_length, **skip, **kwargs)
+
+
 AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+AttentionMaskInterface.register(PACKED, packed_mask)

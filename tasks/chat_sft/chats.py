@@ -1,32 +1,11 @@
-"""Rows of any chat data set -> messages -> token ids with a mask of what is trained. Used by train.py; pure functions."""
+"""Messages -> token ids with a mask of what is trained, under any chat template. Used by train.py, after formats.py."""
 
+import json
 import re
-
-from trl.chat_template_utils import has_generation_markers
+from collections import Counter
 
 from shared import UserError
-from shared.data.cleaning import clean_text, malformed
-
-# Which columns make a conversation, the first that fits. `--columns prompt=q completion=a` maps others.
-FORMATS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt/completion": ("prompt", "completion"),
-    "instruction/input/output": ("instruction", "output"),
-    "question/answer": ("question", "answer"),
-}
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-GREETING = re.compile(
-    r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+",
-    re.I,
-)
+from shared.data.encoding import PlainText, Rendered, TemplateRefusal
 
 # For models without a template, such as GPT-2: plain words, since such a tokenizer has no tokens for roles. Each reply starts on
 # a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained. Llama 2 was
@@ -38,167 +17,192 @@ PLAIN_TEMPLATE = (
     "{{ ('System:\n' if message['role'] == 'system' else 'User:\n') + message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
+OWN_THOUGHTS = re.compile(r"(\.|\[['\"])(reasoning_content|reasoning|thinking)\b")  # a template that reads such a field
+PROBE = [
+    {"role": role, "content": text}
+    for role, text in zip(("user", "assistant") * 2, ("One?", "Two.", "Three?", "Four."), strict=True)
+]
+NOTES = {
+    "system": "system turns were put before the first user turn: the chat template shows none",
+    "tools": "rows have tools that the chat template does not show",
+    "thoughts": "replies have thoughts (reasoning_content) that the chat template does not show there: they are not trained",
+}
 
 
-def find_format(columns: list[str], mapping: list[str]) -> tuple[str, dict[str, str]]:
-    """The entry of FORMATS that the columns fit, and where each of its fields is found (`instances.0.output` reaches inside).
+class Chat:
+    """A tokenizer with its chat template, and what a conversation teaches under it.
 
-    Raises:
-        UserError: found / expected / how to map.
+    Attributes:
+        tokenizer, plain: transformers' tokenizer, and the same one for text that holds no control token.
+        stop: id of the token with which the template ends a reply, None where it writes none.
+        notes: how many rows or turns each of NOTES holds for.
     """
-    wrong = [pair for pair in mapping if pair.count("=") != 1 or pair.split("=")[1].split(".")[0] not in columns]
-    if wrong:
-        raise UserError(f"--columns {wrong[0]}: write name=column, the column one of: {', '.join(columns)}.")
-    places = {column: column for column in columns} | dict(pair.split("=") for pair in mapping)
-    chosen = dict(pair.split("=") for pair in mapping)
-    fitting = [name for name, needed in FORMATS.items() if all(field in places for field in needed)]
-    if not fitting:
-        raise UserError(
-            f"no chat columns: found {', '.join(columns)}; expected one of {'; '.join(FORMATS)}. Map yours, for example "
-            f"--columns prompt={columns[0]} completion={columns[-1]}."
-        )
-    return next((name for name in fitting if any(field in chosen for field in FORMATS[name])), fitting[0]), places
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.plain, self.notes = tokenizer, PlainText(tokenizer), Counter()
+        template = tokenizer.chat_template
+        self.source = template if isinstance(template, str) else " ".join(template.values())
+        try:
+            rendered = self.plain.render(PROBE, prompts=(1, 3))
+        except TemplateRefusal as error:
+            raise UserError(f"the chat template refuses a user and an assistant in turn: {error}.") from error
+        ends = [self._end(rendered, number) for number in (3, 1)]  # gpt-oss ends its last reply with another token
+        self.stop = next((end[1] for end in ends if end), None)
+
+    def fit(self, row: dict) -> dict | str:
+        """The row as the template can show it, or the reason for dropping it: its own words, or the turn that it leaves out.
+
+        Args:
+            row: as `formats.Reader` returns it.
+        """
+        messages, tools = plain_messages(row["messages"]), _tools(row)
+        roles = {message["role"] for message in messages}
+        if "tool" in roles and "tool" not in self.source or _calls(messages) and "tool_calls" not in self.source:
+            return "bad: tool calls, which the chat template does not show\n" + ", ".join(sorted(roles))
+        if tools and "tools" not in self.source:
+            self.notes["tools"] += 1
+        refused = self._refused(messages, tools)
+        if refused and messages[0]["role"] == "system" and len(messages) > 1 and messages[1]["role"] == "user":
+            system, first, *rest = messages
+            merged = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+            if not self._refused(merged, tools):
+                self.notes["system"] += 1
+                return {**row, "messages": merged}
+        return refused or {**row, "messages": row["messages"]}
+
+    def _refused(self, messages: list[dict], tools) -> str | None:
+        try:
+            rendered = self.plain.render(messages, tools, thoughts=True)
+        except TemplateRefusal as error:
+            return f"bad: the chat template refuses the row: {' '.join(str(error).split())[:160]}"
+        for number, message in enumerate(messages):
+            if message["content"].strip() and number not in rendered.content:
+                return f"bad: a turn of the {message['role']} that the chat template does not show"
+        return None
+
+    def _own_thoughts(self, messages: list[dict]) -> list[dict]:
+        """Thoughts at the beginning of a reply apart from it, where the template has a place for them, as it would part them."""
+        if not OWN_THOUGHTS.search(self.source):
+            return messages
+        parted = []
+        for message in messages:
+            before, closed, after = message["content"].partition("</think>")
+            if closed and message["role"] == "assistant" and before.lstrip().startswith("<think>"):
+                thoughts = before.lstrip().removeprefix("<think>").strip("\n")
+                message = {**message, "content": after.lstrip("\n"), "reasoning_content": thoughts}
+            parted.append(message)
+        return parted
+
+    def prompt_ids(self, talk: dict) -> list[int]:
+        """Ids of the `messages` of a talk (and its `tools`) up to where the reply begins, as deploy encodes them."""
+        return self.plain.encode_chat(self._own_thoughts(plain_messages(talk["messages"])), _tools(talk))
+
+    def tokenize(self, row: dict, max_length: int) -> dict:
+        """Token ids, labels (-100 where nothing is trained) and whether the row was cut.
+
+        Only the assistant's turns are trained, each with the token that ends it; tool calls, turns marked `train: false` and what
+        stands before the first turn of the user are not. A row that is too long is cut after the last whole reply that fits;
+        where not even one fits, in its middle.
+        """
+        messages = self._own_thoughts(plain_messages(row["messages"]))
+        asked = next((i for i, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
+        replies = [
+            i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+            and i > asked
+            and message.get("train", True)
+            and "tool_calls" not in message
+        ]
+        rendered = self.plain.render(messages, _tools(row), prompts=tuple(replies), thoughts=True)
+        ids, offsets = self.plain.encode_rendered(rendered)
+        spans, ends = [], []
+        for i in replies:
+            if i not in rendered.content:
+                continue
+            begin, close = rendered.content[i]
+            marked = next((span for span in rendered.generation if span[0] <= close <= span[1]), None)
+            begin = marked[0] if marked else rendered.prompts.get(i, begin)
+            if begin is None:
+                continue
+            self.notes["thoughts"] += self._loses_thoughts(rendered, messages[i], begin, close)
+            end = self._end(rendered, i)
+            spans.append((begin, end[0] if end else max(close, marked[1] if marked else 0)))
+            ends += [end[0]] if end else []
+        labels = [-100] * len(ids)
+        at = 0  # both are in order, so that each token is looked at once
+        for i, (start, stop) in enumerate(offsets):
+            while at < len(spans) and spans[at][1] <= start:
+                at += 1
+            if at < len(spans) and start < spans[at][1] and stop > spans[at][0]:
+                # A template may write another token into the history than the one at which the model stops (gpt-oss).
+                labels[i] = self.stop if stop in ends and ids[i] in self.plain.control_ids else ids[i]
+        last = len(messages) - 1
+        if spans and last in replies and self.stop is not None and not self._end(rendered, last):
+            ids, labels = [*ids, self.stop], [*labels, self.stop]  # GLM: the next turn's first token ends a reply
+        truncated = len(ids) > max_length
+        if truncated:
+            whole = [i + 1 for i in range(max_length) if labels[i] != -100 and labels[i + 1] == -100]
+            cut = whole[-1] if whole else max_length
+            ids, labels = ids[:cut], labels[:cut]
+        return {"input_ids": ids, "labels": labels, "truncated": truncated}
+
+    def _loses_thoughts(self, rendered: Rendered, message: dict, begin: int, close: int) -> bool:
+        thoughts = message.get("reasoning_content", "").strip()
+        return bool(thoughts) and thoughts[:40] not in rendered.text[begin:close]
+
+    def _end(self, rendered: Rendered, number: int) -> tuple[int, int] | None:
+        """Where the token ends that ends a reply, and its id: the first control token behind it, white space aside."""
+        if number not in rendered.content:
+            return None
+        close = rendered.content[number][1]
+        found = next(((begin, end, id_) for begin, end, id_ in rendered.control if begin >= close), None)
+        starts = {self.tokenizer.bos_token_id} - {self.tokenizer.eos_token_id}
+        if found is None or found[2] in starts or rendered.text[close : found[0]].strip():
+            return None
+        return found[1:]
+
+    def log_notes(self, log) -> None:
+        """Says what was left out or moved, and of how many rows."""
+        for name, count in self.notes.items():
+            if count:
+                log.info("%s %s", f"{count:,}", NOTES[name])
 
 
-def _reach(row: dict, place: str):
-    value = row
-    for step in place.split("."):
-        if isinstance(value, list):
-            value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
-        else:
-            value = value.get(step) if isinstance(value, dict) else None
-    return value
+def plain_messages(messages: list[dict]) -> list[dict]:
+    """Messages as templates read them, without the empty fields that a table adds, and with tool calls as objects."""
+    found = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None}
+        if isinstance(message.get("tool_calls"), str):
+            message["tool_calls"] = json.loads(message["tool_calls"])
+        found.append(message)
+    return found
 
 
-def to_messages(row: dict, chat_format: str, places: dict[str, str]) -> dict | str:
-    """One row as `{"messages": [{"role", "content"}, ...]}`, or the reason for dropping it (see `clean_rows`).
-
-    Runs of one speaker become one turn; turns after the last reply are cut, since nothing is learnt from them. Conversations
-    between people (ShareGPT columns whose `from` are names): who speaks first is the user, the other the assistant.
-    """
-    if chat_format in ("messages", "conversations"):
-        turns = _reach(row, places[chat_format])
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            return "bad: wrong type"
-        pairs = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-    else:
-        first, *_, last = FORMATS[chat_format]
-        prompt, reply = _reach(row, places[first]), _reach(row, places[last])
-        if isinstance(prompt, list) and isinstance(reply, list):
-            return to_messages({"messages": prompt + reply}, "messages", {"messages": "messages"})
-        extra = _reach(row, places["input"]) if chat_format.startswith("instruction") and "input" in places else None
-        if isinstance(prompt, str) and isinstance(extra, str) and extra.strip():
-            prompt = f"{prompt}\n\n{extra}"
-        pairs = [("user", prompt), ("assistant", reply)]
-    for _, text in pairs:
-        reason = malformed(text)
-        if reason not in (None, "empty"):
-            return f"bad: {reason}"
-    people = [who for who in dict.fromkeys(who for who, _ in pairs) if who not in ROLES]
-    if len(people) > 2 or (people and len(people) != len({who for who, _ in pairs})):
-        return "more than two speakers"
-    roles = ROLES | dict(zip(people, ("user", "assistant"), strict=False))
-    messages = []
-    for who, text in pairs:
-        text = clean_text(text).strip()
-        if not text:
-            continue
-        if messages and messages[-1]["role"] == roles[who]:
-            messages[-1]["content"] += "\n" + text
-        else:
-            messages.append({"role": roles[who], "content": text})
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        return "bad: empty" if not any(isinstance(text, str) and text.strip() for _, text in pairs) else "no reply"
-    if people and all(GREETING.fullmatch(message["content"]) for message in messages):
-        return "greetings only"
-    return {"messages": messages}
+def _tools(row: dict) -> list | None:
+    return json.loads(row["tools"]) if row.get("tools") else None
 
 
-def text_of(row: dict) -> str:
-    """The words of a conversation, for finding near-duplicates."""
-    return "\n".join(message["content"] for message in row["messages"])
+def _calls(messages: list[dict]) -> bool:
+    return any("tool_calls" in message for message in messages)
 
 
-def sample_talks(conversations, most: int = 20) -> list[list[dict]]:
+def sample_talks(rows, most: int = 20) -> list[dict]:
     """Beginnings of conversations, each up to its second reply if it has one, short enough to be shown and answered quickly."""
     talks = []
-    for messages in conversations:
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    for row in rows:
+        messages = plain_messages(row["messages"])
+        ends = [i + 1 for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0 and m.get("train", True)]
         talk = messages[: ends[:2][-1]] if ends else []
         if talk and sum(len(message["content"]) for message in talk) <= 1000:
-            talks.append(talk)
+            talks.append({"messages": talk, "tools": row.get("tools")})
         if len(talks) == most:
             break
     return talks
 
 
-def spare_token(tokenizer) -> str:
-    """A token for padding that no text contains and that is not the end of a turn: padding must never teach a model to stop.
-
-    GPT-2 has no spare token; ` SolidGoldMagikarp` is in its vocabulary but in no text (Rumbelow & Watkins 2023).
-    """
-    candidates = (tokenizer.pad_token, tokenizer.unk_token, *tokenizer.all_special_tokens, "ĠSolidGoldMagikarp")
-    vocabulary = tokenizer.get_vocab()
-    for token in candidates:
-        if token and token in vocabulary and token not in (tokenizer.eos_token, tokenizer.bos_token):
-            return token
-    raise UserError(
-        "the tokenizer has no token to pad with besides its end token: give it a pad_token and save it again."
-    )
-
-
-def reply_spans(messages: list[dict], tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and from where to where each reply reaches in it, its end token included.
-
-    For templates that do not mark replies, such as SmolLM2's and Llama 2's: a reply is what a template adds to the
-    conversation before it. A reply without anything before it is not trained.
-
-    Raises:
-        UserError: the template changes earlier turns when later ones follow, or drops them.
-    """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0):
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                "the chat template does not mark what the assistant says, and does not show it by itself either. Put "
-                "{% generation %} and {% endgeneration %} around the reply and its end token, and save the tokenizer."
-            )
-        end = text.find(tokenizer.eos_token, len(before), len(after))
-        spans.append((len(before), len(after) if end < 0 else end + len(tokenizer.eos_token)))
-    return text, spans
-
-
-def tokenize(messages: list[dict], tokenizer, max_length: int) -> dict:
-    """Token ids, labels (-100 where nothing is trained) and whether the row was cut.
-
-    Only the assistant's turns are trained, each with its end token. A row that is too long is cut after the last whole reply
-    that fits; where not even one fits, in its middle.
-    """
-    if has_generation_markers(tokenizer.chat_template):
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        text, spans = reply_spans(messages, tokenizer)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        mask = [any(start <= at < end for start, end in spans) for at, _ in encoded["offset_mapping"]]
-    truncated = len(ids) > max_length
-    if truncated:
-        ends = [i + 1 for i in range(max_length) if mask[i] and not mask[i + 1]]
-        cut = ends[-1] if ends else max_length
-        ids, mask = ids[:cut], mask[:cut]
-    labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
-    return {"input_ids": ids, "labels": labels, "truncated": truncated}
-
-
-def preflight(rows: list[dict], eos_token_id: int) -> dict:
+def preflight(rows: list[dict], stop: int | None, max_length: int) -> dict:
     """What a training run would learn from these tokenized rows. `rows` counts those with something to learn.
 
     Raises:
@@ -209,16 +213,24 @@ def preflight(rows: list[dict], eos_token_id: int) -> dict:
     for row in useful:
         labels = [*row["labels"], -100]
         ends = [i for i in range(len(labels) - 1) if labels[i] != -100 and labels[i + 1] == -100]
-        turns, ended = turns + len(ends), ended + sum(labels[i] == eos_token_id for i in ends)
+        turns, ended = turns + len(ends), ended + sum(labels[i] == stop for i in ends)
     tokens = sum(len(row["input_ids"]) for row in useful)
     supervised = sum(label != -100 for row in useful for label in row["labels"][1:])
+    cut = sum(row["truncated"] for row in rows)
     if not useful:
+        why = (
+            f" after the cut at --max_length {max_length}. Raise it." if cut else ": no reply is shown by the template."
+        )
+        raise UserError(f"preflight: none of {len(rows):,} rows has a token to learn{why}")
+    if not ended and cut == len(rows):
         raise UserError(
-            f"preflight: none of {len(rows):,} rows has a token to learn after truncation. Raise --max_length."
+            f"preflight: --max_length {max_length} cuts every row before its first reply ends, so the model would never stop: "
+            "raise it."
         )
     if not ended:
         raise UserError(
-            "preflight: no turn's end token is trained, so the model would never stop: see the chat template."
+            "preflight: no turn's end token is trained, so the model would never stop: the chat template must write a special "
+            "token behind each reply."
         )
     return {
         "rows": len(useful),
@@ -234,12 +246,9 @@ def preflight(rows: list[dict], eos_token_id: int) -> dict:
 def show(row: dict, tokenizer, colour: bool) -> str:
     """The text of a row with what is trained in green (or between brackets, where there is no terminal)."""
     before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    text, inside = "", False
-    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    start = 0
-    for i in range(1, len(pieces) + 1):
-        if i == len(pieces) or (row["labels"][i] != -100) != (row["labels"][i - 1] != -100):
-            inside = row["labels"][i - 1] != -100
+    text, start = "", 0
+    for i in range(1, len(row["labels"]) + 1):
+        if i == len(row["labels"]) or (row["labels"][i] != -100) != (row["labels"][i - 1] != -100):
             part = tokenizer.decode(row["input_ids"][start:i])
-            text, start = text + (f"{before}{part}{after}" if inside else part), i
+            text, start = text + (f"{before}{part}{after}" if row["labels"][i - 1] != -100 else part), i
     return text

@@ -1,23 +1,52 @@
-"""The model and what is trained of it: full, LoRA, QLoRA, P-tuning; its tokenizer and its replies. Used by train.py."""
+"""The model and what is trained of it: full, LoRA, QLoRA, P-tuning; its tokenizer. Used by train.py."""
 
-from contextlib import suppress
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from chats import PLAIN_TEMPLATE, spare_token
+from chats import PLAIN_TEMPLATE, Chat
 from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    TrainingArguments,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl import SFTConfig
 
 from shared import UserError
-from shared.publish.hub import check_peft
+from shared.publish.hub import check_peft, pull
 from shared.training.packed_attention import PACKED
 
+# Of trl's own options: what this task does as they say, and what would be half done.
+OBEYED = {"max_length", "chat_template_path", "eos_token", "pad_token", "assistant_only_loss", "completion_only_loss"}
+OBEYED |= {"dataset_kwargs", "learning_rate", "activation_offloading", "dataset_num_proc"}
+REFUSED = {
+    "packing": "conversations share a row here wherever their model lets them, without being cut to fill it",
+    "padding_free": "conversations share a row here wherever their model lets them",
+    "loss_type": "the loss is the mean negative log-likelihood of the trained tokens",
+}
+SPARE = re.compile(r"pad|reserved|unused|extra|dummy|spare", re.I)  # names of tokens that no text contains
+SAMPLING = {
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "top_k": 0,
+    "repetition_penalty": 1.1,
+}  # as deploy/ draws unless asked otherwise
 
-def check_method(script_args) -> None:
-    """Raises UserError where other options do not go with `--method`; qlora is LoRA with `load_in_4bit`."""
+
+def check_method(script_args, args, resolved: dict) -> None:
+    """Raises UserError where other options do not go with `--method`, and for those of trl that this task does not obey; qlora is
+    LoRA with `load_in_4bit`.
+
+    Args:
+        args: trl's SFTConfig. `--assistant_only_loss true` and `--completion_only_loss true` say what is done anyway.
+        resolved: the options that were set.
+    """
     script_args.load_in_4bit |= script_args.method == "qlora"
     if script_args.save_merged and script_args.method in ("full", "p_tuning"):
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
@@ -25,18 +54,81 @@ def check_method(script_args) -> None:
         raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
     if script_args.method != "full":
         check_peft()
+    if args.max_length is None or args.max_length < 2:
+        raise UserError("--max_length: write how many tokens of a row are read, for example 1024.")
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        if name in resolved and not getattr(args, name):
+            raise UserError(f"--{name} false: only replies are trained here. Leave it out.")
+    defaults = SFTConfig(output_dir=args.output_dir, bf16=False)
+    for option in (f.name for f in fields(SFTConfig) if f.name not in {f.name for f in fields(TrainingArguments)}):
+        if option not in OBEYED and getattr(args, option) != getattr(defaults, option):
+            raise UserError(
+                f"--{option} {getattr(args, option)}: {REFUSED.get(option, 'not obeyed by this task')}. Leave it out."
+            )
+    # trl would look for them in rows that are tokenized
+    args.assistant_only_loss, args.completion_only_loss = False, None
 
 
-def load_tokenizer(source: Path):
-    """The model's tokenizer with a chat template, marked by trl where it knows the template; pad is not the end token."""
+def load_tokenizer(source: Path, args=None):
+    """The model's tokenizer with a chat template, changed as `--chat_template_path`, `--eos_token` and `--pad_token` say.
+
+    Raises:
+        UserError: a token that the vocabulary does not have, or a template that cannot be read.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.pad_token = spare_token(tokenizer)
+    path = args and args.chat_template_path
+    if path and Path(path).is_file():
+        tokenizer.chat_template = Path(path).read_text(encoding="utf8")
+    elif path:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(pull(path, weights=False)).chat_template
+        if tokenizer.chat_template is None:
+            raise UserError(f"--chat_template_path {path}: its tokenizer has no chat template.")
+    for name in ("eos_token", "pad_token") if args else ():
+        token = getattr(args, name)
+        if token and token not in tokenizer.get_vocab():
+            raise UserError(
+                f"--{name} {token}: not in the vocabulary of {source.name}, whose model has no embedding for it."
+            )
+        if token:
+            setattr(tokenizer, name, token)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    elif not has_generation_markers(tokenizer.chat_template):
-        with suppress(ValueError):  # not a template that trl knows: see chats.reply_spans
-            tokenizer.chat_template = get_training_chat_template(tokenizer)
+        if tokenizer.eos_token is None:
+            raise UserError(f"{source.name}: neither a chat template nor an end token. Name one: --eos_token.")
     return tokenizer
+
+
+def load_chat(source: Path, args=None) -> Chat:
+    """The tokenizer of `load_tokenizer` with what its template teaches, and with a token for padding."""
+    chat = Chat(load_tokenizer(source, args))
+    given = args and args.pad_token
+    if not given:
+        choose_pad(chat, AutoConfig.from_pretrained(source).get_text_config().vocab_size)
+    if args:  # done: trl would load the template once more
+        args.chat_template_path = args.eos_token = args.pad_token = None
+    return chat
+
+
+def choose_pad(chat: Chat, embeddings: int) -> None:
+    """Sets a token for padding that no text contains and that does not end a turn: padding must never teach a model to stop.
+
+    GPT-2 has no spare token; ` SolidGoldMagikarp` is in its vocabulary but in no text (Rumbelow & Watkins 2023). Where nothing is
+    spare, the end token: labels and masks keep padding out of this training, and packed rows have none.
+
+    Args:
+        embeddings: rows of the model's embedding; a token beyond cannot be read.
+    """
+    tokenizer, vocabulary = chat.tokenizer, chat.tokenizer.get_vocab()
+    free = [token for token in tokenizer.get_added_vocab() if token not in (tokenizer.eos_token, tokenizer.unk_token)]
+    free = sorted((token for token in free if token not in chat.source), key=vocabulary.get)
+    spare = sorted((token for token in free if SPARE.search(token)), key=lambda token: "pad" not in token.lower())
+    candidates = (tokenizer.pad_token, *spare, tokenizer.unk_token, "ĠSolidGoldMagikarp", *free, tokenizer.eos_token)
+    for token in candidates:
+        number = vocabulary.get(token, embeddings)
+        if number < embeddings and number not in (chat.stop, tokenizer.bos_token_id):
+            tokenizer.pad_token = token
+            return
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop or 0)
 
 
 def four_bit(args) -> BitsAndBytesConfig:
@@ -49,25 +141,70 @@ def four_bit(args) -> BitsAndBytesConfig:
     )
 
 
-def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False):
+def attention(source: Path, method: str) -> tuple[str, str]:
+    """The attention that a model can take, and why its rows are padded ("": conversations may share a row).
+
+    A model's own attention (eager) where transformers knows no other for it, or where the fused one (sdpa) would leave
+    out its soft cap or sinks. Rows are padded with virtual tokens in front of each; where attention is code of the model's own,
+    as Falcon's, whose mask does not know the positions; and where layers are recurrent or convolve over the row (LFM2,
+    Granite hybrids, Qwen3-Next): their state would pass from one conversation to the next. `packing.prove` looks at the
+    loaded model.
+    """
+    config = AutoConfig.from_pretrained(source)
+    architecture, text = _architecture(config, source), config.get_text_config()
+    cap = getattr(text, "attn_logit_softcapping", None)
+    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    kinds |= {*(getattr(text, "block_types", None) or ())}
+    if not architecture._supports_sdpa or cap:
+        return "eager", "its attention is its own (eager)"
+    if not architecture._supports_attention_backend:
+        return "sdpa", "its attention does not know where a conversation begins"
+    if architecture._is_stateful or any("attention" not in kind or "linear" in kind for kind in kinds):
+        return "sdpa", "it has layers that carry a state along the row"
+    return ("sdpa", "virtual tokens stand before each") if method == "p_tuning" else (PACKED, "")
+
+
+def _architecture(config, source: Path):
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise UserError(
+            f"{source.name}: {config.model_type} is no causal language model, so it does not chat."
+        ) from None
+
+
+def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False, needs: int = 0):
     """The base model, in fp32 or 4-bit NF4; `empty`: shapes without weights, for a plan.
 
-    Its `config._attn_implementation` is PACKED where conversations may share a row. Not with virtual tokens in
-    front of each, and not where a model has attention code of its own: Falcon builds its mask without the position ids, so
-    that conversations in one row would see each other (transformers 5.23).
+    Its `config._attn_implementation` is PACKED where conversations may share a row: see `attention`.
+
+    Args:
+        needs: rows that the embedding must have; it grows only where all weights are trained.
+
+    Raises:
+        UserError: the rows hold ids beyond the embedding, and only an adapter would be trained.
     """
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source))]
-    packs = architecture._supports_attention_backend and method != "p_tuning"
+    config = AutoConfig.from_pretrained(source)
+    _architecture(config, source)
+    size = config.get_text_config().vocab_size
+    if needs > size and method != "full":
+        raise UserError(
+            f"the rows hold token {needs - 1}, the model has embeddings for {size:,} only: tokens were "
+            "added to its tokenizer and not to the model. Train them with --method full, or take the model's own "
+            "tokenizer."
+        )
     if empty:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
         use_safetensors=True,
-        attn_implementation=PACKED if packs else "sdpa",
+        attn_implementation=attention(source, method)[0],
         quantization_config=four_bit(args) if in_4bit else None,
     )
+    if needs > size:
+        model.resize_token_embeddings(needs)
     return keep_layout(model)
 
 
@@ -79,6 +216,28 @@ def keep_layout(model):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def serve_as(model, tokenizer, stop: int) -> GenerationConfig:
+    """Sets and returns what is saved in generation_config.json: where replies end, and how they are drawn.
+
+    The model's own stop tokens stay, the one that ends a turn is added. Its own sampling stays too, where it has any;
+    transformers refuses to save a temperature without `do_sample` (Vicuna), which is turned on then.
+    """
+    given = model.generation_config
+    ends = given.eos_token_id if given.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [end for end in dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), stop]) if end is not None]
+    named = {name: getattr(given, name, None) for name in SAMPLING}
+    own = {name: value for name, value in named.items() if value not in (None, 1.0, 50)}
+    kept = own if own.keys() & {"temperature", "top_p"} else SAMPLING | own
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        **{"top_k": 0, **kept},
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=given.bos_token_id if given.bos_token_id is not None else tokenizer.bos_token_id,
+    )
+    return model.generation_config
 
 
 def add_adapter(model, script_args, args):
@@ -102,42 +261,13 @@ def add_adapter(model, script_args, args):
     return get_peft_model(model, config)
 
 
-def save_merged(trainer, whole, tokenizer) -> None:
+def save_merged(trainer, whole, tokenizer, served: GenerationConfig) -> None:
     """Writes `merged/` into the run folder: the adapter merged into `whole`, its unquantized base."""
-    output = Path(trainer.args.output_dir)
+    output, whole.generation_config = Path(trainer.args.output_dir), served
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         PeftModel.from_pretrained(whole, str(output)).merge_and_unload().save_pretrained(output / "merged")
         tokenizer.save_pretrained(output / "merged")
-
-
-def reply(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64) -> list[str]:
-    """Greedy replies, one batch for all prompts."""
-    if not conversations:
-        return []
-    texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in conversations
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
-        model.device
-    )
-    asked = batch["input_ids"].shape[1]
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        # peft's `generate` looks for the cache by the name that it had before transformers 5.24, and so would read one token a
-        # step; nor does it count positions, so that padding would change a reply
-        prompt, rows = model.get_prompt(len(texts)), model.get_input_embeddings()(batch["input_ids"])
-        mask = F.pad(batch["attention_mask"], (prompt.shape[1], 0), value=1)
-        batch = {"inputs_embeds": torch.cat([prompt.to(rows.dtype), rows], 1), "attention_mask": mask}
-        model, asked = model.get_base_model(), 0
-    with torch.no_grad():
-        out = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return [text.strip() for text in tokenizer.batch_decode(out[:, asked:], skip_special_tokens=True)]
 
 
 def usage(repo: str, method: str, in_4bit: bool = False) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 
 from accelerate.utils import gather_object
 from datasets import interleave_datasets
-from methods import reply
+from replies import reply
 from tqdm.auto import tqdm
 
 from shared import UserError, metrics
@@ -128,17 +128,17 @@ def mix(splits, script_args, limits: dict, tokenizer, args):
     return mixed, tested
 
 
-def answer(model, tokenizer, tested: dict, args, title: str) -> dict[str, list[str]]:
+def answer(model, chat, tested: dict, served, args, title: str) -> dict[str, list[str]]:
     """Greedy replies to the test rows of each kind, in their order; processes share the work."""
     replies = {}
     for kind, rows in tested.items():
-        prompts = [messages[:-1] for messages in rows["messages"]]
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][0]["content"]))
+        prompts = [{"messages": messages[:-1]} for messages in rows["messages"]]
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]["messages"][0]["content"]))
         mine, size, found = longest_first[args.process_index :: args.world_size], args.per_device_eval_batch_size, []
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         hidden = args.disable_tqdm or args.process_index > 0
         for batch in tqdm(batches, desc=f"{kind}, {title}", disable=hidden, leave=False):
-            texts = reply(model, tokenizer, [prompts[i] for i in batch], MOST_NEW_TOKENS[kind])
+            texts, _ = reply(model, chat, [prompts[i] for i in batch], served, MOST_NEW_TOKENS[kind])
             found += zip(batch, texts, strict=True)
         everyone = gather_object(found) if args.world_size > 1 else found
         replies[kind] = [text for _, text in sorted(everyone)]

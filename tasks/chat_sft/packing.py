@@ -4,15 +4,16 @@ trl flattens a batch into one row (`padding_free`) but needs FlashAttention to k
 nor a CPU has, and it passes every position through the head although a third of the tokens is trained.
 """
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from shared.training import scoring
 from shared.training.losses import finite, log_evaluation, step_mean
-from shared.training.out_of_memory import within_memory
 
 
 class RowCollator(DataCollatorForLanguageModeling):
@@ -50,8 +51,61 @@ def token_losses(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets, conversation
 
 
+@torch.no_grad()
+def prove(model, rows: list[dict], collator: RowCollator, exact: bool) -> str:
+    """Why the model must not be trained as it was loaded, "" where the longest rows score the same whether packed or alone.
+
+    The attention is tried too: the beginning of a row must score the same with the model's own, which leaves nothing out.
+    Where it does not, the model goes on with its own.
+
+    Args:
+        rows: tokenized.
+        collator: as it will be used; `padding_free` is switched off where packed rows differ.
+        exact: whether it computes in fp32; half precision rounds.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()
+    was_training, alone = model.training, replace(collator, padding_free=False)
+    model.eval()
+    longest = sorted(rows, key=lambda row: -len(row["input_ids"]))[:2]
+    longest = longest if len(longest) > 1 else longest * 2
+    # Sharded only when training begins (FSDP): until then the whole model lies in the memory of the CPU
+    most = 32 if model.device.type == "cpu" and torch.cuda.is_available() else None
+
+    def score(collate, rows, most=most) -> torch.Tensor:
+        rows = [{**row, "input_ids": row["input_ids"][:most], "labels": row["input_ids"][:most]} for row in rows]
+        batch = {name: value.to(model.device) for name, value in collate(rows).items()}
+        return token_losses(model, batch)[0]
+
+    def differ(ours: torch.Tensor, theirs: torch.Tensor) -> str:
+        apart = (ours - theirs).abs().mean().item()
+        return f"{apart:.2g} nats a token" if not apart <= (1e-4 if exact else 2e-2) else ""
+
+    why, implementation = "", inner.config._attn_implementation
+    if implementation != "eager" and inner._supports_attention_backend:
+        ours = score(alone, longest[:1], 128)
+        inner.set_attn_implementation("eager")
+        if apart := differ(ours, score(alone, longest[:1], 128)):
+            why = f"its own attention (eager) gives other losses than {implementation}, by {apart}"
+            collator.padding_free = False
+        else:
+            inner.set_attn_implementation(implementation)
+    if collator.padding_free:
+        separate = torch.cat([score(alone, [row]) for row in longest])
+        if apart := differ(score(collator, longest), separate):
+            why = f"packed rows give other losses than rows alone, by {apart}"
+            collator.padding_free = False
+    model.train(was_training)
+    return why
+
+
 class PackedSFTTrainer(SFTTrainer):
     """`SFTTrainer` that computes logits for trained tokens only and checks each loss before the optimizer may use it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.model.config.get_text_config()
+        if hasattr(config, "output_router_logits"):  # trl asks mixtures of experts for a loss that is not used here
+            config.output_router_logits = False
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "labels", "row"]
@@ -74,31 +128,38 @@ class PackedSFTTrainer(SFTTrainer):
         return log_evaluation(self, rows, metric_key_prefix)
 
 
-@within_memory
-@torch.no_grad()
 def score_rows(model, dataset, collator, args, title: str = "evaluating") -> dict[str, list[float]]:
     """Scores every row; memory does not grow with rows, no logits are kept. Processes share the work.
 
     Returns:
         `{"nll": summed nats, "tokens": trained tokens, "correct": top-1 hits}`, one entry a row, in the data set's order.
     """
-    was_training = model.training
-    model.eval()
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    longest_first = sorted(range(len(dataset)), key=lambda i: -lengths[i])  # out of memory shows at once
-    mine = longest_first[args.process_index :: args.world_size]
-    size, scores = args.per_device_eval_batch_size, {}
-    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    for rows in tqdm(batches, desc=title, disable=args.disable_tqdm or args.process_index > 0, leave=False):
+
+    def score_batch(rows: list[int]) -> list[list[float]]:
         batch = {name: value.to(model.device) for name, value in collator([dataset[i] for i in rows]).items()}
-        with torch.autocast(
-            model.device.type, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16
-        ):
-            nll, correct, conversation = token_losses(model, batch)
+        nll, correct, conversation = token_losses(model, batch)
         found = torch.stack([nll, torch.ones_like(nll), correct]).cpu().double()  # Apple's GPU has no float64
-        sums = torch.zeros(3, len(rows), dtype=torch.float64).index_add_(1, conversation.cpu(), found)
-        scores.update(zip(rows, sums.T.tolist(), strict=True))
-    model.train(was_training)
-    everyone = gather_object(list(scores.items())) if args.world_size > 1 else scores.items()
-    ordered = [values for _, values in sorted(everyone)]
-    return dict(zip(("nll", "tokens", "correct"), map(list, zip(*ordered, strict=True)), strict=True))
+        return torch.zeros(3, len(rows), dtype=torch.float64).index_add_(1, conversation.cpu(), found).T.tolist()
+
+    found = scoring.score_rows(model, [len(ids) for ids in dataset["input_ids"]], score_batch, args, title)
+    return dict(zip(("nll", "tokens", "correct"), map(list, zip(*found, strict=True)), strict=True))
+
+
+def unigram_scores(trained: list[list[int]], rows: list[list[int]], vocabulary: int) -> dict[str, list[float]]:
+    """The trivial baseline: each token by its share of the trained tokens of the training split, one added to each count.
+
+    Args:
+        trained, rows: labels of the training and of the scored rows, -100 where nothing is learned.
+        vocabulary: number of token ids.
+
+    Returns:
+        As `score_rows`.
+    """
+    counts = 1 + np.bincount([label for row in trained for label in row[1:] if label != -100], minlength=vocabulary)
+    nll, likeliest = np.log(counts.sum() / counts), counts.argmax()
+    scored = [np.array([label for label in row[1:] if label != -100]) for row in rows]
+    return {
+        "nll": [float(nll[row].sum()) for row in scored],
+        "tokens": [len(row) for row in scored],
+        "correct": [int((row == likeliest).sum()) for row in scored],
+    }

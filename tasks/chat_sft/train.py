@@ -53,18 +53,29 @@ class ScriptArguments:
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
-def load_rows(run_args, seed: int) -> tuple[dict, str]:
+def load_rows(run_args, chat, seed: int) -> tuple[dict, str]:
     """Conversations of the three splits, and the cleaning report as one line."""
-    from chats import find_format, text_of, to_messages
+    from formats import Reader, columns_of, read_rows, talk_of_people, text_of
 
     from shared.data.cleaning import clean_dataset
     from shared.data.load import load_data
     from shared.data.splits import split_dataset
 
-    data = load_data(run_args.dataset, run_args.dataset_config)
-    chat_format, places = find_format(next(iter(data.values())).column_names, run_args.columns)
-    log.info("%s is read as %s", run_args.dataset, chat_format)
-    cleaned, report = clean_dataset(data, lambda row: to_messages(row, chat_format, places), run_args.dataset)
+    rows = read_rows(run_args.dataset)
+    data = {"train": rows} if rows is not None else load_data(run_args.dataset, run_args.dataset_config)
+    rows = next(iter(data.values()))
+    columns = columns_of(rows)
+    people = talk_of_people(run_args.dataset, rows, columns, run_args.columns)
+    read = Reader(run_args.dataset, columns, run_args.columns, people)
+    log.info("%s is read as %s%s", run_args.dataset, read.formats[0], ", people talking" * people)
+    if read.unread:
+        log.info("columns that are not read: %s", ", ".join(read.unread))
+
+    def convert(row):
+        found = read(row)
+        return found if isinstance(found, str) else chat.fit(found)
+
+    cleaned, report = clean_dataset(data, convert, run_args.dataset)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
@@ -80,38 +91,17 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
-def unigram_scores(trained: list[list[int]], rows: list[list[int]], vocabulary: int) -> dict[str, list[float]]:
-    """The trivial baseline: each token by its share of the trained tokens of the training split, one added to each count.
-
-    Args:
-        trained, rows: labels of the training and of the scored rows, -100 where nothing is learned.
-        vocabulary: number of token ids.
-
-    Returns:
-        As `packing.score_rows`.
-    """
-    import numpy as np
-
-    counts = 1 + np.bincount([label for row in trained for label in row[1:] if label != -100], minlength=vocabulary)
-    nll, likeliest = np.log(counts.sum() / counts), counts.argmax()
-    scored = [np.array([label for label in row[1:] if label != -100]) for row in rows]
-    return {
-        "nll": [float(nll[row].sum()) for row in scored],
-        "tokens": [len(row) for row in scored],
-        "correct": [int((row == likeliest).sum()) for row in scored],
-    }
-
-
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
     from contextlib import nullcontext
 
     import mixture
-    from chats import preflight, sample_talks, show, tokenize
+    from chats import plain_messages, preflight, sample_talks, show
     from datasets import Dataset
-    from methods import add_adapter, check_method, load_model, load_tokenizer, reply, save_merged, usage
-    from packing import PackedSFTTrainer, RowCollator, score_rows
+    from methods import add_adapter, attention, check_method, load_chat, load_model, save_merged, serve_as, usage
+    from packing import PackedSFTTrainer, RowCollator, prove, score_rows, unigram_scores
+    from replies import sample
     from transformers.trainer_utils import set_seed
 
     from shared.data.splits import first_rows
@@ -121,16 +111,18 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.packed_attention import PACKED
     from shared.training.plan import print_plan
+    from shared.training.processes import once_a_machine
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
     args.dataset_kwargs = {"skip_prepare_dataset": True}  # rows are tokenized here
-    check_method(script_args)
+    check_method(script_args, args, run_args.resolved)
 
     # Data
     source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
-    tokenizer = load_tokenizer(source)
-    splits, cleaning = load_rows(run_args, args.seed)
+    chat = load_chat(source, args)
+    tokenizer = chat.tokenizer
+    splits, cleaning = once_a_machine(lambda: load_rows(run_args, chat, args.seed))
     limits = {
         "train": run_args.max_train_rows,
         "validation": script_args.max_validation_rows,
@@ -140,33 +132,34 @@ def main(script_args, args, run_args) -> None:
     tokenized = {}
     for name, most in limits.items():
         chosen = first_rows(splits[name], most)
-        rows = [tokenize(messages, tokenizer, args.max_length) for messages in chosen["messages"]]
+        rows = [chat.tokenize(row, args.max_length) for row in chosen]
         if name == "train":
-            facts = preflight(rows, tokenizer.eos_token_id)
+            facts = preflight(rows, chat.stop, args.max_length)
         useful = [{**row, "row": i} for i, row in enumerate(rows) if any(label != -100 for label in row["labels"][1:])]
         tokenized[name] = Dataset.from_list(useful)
+    chat.log_notes(log)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
     log.info("first row, trained part marked:\n%s", show(tokenized["train"][0], tokenizer, sys.stdout.isatty())[:1500])
 
     # Model
     set_seed(args.seed)
-    base = load_model(source, script_args.method, args, script_args.load_in_4bit, empty=run_args.dry_run)
+    needs = 1 + max(max(ids) for rows in tokenized.values() for ids in rows["input_ids"])
+    base = load_model(source, script_args.method, args, script_args.load_in_4bit, run_args.dry_run, needs)
+    served = serve_as(base, tokenizer, chat.stop)
     model = add_adapter(base, script_args, args)
-    for configured in (model.config, model.generation_config):
-        configured.eos_token_id, configured.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if run_args.dry_run:
         return print_plan(model, args, run_args, in_4bit=script_args.load_in_4bit, smaller="--method qlora", **facts)
 
     # Train
     method = script_args.method
     lora = (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
-    facts_of_rows = {"rows": list(tokenized["train"]["input_ids"]), "chat_template": tokenizer.chat_template}
-    identity = run_identity(args, run_args, **facts_of_rows, method=method, adapter=lora)
+    seen = {"rows": [list(tokenized["train"][name]) for name in ("input_ids", "labels")]}
+    seen["chat_template"] = tokenizer.chat_template
+    identity = run_identity(args, run_args, **seen, method=method, adapter=lora)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
-    collator = RowCollator(
-        pad_token_id=tokenizer.pad_token_id, padding_free=model.config._attn_implementation == PACKED
-    )
+    implementation, padded = attention(source, method)
+    collator = RowCollator(pad_token_id=tokenizer.pad_token_id, padding_free=implementation == PACKED)
     trainer = PackedSFTTrainer(
         model=model,
         args=args,
@@ -179,22 +172,26 @@ def main(script_args, args, run_args) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # trl casts QLoRA adapters to bf16, which a T4 and a CPU emulate
+    padded = prove(model, tokenized["train"], collator, exact=not script_args.load_in_4bit) or padded
+    log.info("conversations %s", f"are padded: {padded}" if padded else "share a row without seeing each other")
     train(trainer, checkpoint)
     stopper.exit_if_stopped()
 
     # Evaluate
     trained_rows = score_rows(trainer.model, tokenized["test"], collator, args, "test, trained model")
-    talks = sample_talks(splits["test"]["messages"])
-    prompts = [talk[:-1] for talk in talks]
+    talks = sample_talks(splits["test"])
     trainer.model.eval()
-    after = reply(trainer.model, tokenizer, prompts)
-    trained_answers = mixture.answer(trainer.model, tokenizer, asked, args, "trained model")
+    after, after_greedy, counted = sample(trainer.model, chat, talks, served, "test", args.seed)
+    trained_answers = mixture.answer(trainer.model, chat, asked, served, args, "trained model")
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
-        base = trainer.model.get_base_model() if adapted else load_model(source, "full", args).to(args.device).eval()
+        base = (
+            trainer.model.get_base_model() if adapted else load_model(source, "full", args, needs=needs).to(args.device)
+        )
+        base.eval().set_attn_implementation(model.config._attn_implementation)
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
-        before = reply(base, tokenizer, prompts)
-        base_answers = mixture.answer(base, tokenizer, asked, args, "base model")
+        before, before_greedy, base_counted = sample(base, chat, talks, served, "base", args.seed)
+        base_answers = mixture.answer(base, chat, asked, served, args, "base model")
     unigram = unigram_scores(tokenized["train"]["labels"], tokenized["test"]["labels"], len(tokenizer))
     helped = compare.did_it_help(base_rows, trained_rows, baselines={"unigram": unigram})
     others = mixture.compare(asked, base_answers, trained_answers)
@@ -202,29 +199,35 @@ def main(script_args, args, run_args) -> None:
         **compute_metrics(trained_rows, "test"),
         **compute_metrics(base_rows, "base"),
         **compute_metrics(unigram, "baseline"),
+        **counted,
+        **base_counted,
         **helped,
         **others["metrics"],
         "test_rows": len(base_rows["nll"]),
     }
 
     # Export
+    drawn = {"base": before, "trained": after, "base_greedy": before_greedy, "trained_greedy": after_greedy}
     samples = [
-        {"prompt": p[-1]["content"], "base": b, "trained": t, "reference": talk[-1]["content"], "messages": p}
-        for p, b, t, talk in zip(prompts, before, after, talks, strict=True)
+        {"prompt": said[-2]["content"], "reference": said[-1]["content"], "messages": said[:-1]}
+        | {"temperature": served.temperature, **{name: texts[i] for name, texts in drawn.items()}}
+        for i, said in enumerate(talk["messages"] for talk in talks)
     ]
+    if adapted and args.should_save:
+        served.save_pretrained(args.output_dir)  # an adapter is saved without it
     if script_args.save_merged:
-        save_merged(trainer, load_model(source, "full", args), tokenizer)  # never 4-bit: it would round twice
+        save_merged(trainer, load_model(source, "full", args), tokenizer, served)  # never 4-bit: it would round twice
     finish(
         trainer,
         args,
         run_args,
         metrics=metrics,
         samples=samples + others["samples"],
-        test_rows=splits["test"].select_columns("messages"),
+        test_rows=({"messages": plain_messages(row)} for row in splits["test"]["messages"]),
         preflight=facts,
         line=" ".join([helped["line"], *others["lines"]]),
         more_data=others["data"],
-        training={"method": method, "data": cleaning},
+        training={"method": method, "data": cleaning, "rows": f"padded: {padded}" if padded else "packed"},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
         usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method, script_args.load_in_4bit),

@@ -14,10 +14,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deploy.admission import Limits
-from deploy.encoding import Deadline, PlainText, TooLong
+from deploy.deadline import Deadline
 from deploy.inference import Engine
 from deploy.schemas import ChatBody, CompletionBody, NotJSON, parse
 from shared import UserError
+from shared.data.encoding import PlainText, TooLong
 from shared.inference.model import load
 from shared.publish.hub import pull
 
@@ -71,8 +72,8 @@ def test_a_megabyte_of_digits_is_refused_by_its_beginning(tiny):
     from transformers import AutoTokenizer
 
     text, read = PlainText(AutoTokenizer.from_pretrained(tiny / "llama"), 100), []
-    ids = text._ids
-    text._ids = lambda part, special: read.append(len(part)) or ids(part, special)
+    encode = text._encode
+    text._encode = lambda part, special: read.append(len(part)) or encode(part, special)
     for call in (text.encode, lambda digits: text.encode_chat([{"role": "user", "content": digits}])):
         read.clear()
         with pytest.raises(TooLong, match="characters"):

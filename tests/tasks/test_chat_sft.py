@@ -11,14 +11,16 @@ from functools import partial
 from types import SimpleNamespace
 
 import chats
+import formats
 import hub_seed
 import methods
 import packing
 import pytest
+import replies
 import task_runs
 import torch
 from checkout import ROOT, train_script
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from shared import UserError
@@ -68,13 +70,13 @@ command = partial(task_runs.command, TASK / "train.py")
     ],
 )
 def test_formats_are_recognised(row, mapping):
-    found = chats.to_messages(row, *chats.find_format(list(row), mapping))
+    found = formats.Reader("rows", list(row), mapping)(row)
     assert found == {"messages": [{"role": "user", "content": "hi?"}, {"role": "assistant", "content": "yes"}]}
 
 
 def test_instruction_and_input_are_joined():
     row = {"instruction": "Translate.", "input": "vÃ©", "output": "x"}
-    found = chats.to_messages(row, *chats.find_format(list(row), []))
+    found = formats.Reader("rows", list(row), [])(row)
     assert found["messages"][0]["content"] == "Translate.\n\nvé"
 
 
@@ -89,7 +91,7 @@ def test_people_become_user_and_assistant():
         ("ann", "bye"),
     ]
     row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
-    found = chats.to_messages(row, "conversations", {"conversations": "conversations"})["messages"]
+    found = formats.Reader("rows", ["conversations"], [], people=True)(row)["messages"]
     assert [m["content"] for m in found] == ["hello\nis it cold?", "very\nicy", "oh", "yes"]
     assert [m["role"] for m in found] == ["user", "assistant"] * 2
 
@@ -101,7 +103,7 @@ def test_people_become_user_and_assistant():
         ([("a", "is anyone here?")], "no reply"),
         ([("a", "x"), ("b", "y"), ("c", "z")], "more than two speakers"),
         ([("a", None)], "bad: missing"),
-        ([("a", 3)], "bad: wrong type"),
+        ([("a", {"b": 3})], "bad: wrong type"),
         ([("a", "x" * 1_100_000), ("b", "y")], "bad: over 1 MB"),
         ([("a", "\x00\x01\x02\x03x"), ("b", "y")], "bad: control characters"),
         ([("a", " "), ("b", "")], "bad: empty"),
@@ -109,33 +111,39 @@ def test_people_become_user_and_assistant():
 )
 def test_unusable_rows_are_named(turns, reason):
     row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
-    assert chats.to_messages(row, "conversations", {"conversations": "conversations"}) == reason
+    assert formats.Reader("rows", ["conversations"], [], people=True)(row).partition("\n")[0] == reason
 
 
 def test_unknown_columns_say_found_expected_and_how_to_map():
     with pytest.raises(
-        UserError, match=r"found title, body; expected one of messages.*--columns prompt=title completion=body"
+        UserError,
+        match=r"found the columns query, answer; expected .*one of: messages.*--columns prompt=query completion=answer",
     ):
-        chats.find_format(["title", "body"], [])
-    with pytest.raises(UserError, match="--columns prompt=q: write name=column"):
-        chats.find_format(["title", "body"], ["prompt=q"])
+        formats.find_format("rows", ["query", "answer"], [])
+    with pytest.raises(UserError, match="--columns prompt=q: no column q"):
+        formats.find_format("rows", ["title", "body"], ["prompt=q"])
+
+
+def talk(*texts: str) -> dict:
+    roles = ["user", "assistant"] * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+
+
+def trained(row: dict, tokenizer) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_only_replies_are_trained_each_with_its_end(tiny, name):
-    tokenizer = methods.load_tokenizer(str(tiny / name))
-    messages = [
-        {"role": role, "content": text}
-        for role, text in zip(["user", "assistant"] * 2, ["one?", "two", "three?", "four"], strict=True)
-    ]
-    row = chats.tokenize(messages, tokenizer, 512)
-    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
-    assert trained == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    facts = chats.preflight([row], tokenizer.eos_token_id)
+    chat = methods.load_chat(tiny / name)
+    tokenizer, said = chat.tokenizer, talk("one?", "two", "three?", "four")
+    row = chat.tokenize(said, 512)
+    assert trained(row, tokenizer) == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id == chat.stop
+    facts = chats.preflight([row], chat.stop, 512)
     assert facts["end_token_trained_share"] == 1 and facts["truncated_rows"] == 0
     first_end = row["labels"].index(tokenizer.eos_token_id) + 1
-    cut = chats.tokenize(messages, tokenizer, len(row["input_ids"]) - 3)
+    cut = chat.tokenize(said, len(row["input_ids"]) - 3)
     assert cut["truncated"] and cut["input_ids"] == row["input_ids"][:first_end]  # the last whole reply that fits
     assert f"[[two{tokenizer.eos_token}]]" in chats.show(row, tokenizer, colour=False)
 
@@ -146,25 +154,22 @@ def test_only_replies_are_trained_each_with_its_end(tiny, name):
 def test_templates_without_marks_are_read_turn_by_turn(make):
     """As on the Hub: SmolLM2's and Llama 2's own templates say nothing about what the assistant says."""
     tokenizer = make()
-    talk = [
-        {"role": role, "content": text}
-        for role, text in zip(["user", "assistant"] * 2, ["Is two said?", "two", "three?", "four"], strict=True)
-    ]
-    row = chats.tokenize(talk, tokenizer, 512)
-    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
-    assert trained.replace(" ", "") == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
-    whole = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
+    said = talk("Is two said?", "two", "three?", "four")
+    row = chats.Chat(tokenizer).tokenize(said, 512)
+    assert trained(row, tokenizer).replace(" ", "") == f"two{tokenizer.eos_token}four{tokenizer.eos_token}"
+    whole = tokenizer.apply_chat_template(said["messages"], tokenize=True, return_dict=True)["input_ids"]
     assert row["input_ids"] == whole
     tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m['content'] + eos_token }}{% endfor %}"
-    with pytest.raises(UserError, match="does not mark what the assistant says"):
-        chats.tokenize(talk, tokenizer, 512)
+    assert chats.Chat(tokenizer).fit(said) == "bad: a turn of the user that the chat template does not show"
 
 
 def test_preflight_stops_when_nothing_or_no_end_is_trained():
-    with pytest.raises(UserError, match="none of 1 rows has a token to learn"):
-        chats.preflight([{"input_ids": [1, 2], "labels": [-100, -100], "truncated": True}], 9)
+    with pytest.raises(UserError, match="none of 1 rows has a token to learn after the cut at --max_length 40"):
+        chats.preflight([{"input_ids": [1, 2], "labels": [-100, -100], "truncated": True}], 9, 40)
     with pytest.raises(UserError, match="end token is trained"):
-        chats.preflight([{"input_ids": [1, 2], "labels": [-100, 2], "truncated": False}], 9)
+        chats.preflight([{"input_ids": [1, 2], "labels": [-100, 2], "truncated": False}], 9, 40)
+    with pytest.raises(UserError, match="--max_length 40 cuts every row before its first reply ends"):
+        chats.preflight([{"input_ids": [1, 2], "labels": [-100, 2], "truncated": True}], 9, 40)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
@@ -198,7 +203,7 @@ def adapted(source, method, **options):
         method=method, load_in_4bit=method == "qlora", lora_r=2, lora_alpha=4, lora_dropout=0, **options
     )
     args = SFTConfig(bf16=False, gradient_checkpointing=False)
-    model = methods.load_model(str(source), method, args, options.load_in_4bit)
+    model = methods.load_model(source, method, args, options.load_in_4bit)
     return methods.add_adapter(model, options, args)
 
 
@@ -224,20 +229,21 @@ def test_evaluation_does_not_change_how_four_bits_train(tiny, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_virtual_tokens_reply_as_without_cache_and_padding(tiny, name):
-    tokenizer, model = methods.load_tokenizer(tiny / name), adapted(tiny / name, "p_tuning", virtual_tokens=4).eval()
+    chat = chats.Chat(methods.load_tokenizer(tiny / name))
+    model = adapted(tiny / name, "p_tuning", virtual_tokens=4).eval()
     torch.manual_seed(0)
     for weight in model.parameters():
         weight.data.normal_(std=0.3)  # each token counts
-    prompts = [[{"role": "user", "content": "What colour has it? " * n}] for n in (1, 3, 2)]
-    found = methods.reply(model, tokenizer, prompts, 12)
+    talks = [{"messages": [{"role": "user", "content": "What colour has it? " * n}]} for n in (1, 3, 2)]
+    found, _ = replies.reply(model, chat, talks, GenerationConfig(eos_token_id=chat.stop), 12)
     assert len(set(found)) == 3
-    for prompt, reply in zip(prompts, found, strict=True):
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        for _ in range(12):
+    for talk, reply in zip(talks, found, strict=True):
+        ids = torch.tensor([chat.prompt_ids(talk)])
+        asked = ids.shape[1]
+        while ids.shape[1] < asked + 12 and ids[0, -1] != chat.stop:
             last = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
             ids = torch.cat([ids, last.view(1, 1)], 1)
-        assert reply == tokenizer.decode(ids[0, -12:], skip_special_tokens=True).strip()
+        assert reply == chat.tokenizer.decode(ids[0, asked:], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(
@@ -296,10 +302,14 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
                 for key, value in before.items()
                 if key in frozen
             )
-    tokenizer = AutoTokenizer.from_pretrained(run)
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    replies = methods.reply(model.eval(), tokenizer, [sample["messages"] for sample in samples])
-    assert replies == [sample["trained"] for sample in samples]
+    chat, served = chats.Chat(methods.load_tokenizer(run)), GenerationConfig.from_pretrained(run)
+    assert served.do_sample and (served.temperature, served.top_p) == (0.7, 0.95)
+    most = replies.room(chat, [{"messages": [{"role": "assistant", "content": s["reference"]}]} for s in samples])
+    greedy, _ = replies.reply(model.eval(), chat, [{"messages": s["messages"]} for s in samples], served, most)
+    assert greedy == [sample["trained_greedy"] for sample in samples]
+    assert 0 <= results["test_replies_that_loop"] <= 1 and results["base_replies_that_end"] == 0
+    tokenizer = chat.tokenizer
     if method == "lora":
         ids = tokenizer("What colour has 5 35 65?", return_tensors="pt").input_ids
         whole = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
@@ -331,7 +341,9 @@ def test_bad_rows_are_dropped_and_many_stop_the_run(tiny, data, tmp_path):
     rows = data.read_text().splitlines()
     few = tmp_path / "few.jsonl"
     few.write_text(
-        "\n".join([*rows, json.dumps({"question": "", "answer": None}), json.dumps({"question": 5, "answer": "x"})])
+        "\n".join(
+            [*rows, json.dumps({"question": "", "answer": None}), json.dumps({"question": {"x": 5}, "answer": "x"})]
+        )
     )
     run_main(flags(tiny, few, tmp_path / "run", max_steps=1))
     assert "kept 120 + dropped 2" in json.loads((tmp_path / "run" / "preflight.json").read_text())["cleaning"]
@@ -436,7 +448,7 @@ def test_dry_run_plans_and_writes_nothing(tiny, data, tmp_path):
 
 
 def test_the_unigram_baseline_is_the_smoothed_share_of_each_token():
-    found = chat_sft.unigram_scores([[-100, 1, 1, 2], [5, -100, 3]], [[9, 1, -100, 3], [0, -100, 2]], vocabulary=4)
+    found = packing.unigram_scores([[-100, 1, 1, 2], [5, -100, 3]], [[9, 1, -100, 3], [0, -100, 2]], vocabulary=4)
     # 4 trained tokens (1, 1, 2, 3) and 4 ids: shares (1, 3, 2, 2) / 8
     assert found["nll"] == pytest.approx([math.log(8 / 3) + math.log(4), math.log(4)])
     assert found["tokens"] == [2, 1] and found["correct"] == [1, 0]

