@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test gpu-check lint lock new-task clean
+.PHONY: help setup demo chat test lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,9 +34,6 @@ chat: setup ## open a page to chat with the model of `make demo`, or with a pack
 # A process for each core; each makes for itself what tests share.
 test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py -k arrows"
 	.venv/bin/pytest --numprocesses auto --dist worksteal $(ARGS)
-
-gpu-check: setup ## on a machine with a GPU: train each task for some steps, compare with its plan; about 10 minutes
-	@.venv/bin/python tools/gpu_check.py
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .
