@@ -53,8 +53,8 @@ class ScriptArguments:
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
-def load_rows(run_args, chat, seed: int) -> tuple[dict, str]:
-    """Conversations of the three splits, and the cleaning report as one line."""
+def load_rows(run_args, seed: int, chat=None) -> tuple[dict, str]:
+    """Conversations of the three splits, as the template of `chat` can show them, and the cleaning report as one line."""
     from formats import Reader, columns_of, read_rows, talk_of_people, text_of
 
     from shared.data.cleaning import clean_dataset
@@ -73,7 +73,7 @@ def load_rows(run_args, chat, seed: int) -> tuple[dict, str]:
 
     def convert(row):
         found = read(row)
-        return found if isinstance(found, str) else chat.fit(found)
+        return found if isinstance(found, str) or chat is None else chat.fit(found)
 
     cleaned, report = clean_dataset(data, convert, run_args.dataset)
     return split_dataset(cleaned, text_of, seed), str(report)
@@ -122,7 +122,7 @@ def main(script_args, args, run_args) -> None:
     source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
     chat = load_chat(source, args)
     tokenizer = chat.tokenizer
-    splits, cleaning = once_a_machine(lambda: load_rows(run_args, chat, args.seed))
+    splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed, chat))
     limits = {
         "train": run_args.max_train_rows,
         "validation": script_args.max_validation_rows,
