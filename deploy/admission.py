@@ -99,11 +99,11 @@ def defect(error: Exception) -> Refused:
 def explain(error: Exception) -> tuple[int, dict]:
     """Status and body, in OpenAI's form, of what went wrong."""
     message, code = str(error), None
-    if isinstance(error, Refused):
+    if isinstance(error, Refused | NotJSON):
         status = error.status
     elif isinstance(error, TooLong):
         status, code = 400, "context_length_exceeded"
-    elif isinstance(error, UserError | NotJSON):
+    elif isinstance(error, UserError):
         status = 400
     elif isinstance(error, ValidationError):
         status = 422

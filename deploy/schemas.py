@@ -17,7 +17,15 @@ SURROGATES = {code: "\ufffd" for code in range(0xD800, 0xE000)}  # halves of a c
 
 
 class NotJSON(ValueError):
-    """The body cannot be read; the message says why."""
+    """The body cannot be read; the message says why, `status` how HTTP calls it."""
+
+    status = 400
+
+
+class HalfCharacter(NotJSON):
+    """A text of the body has half of a surrogate pair, which no encoding can write."""
+
+    status = 422
 
 
 def only(*values):
@@ -103,9 +111,16 @@ class TextPart(Strict):
     text: str
 
 
+def with_content(schema: dict) -> None:
+    """For /docs: a message says something; only an assistant's may be null."""
+    schema["required"] = ["role", "content"]
+    schema["properties"]["content"]["anyOf"] = schema["properties"]["content"]["anyOf"][:2]
+
+
 class Message(Strict):
     """One turn of a conversation. An assistant's reply can be sent back as it came."""
 
+    model_config = ConfigDict(json_schema_extra=with_content)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: only([]) = None
@@ -202,7 +217,7 @@ def parse(schema: type[Body], raw: bytes) -> Body:
     """A body as its schema has it. Within bounds that hold whatever was sent, so it takes milliseconds.
 
     Raises:
-        NotJSON: no JSON, too many fields or objects, nested too deeply.
+        NotJSON: no JSON, too many fields or objects, nested too deeply, half a character.
         pydantic.ValidationError: a value that is not allowed; few errors, since lists end at the first.
     """
     objects = 0
@@ -224,6 +239,12 @@ def parse(schema: type[Body], raw: bytes) -> Body:
     except (ValueError, RecursionError) as error:  # the error may quote the body
         place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise NotJSON(f"the body is not JSON in UTF-8{place}.") from None
+    try:
+        json.dumps(data, ensure_ascii=False).encode("utf8")
+    except UnicodeEncodeError:
+        raise HalfCharacter(
+            "the body has half of a surrogate pair (\\ud800 to \\udfff), which is no character."
+        ) from None
     return schema.model_validate(data)
 
 

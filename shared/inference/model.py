@@ -128,6 +128,8 @@ class Model:
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.stop_ids = tuple(dict.fromkeys([*ends, *([self.tokenizer.eos_token_id] if not ends else [])]))
         self.stop_ids = tuple(i for i in self.stop_ids if i is not None)
+        if not all(isinstance(i, int) for i in self.stop_ids):
+            raise UserError(f"{folder}: eos_token_id of its configuration is {list(self.stop_ids)}, expected numbers.")
 
     def generate(
         self,

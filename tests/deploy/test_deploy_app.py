@@ -11,12 +11,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import streamlit
 from checkout import ROOT
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
-from deploy.app import as_markdown, literally, names_for
+from deploy.app import as_markdown, literally, names_for, refuse_foreign_folder
 from deploy.texts import PAGES, TEXTS
+from shared import UserError
 
 APP = str(ROOT / "deploy" / "app.py")
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
@@ -122,6 +124,9 @@ def test_the_pages_for_texts(open_page):
     app = open_page("fill")
     labelled(app.button, "guess").click().run()
     assert not app.exception and len(app.get("progress")) == 8
+    sorted_page = open_page("classify")
+    labelled(sorted_page.button, "sort").click().run()
+    assert not sorted_page.exception and len(sorted_page.get("progress")) == 3
     labelled(app.text_input, "sentence").set_value("No blank")
     labelled(app.button, "guess").click().run()
     assert "MASK" in app.error[0].value
@@ -152,7 +157,28 @@ def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch)
     app = AppTest.from_file(APP, default_timeout=60)
     app.query_params["page"] = "fill"
     app.run()
+    assert "reached from other machines" in app.error[0].value, (
+        "no address is set, so that others reach it: nobody chooses a model"
+    )
+    option = streamlit.get_option
+    monkeypatch.setattr(streamlit, "get_option", lambda n: "127.0.0.1" if n == "server.address" else option(n))
+    app.run()
     assert len(app.error) == 1 and not app.exception, "a folder without weights is one line"
+    assert str(tmp_path) not in app.error[0].value.replace("\\", "")
+
+
+def test_typed_names_open_no_other_folder(tiny_served, tmp_path, monkeypatch):
+    monkeypatch.delenv("TASKBOOK_MODELS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    for name in (str(tiny_served["fill-mask"]), "org/name", "..", "~/x", "./nowhere", "outputs/../org", "/etc"):
+        with pytest.raises(UserError, match="outside outputs/"):
+            refuse_foreign_folder(name)
+    for name in ("outputs/run", "someone/model", "pypi:minilm-l6"):
+        refuse_foreign_folder(name)
+    monkeypatch.setenv("TASKBOOK_MODELS", str(tiny_served["fill-mask"]))
+    refuse_foreign_folder(str(tiny_served["fill-mask"]))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_few_errors_are_built_of_any_body(body):
 def test_what_is_no_json_is_one_line(raw, server):
     with pytest.raises(NotJSON):
         parse(ChatBody, raw)
-    answer = server.http.post("/v1/chat/completions", content=raw[:100] or b" ")
+    answer = server.http.post("/v1/chat/completions", content=raw[:5000] or b" ")
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
 
 

@@ -328,6 +328,11 @@ def test_a_graph_that_reads_outside_its_folder_is_refused(exports, tmp_path):
 def test_verify_sees_other_weights_tokens_templates_and_stop_ids(exports, tmp_path):
     folder = shutil.copytree(exports("llama") / "merged", tmp_path / "copy")
     load(folder).verify()
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-2] + bytes([weights[-2] ^ 1, weights[-1]]))
+    with pytest.raises(UserError, match="model.safetensors is not the file that was exported"):
+        load(folder).verify()  # one bit: all golden outputs are the same
+    (folder / "model.safetensors").write_bytes(weights)
     template = folder / "chat_template.jinja"
     whole = template.read_text()
     template.write_text(whole.replace("helpful", "rude"))
