@@ -26,12 +26,12 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora import readers
 from shared.corpora.build import BATCH, build, ordered_map
 from shared.corpora.crawl import crawl
-from shared.corpora.readers import decode, documents, pieces
+from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.cleaning import LONGEST, CleaningReport, language
+from shared.data.files import PIECE, pieces
 from shared.data.near_duplicates import shingles
 
 VIETNAMESE = "Hà Nội là thủ đô của nước Cộng hòa xã hội chủ nghĩa Việt Nam và có nhiều hồ đẹp."
@@ -563,7 +563,7 @@ def test_a_long_text_becomes_several_documents_and_no_character_is_lost():
     assert "".join(cut) == text and all(len(piece) <= 7000 for piece in cut) and len(cut) < len(text) / 3500 + 1
     assert all(piece.startswith("\n\n") for piece in cut[1:])
     assert list(pieces(["x" * 25], 10)) == ["x" * 10, "x" * 10, "x" * 5] and list(pieces([])) == []
-    assert readers.PIECE < LONGEST
+    assert PIECE < LONGEST
 
 
 def test_docs_names(tmp_path, monkeypatch):
