@@ -750,3 +750,16 @@ def test_the_output_must_be_jsonl(tmp_path):
 def test_the_words_of_these_tests_differ():
     """Else the near-duplicates above would be others than the planted ones."""
     assert not set(shingles(prose(1))) & set(shingles(prose(2)))
+
+
+@pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
+@pytest.mark.parametrize("password", ["", "secret"])
+def test_an_encrypted_pdf_is_read_where_it_needs_no_password(algorithm, password, tmp_path):
+    from pypdf import PdfWriter
+
+    writer = PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.encrypt(user_password=password, owner_password="owner", algorithm=algorithm)
+    writer.write(tmp_path / "a.pdf")
+    found = list(documents(str(tmp_path / "a.pdf")))
+    assert (found == ["encrypted PDF"]) if password else (len(found) == 1 and isinstance(found[0], dict))
