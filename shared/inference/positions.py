@@ -1,6 +1,10 @@
 """How many tokens an encoder reads. Called by tasks that take one, and by model.py."""
 
+from pathlib import Path
+
 import torch
+
+from shared import UserError
 
 
 def longest_input(config, tokenizer) -> int | None:
@@ -20,3 +24,16 @@ def longest_input(config, tokenizer) -> int | None:
             if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if limit and limit < 1e9), default=None)
+
+
+def check_length(max_length: int, source: Path, tokenizer) -> None:
+    """For encoders that a task trains.
+
+    Raises:
+        UserError: the model in the folder `source` reads fewer tokens than `max_length`.
+    """
+    from transformers import AutoConfig
+
+    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
+    if longest and max_length > longest:
+        raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")

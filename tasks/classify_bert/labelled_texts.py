@@ -1,19 +1,57 @@
 """Rows of any table as texts with labels. Used by train.py."""
 
+import re
+
+from shared import UserError
 from shared.data.cleaning import clean_text, malformed
 
 
-def to_row(row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None) -> dict | str:
+def hides_labels(splits) -> bool:
+    """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else.
+
+    Args:
+        splits: for each split its labels.
+    """
+    return any({str(label) for label in labels} == {"-1"} for labels in splits)
+
+
+def to_row(
+    row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None, hidden: bool = False
+) -> dict | str:
     """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
     Args:
         names: of the classes, where the data set stores numbers and knows their names.
+        hidden: -1 is no label, see `hides_labels`.
+
+    Raises:
+        UserError: a label that is a list or a dictionary.
     """
     text, label = row[places["text"]], row[places["label"]]
     if reason := malformed(text):
         return f"bad: {reason}"
-    if label is None or label == -1:  # what the Hub's data sets put in test splits whose labels are kept secret
+    if isinstance(label, list | dict):
+        raise UserError(
+            f"the label of {text[:40]!r} is {str(label)[:60]}: this task gives each text one class. Write one, as text or number."
+        )
+    if label is None or label != label or str(label) == "-1" and (hidden or names):  # NaN: an empty cell
         return "no label"
+    if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
+        label = int(label)
     label = names[label] if names else str(label).strip()
     label = label.partition(until)[0].strip() if until else label
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
+
+
+def refuse_measures(source: str, labels) -> None:
+    """For labels that are no classes but quantities, 3.75 and the like.
+
+    Raises:
+        UserError: more than 20 distinct labels, most of them numbers with decimals.
+    """
+    decimals = [label for label in labels if re.fullmatch(r"[-+]?\d*\.\d+(?:[eE][-+]?\d+)?", label)]
+    if len(labels) > 20 and len(decimals) > len(labels) / 2:
+        raise UserError(
+            f"{source}: {len(labels):,} labels such as {decimals[0]}: quantities, not classes. This task does no regression; "
+            "write classes, such as low and high."
+        )

@@ -9,6 +9,7 @@ The first command runs configs/laptop.yaml: two CPU cores, no account, no model 
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from shared import UserError
@@ -39,7 +40,7 @@ class ScriptArguments:
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
     from datasets import ClassLabel, Dataset, DatasetDict
-    from labelled_texts import to_row
+    from labelled_texts import hides_labels, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -51,14 +52,15 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
     feature = first.features[places["label"]]
     names = feature.names if isinstance(feature, ClassLabel) else None
-    cleaned, report = clean_dataset(
-        data, lambda row: to_row(row, places, names, script_args.label_until), run_args.dataset
-    )
+    hidden = hides_labels(rows[places["label"]] for rows in data.values())
+    convert = partial(to_row, places=places, names=names, until=script_args.label_until, hidden=hidden)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset)
     # The Hub's test splits are often without labels
     labelled = DatasetDict({split: rows for split, rows in cleaned.items() if len(rows)})
     splits = split_dataset(labelled, lambda row: row["text"], seed)
     splits["train"] = first_rows(splits["train"], run_args.max_train_rows)
     counts = Counter(splits["train"]["label"])
+    refuse_measures(run_args.dataset, list(counts))
     classes = sorted(label for label, count in counts.items() if count >= script_args.min_label_rows)
     if len(classes) < 2:
         raise UserError(
@@ -116,7 +118,6 @@ def main(script_args, args, run_args) -> None:
     import numpy as np
     from linear_probe import CheckedTrainer, fit_linear, predict_linear
     from transformers import (
-        AutoConfig,
         AutoModel,
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -125,7 +126,7 @@ def main(script_args, args, run_args) -> None:
     )
 
     from shared.data.splits import first_rows
-    from shared.inference.positions import longest_input
+    from shared.inference.positions import check_length
     from shared.publish import compare
     from shared.publish.hub import pull
     from shared.training.checkpoints import CompleteCheckpoints, train
@@ -140,9 +141,7 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
-    if longest and script_args.max_length > longest:
-        raise UserError(f"--max_length {script_args.max_length}: this model reads {longest} tokens at most.")
+    check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
 

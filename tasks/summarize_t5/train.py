@@ -125,11 +125,8 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
-    limits = {
-        "train": run_args.max_train_rows,
-        "validation": script_args.max_validation_rows,
-        "test": run_args.max_test_rows,
-    }
+    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}
+    limits["test"] = run_args.max_test_rows
     for name, most in limits.items():
         splits[name] = first_rows(splits[name], most)
     texts = (text for row in splits["train"] for text in (row["document"], row["summaries"][0]))
@@ -137,15 +134,11 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     model = load_model(source, tokenizer, script_args, args)
-    prefix = prefix_of(model)
-    tokenized = {}
-    for name, rows in splits.items():
-        lengths = (script_args.max_source_length, script_args.max_target_length)
-        tokenized[name] = rows.map(
-            lambda batch, lengths=lengths: tokenize(batch, tokenizer, prefix, *lengths),
-            batched=True,
-            remove_columns=rows.column_names,
-        )
+    lengths = {"max_source": script_args.max_source_length, "max_target": script_args.max_target_length}
+    encode = partial(tokenize, tokenizer=tokenizer, prefix=prefix_of(model), **lengths)
+    tokenized = {
+        name: rows.map(encode, batched=True, remove_columns=rows.column_names) for name, rows in splits.items()
+    }
     allow_such_summaries(model.generation_config, list(tokenized["train"]["labels"]))
     facts = preflight(tokenized["train"], args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
@@ -231,7 +224,9 @@ def main(script_args, args, run_args) -> None:
         },
         pipeline="summarization",
         usage=usage(
-            args.hub_model_id or f"outputs/{Path(args.output_dir).name}", prefix, script_args.max_source_length
+            args.hub_model_id or f"outputs/{Path(args.output_dir).name}",
+            prefix_of(model),
+            script_args.max_source_length,
         ),
         limits=("" if source else f"{NO_SUMMARIZER} ")
         + "Summaries can leave out what matters and state what the document does not say. ROUGE counts words shared with a "

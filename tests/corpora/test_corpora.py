@@ -26,12 +26,12 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora import readers
 from shared.corpora.build import BATCH, build, ordered_map
 from shared.corpora.crawl import crawl
-from shared.corpora.readers import decode, documents, pieces
+from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.cleaning import LONGEST, CleaningReport, language
+from shared.data.files import PIECE, pieces
 from shared.data.near_duplicates import shingles
 
 VIETNAMESE = "Hà Nội là thủ đô của nước Cộng hòa xã hội chủ nghĩa Việt Nam và có nhiều hồ đẹp."
@@ -563,7 +563,7 @@ def test_a_long_text_becomes_several_documents_and_no_character_is_lost():
     assert "".join(cut) == text and all(len(piece) <= 7000 for piece in cut) and len(cut) < len(text) / 3500 + 1
     assert all(piece.startswith("\n\n") for piece in cut[1:])
     assert list(pieces(["x" * 25], 10)) == ["x" * 10, "x" * 10, "x" * 5] and list(pieces([])) == []
-    assert readers.PIECE < LONGEST
+    assert PIECE < LONGEST
 
 
 def test_docs_names(tmp_path, monkeypatch):
@@ -753,3 +753,16 @@ def test_the_output_must_be_jsonl(tmp_path):
 def test_the_words_of_these_tests_differ():
     """Else the near-duplicates above would be others than the planted ones."""
     assert not set(shingles(prose(1))) & set(shingles(prose(2)))
+
+
+@pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
+@pytest.mark.parametrize("password", ["", "secret"])
+def test_an_encrypted_pdf_is_read_where_it_needs_no_password(algorithm, password, tmp_path):
+    from pypdf import PdfWriter
+
+    writer = PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.encrypt(user_password=password, owner_password="owner", algorithm=algorithm)
+    writer.write(tmp_path / "a.pdf")
+    found = list(documents(str(tmp_path / "a.pdf")))
+    assert (found == ["encrypted PDF"]) if password else (len(found) == 1 and isinstance(found[0], dict))

@@ -1,0 +1,310 @@
+"""Files as people have them: read right, or refused in one line that says where; loaded and as a stream alike. No training."""
+
+import gzip
+import json
+
+import openpyxl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from checkout import train_script
+
+from shared import UserError
+from shared.data.files import PIECE
+from shared.data.load import load_data, load_stream
+from shared.training.arguments import parse
+
+TRAINING = "transformers.training_args:TrainingArguments"
+ROWS = [{"text": "vé một", "label": "a"}, {"text": "two, too", "label": "b"}]
+
+
+def lines(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def rows_of(path) -> list[dict]:
+    """The rows that `load_data` gives, which are those of `load_stream`."""
+    loaded = list(load_data(str(path))["train"])
+    assert list(load_stream(str(path))["train"]) == loaded
+    return loaded
+
+
+def refused(path) -> str:
+    """The one line with which both ways of loading stop."""
+    said = []
+    for load in (load_data, load_stream):
+        with pytest.raises(UserError) as stopped:
+            list(load(str(path))["train"])
+        said.append(str(stopped.value))
+    assert said[0] == said[1] and str(path) in said[0] and "\n" not in said[0]
+    return said[0]
+
+
+CSV = 'text,label\nvé một,a\n"two, too",b\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV.encode()),
+        ("bom.csv", CSV.encode("utf-8-sig")),
+        ("u16.csv", CSV.encode("utf-16")),
+        ("u16be.csv", CSV.encode("utf-16-be")),
+        ("u32.csv", CSV.encode("utf-32")),
+        ("crlf.csv", CSV.replace("\n", "\r\n").encode()),
+        ("CAPITAL.CSV", CSV.encode()),
+        ("packed.csv.gz", gzip.compress(CSV.encode())),
+        ("blank.csv", (CSV.replace("\nvé", "\n\nvé") + "\n\n").encode()),
+        ("semi.csv", "text;label\nvé một;a\ntwo, too;b\n".encode()),
+        ("sep.csv", "sep=;\r\ntext;label\r\nvé một;a\r\ntwo, too;b\r\n".encode("utf-8-sig")),
+        ("tab.csv", "text\tlabel\nvé một\ta\ntwo, too\tb\n".encode()),
+        ("t.tsv", "text\tlabel\nvé một\ta\ntwo, too\tb\n".encode()),
+        ("bar.csv", "text|label\nvé một|a\ntwo, too|b".encode()),
+        ("a.jsonl", lines(ROWS).encode()),
+        ("bom.jsonl", lines(ROWS).encode("utf-8-sig")),
+        ("u16.jsonl", lines(ROWS).encode("utf-16")),
+        ("blank.jsonl", ("\n" + lines(ROWS).replace("}\n", "}\n\n \n")).encode()),
+        ("lines.json", lines(ROWS).encode()),
+        ("list.json", json.dumps(ROWS, indent=1).encode()),
+        ("data.json", json.dumps({"data": ROWS}).encode()),
+        ("columns.json", json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode()),
+    ],
+)
+def test_one_table_in_many_dresses(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert rows_of(tmp_path / name) == ROWS
+
+
+def test_words_of_a_table_stay_words(tmp_path):
+    words = ["None", "NA", "null", "nan", "N/A", "-1", "007", "1.0", "1e5", "true", "2024-01-01"]
+    (tmp_path / "words.csv").write_text("text,label\n" + "".join(f"x,{word}\n" for word in words) + "y,\n")
+    assert [row["label"] for row in rows_of(tmp_path / "words.csv")] == [*words, None]
+
+
+def test_excel(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["vé", "007"], ["hai", 3], [None, None], ["ba", None]):
+        book.active.append(row)
+    book.save(tmp_path / "book.xlsx")
+    assert rows_of(tmp_path / "book.xlsx") == [
+        {"text": "vé", "label": "007"},
+        {"text": "hai", "label": "3"},
+        {"text": "ba", "label": None},
+    ]
+
+
+def test_splits_of_one_json_are_splits(tmp_path):
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
+    for load in (load_data, load_stream):
+        found = load(str(tmp_path / "splits.json"))
+        assert {name: len(list(rows)) for name, rows in found.items()} == {"train": 2, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([{"label": 1}, {"label": "x"}, {"label": True}], ["1", "x", "True"]),
+        ([{"label": "a"}] * 1500 + [{"label": 2, "late": "key"}], ["a"] * 1500 + ["2"]),
+        ([{"label": 1}] * 1500 + [{"label": 1.5}], [1] * 1500 + [1.5]),
+        ([{"label": ["a"]}, {"label": "b"}, {"label": {"c": 1}}], ['["a"]', "b", '{"c": 1}']),
+        ([{"label": float("nan")}, {"label": 1.5}], [None, 1.5]),
+        ([{"label": "half \ud83d character"}, {"label": "whole"}], ["half \ufffd character", "whole"]),
+    ],
+)
+def test_rows_that_disagree_are_kept(rows, found, tmp_path):
+    (tmp_path / "mixed.jsonl").write_text(lines(rows))
+    assert [row["label"] for row in load_data(str(tmp_path / "mixed.jsonl"))["train"]] == found
+    assert len(list(load_stream(str(tmp_path / "mixed.jsonl"))["train"])) == len(found)
+
+
+def test_lines_of_a_text_are_rows_and_a_very_long_one_is_cut(tmp_path):
+    (tmp_path / "lines.txt").write_text("one\n\n  two\n \nthree")
+    assert [row["text"] for row in rows_of(tmp_path / "lines.txt")] == ["one", "  two", "three"]
+    words = "seventeen words " * (3 * PIECE // 16)
+    (tmp_path / "long.txt").write_text(words)
+    found = [row["text"] for row in rows_of(tmp_path / "long.txt")]
+    assert len(found) >= 3 and max(map(len, found)) <= PIECE and "".join(found) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "l1.csv",
+            "text,label\nok,a\ncaf\xe9,b\n".encode("latin-1"),
+            ["line 3: not UTF-8 (byte 0xe9)", "iconv -f WINDOWS-1252"],
+        ),
+        ("l1.jsonl", '{"text": "\x93x\x94"}'.encode("latin-1"), ["line 1: not UTF-8 (byte 0x93)", "iconv"]),
+        ("l1.txt", b"a\nb\n\xe9", ["line 3: not UTF-8"]),
+        (
+            "open.csv",
+            b'text,label\na,b\n"c,d\n' + b"e,f\n" * 30,
+            ["line 3: a quotation mark opens a cell and swallows 30"],
+        ),
+        ("mid.csv", b'text,label\na,b\n"c,d\n' + b"e,f\n" * 3 + b'g "h",i\n', ["line 3: a quotation mark", "Close it"]),
+        ("more.csv", b"text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2 (text, label)"]),
+        ("twice.csv", b"text,text\na,b\n", ["two columns are named text"]),
+        ("empty.csv", b"", ["no header"]),
+        ("cut.jsonl", lines(ROWS).encode()[:-9], ["line 2: not JSON", "may have been cut"]),
+        ("bad.jsonl", b'{"a": 1}\n{oops}\n{"a": 2}\n', ["line 2: not JSON"]),
+        ("scalar.jsonl", b'{"a": 1}\n3\n', ["line 2: expected an object {...}, found int"]),
+        ("scalar.json", b"[1, 2]", ["row 1: expected an object {...}, found int"]),
+        ("cut.csv.gz", gzip.compress(b"text,label\n" + b"abc,defgh\n" * 5000)[:-20], ["cannot be read"]),
+        ("no.xlsx", b"text,label\n", ["not an Excel workbook", "Save it as .csv in UTF-8"]),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    said = refused(tmp_path / name)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.parquet", "a whole Parquet|cannot be read"),
+        ("none.jsonl", "holds no row"),
+        ("old.xls", "cannot read .xls;.*Save it as .xlsx or .csv"),
+    ],
+)
+def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
+    (tmp_path / name).write_bytes(b"" if name == "none.jsonl" else b"PAR1 nonsense")
+    with pytest.raises(UserError, match=words):
+        load_data(str(tmp_path / name))
+
+
+# Each task, by its own function that reads rows
+
+
+def words(i: int) -> str:
+    """Texts that are no near-duplicates of each other."""
+    return " ".join(f"w{i * 31 + j * j}" for j in range(12))
+
+
+def classify(path, *argv):
+    argv = [f"--dataset={path}", "--max_length=16", "--min_label_rows=5", *argv]
+    script, _, run_args = parse(train_script("classify_bert").ScriptArguments, TRAINING, argv)
+    return train_script("classify_bert").load_rows(script, run_args, 42)
+
+
+def table(path, labels):
+    path.write_text("text,label\n" + "".join(f"{words(i)},{label}\n" for i, label in enumerate(labels)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cycle", "classes"),
+    [
+        (["-1", "0", "1"], ["-1", "0", "1"]),
+        (["None", "NA", "ok"], ["NA", "None", "ok"]),
+        (["007", "042"], ["007", "042"]),
+        (["0", "1"] * 40 + [""], ["0", "1"]),
+        (["cs/AI", "cs/CL"], ["cs/AI", "cs/CL"]),
+    ],
+)
+def test_classes_are_as_written(cycle, classes, tmp_path):
+    path = table(tmp_path / "data.csv", (cycle * 150)[:150])
+    splits, found, report = classify(path)
+    assert found == classes and sum(map(len, splits.values())) == 150 - (150 // len(cycle) if "" in cycle else 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([1.0, 0.0, None] * 50, ["0", "1"]),
+        ([1.0, 0.0, float("nan")] * 50, ["0", "1"]),
+        ([-1, 0, 1] * 50, ["-1", "0", "1"]),
+    ],
+)
+def test_numbers_of_a_parquet_are_classes(labels, found, tmp_path):
+    pq.write_table(pa.table({"text": [words(i) for i in range(150)], "label": labels}), tmp_path / "a.parquet")
+    assert classify(tmp_path / "a.parquet")[1] == found
+
+
+def test_labels_that_are_kept_secret_are_none(tmp_path):
+    rows = [{"text": words(i), "label": i % 2} for i in range(100)]
+    hidden = [{"text": words(i), "label": -1} for i in range(100, 130)]
+    (tmp_path / "a.json").write_text(json.dumps({"train": rows, "test": hidden}))
+    splits, found, report = classify(tmp_path / "a.json")
+    assert found == ["0", "1"] and "no label 30" in report
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([["a", "b"], ["c"]] * 75, "is ['a', 'b']: this task gives each text one class"),
+        ([{"a": 1}, {"a": 2}] * 75, "this task gives each text one class"),
+        ([i / 7 + 0.01 for i in range(150)], "quantities, not classes. This task does no regression"),
+    ],
+)
+def test_what_is_no_class_is_refused_by_name(labels, said, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"text": words(i), "label": label} for i, label in enumerate(labels)))
+    with pytest.raises(UserError) as stopped:
+        classify(tmp_path / "a.jsonl")
+    assert said in str(stopped.value)
+
+
+def test_binary_and_list_columns_stop_in_one_line(tmp_path):
+    for values in ([b"\x00\xff"] * 150, [["a", "b"]] * 150):
+        pq.write_table(pa.table({"text": values, "label": ["a", "b"] * 75}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match="150 of 150 rows are unusable .*wrong type"):
+            classify(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("task", ["pretrain_gpt2", "mlm_bert"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "u16.jsonl"])
+def test_documents_are_read_alike(task, name, tmp_path):
+    text = {
+        "a.txt": "\n\n".join(words(i) for i in range(60)).encode(),
+        "a.csv": ("text;x\n" + "".join(f"{words(i)};\n" for i in range(60))).encode("utf-8-sig"),
+        "u16.jsonl": lines({"text": words(i)} for i in range(60)).encode("utf-16"),
+    }
+    (tmp_path / name).write_bytes(text[name])
+    if task == "pretrain_gpt2":
+        import documents
+
+        function = documents.load_documents
+    else:
+        function = train_script(task).load_documents
+    run_args = parse(train_script(task).ScriptArguments, TRAINING, [f"--dataset={tmp_path / name}"])[2]
+    splits, report = function(run_args, 42)
+    assert sum(map(len, splits.values())) == 60 and report == "read 60 = kept 60 + dropped 0"
+
+
+def test_a_stream_of_the_same_file_has_the_same_documents(tmp_path):
+    import documents
+
+    (tmp_path / "a.csv").write_text("text;x\n" + "".join(f"{words(i)};\n" for i in range(300)), encoding="utf-16")
+    run_args = parse(train_script("pretrain_gpt2").ScriptArguments, TRAINING, [f"--dataset={tmp_path / 'a.csv'}"])[2]
+    corpus = documents.open_stream(run_args, {"validation": 5, "test": 5}, 42)
+    held_out = {text for texts in corpus.held_out.values() for text in texts}
+    assert (
+        held_out and held_out | set(corpus.texts()) <= {words(i) for i in range(300)} and len(set(corpus.texts())) > 200
+    )
+
+
+def test_rows_of_questions_and_summaries_are_read_alike(tmp_path):
+    qa, summaries = train_script("qa_squad"), train_script("summarize_t5")
+    asked = "context,question,answers\n" + "".join(f"{words(i)} in {1700 + i}.,When?,{1700 + i}\n" for i in range(60))
+    (tmp_path / "qa.csv").write_text(asked.replace(",", ";"), encoding="utf-16")
+    run_args = parse(qa.ScriptArguments, TRAINING, [f"--dataset={tmp_path / 'qa.csv'}"])[2]
+    splits, _ = qa.load_rows(run_args, 42)
+    assert all(row["answers"]["text"] for rows in splits.values() for row in rows)
+    none = asked.replace(" in ", " None in ")
+    none = "\n".join([none.splitlines()[0], *(line.rsplit(",", 1)[0] + ",None" for line in none.splitlines()[1:])])
+    (tmp_path / "none.csv").write_text(none)
+    run_args = parse(qa.ScriptArguments, TRAINING, [f"--dataset={tmp_path / 'none.csv'}"])[2]
+    assert all(row["answers"]["text"] == ["None"] for rows in qa.load_rows(run_args, 42)[0].values() for row in rows)
+    (tmp_path / "sum.tsv").write_text("document\tsummary\n" + "".join(f"{words(i)}\tNA\n" for i in range(60)))
+    seq2seq = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
+    run_args = parse(summaries.ScriptArguments, seq2seq, [f"--dataset={tmp_path / 'sum.tsv'}"])[2]
+    splits, _ = summaries.load_rows(run_args, 42)
+    assert sum(map(len, splits.values())) == 60 and splits["train"][0]["summaries"] == ["NA"]
+
+
+def test_the_help_names_each_kind_of_file():
+    from shared.data.files import READERS
+    from shared.training.arguments import RunArguments
+
+    text = RunArguments.__dataclass_fields__["dataset"].metadata["help"]
+    assert all(ending in text for ending in READERS)
