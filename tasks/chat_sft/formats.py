@@ -1,8 +1,6 @@
 """Rows of any chat data set -> messages. Used by train.py; what a chat template makes of them is in chats.py."""
 
 import ast
-import csv
-import gzip
 import json
 import re
 from collections import Counter
@@ -10,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from shared import UserError
+from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
 
@@ -56,41 +55,19 @@ class Unusable(Exception):
 
 
 def read_rows(name: str) -> list[dict] | None:
-    """Rows of a local .json, .jsonl or .csv file as they stand there; None for any other data set.
+    """Rows of a local table or JSON file as they stand there; None for any other data set.
 
     Arrow would refuse rows whose values differ in type, turn whole numbers beside empty cells into decimals, and give each turn
     the keys of all others.
 
     Raises:
-        UserError: not JSON, with the line; JSON that holds no list of rows.
+        UserError: as `shared.data.files.read_rows`; JSON that holds no list of rows.
     """
     path = Path(name).expanduser()
-    ending = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
-    if not path.is_file() or ending not in (".json", ".jsonl", ".csv"):
+    if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
         return None
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        try:
-            if ending == ".csv":
-                csv.field_size_limit(2**31 - 1)
-                return list(csv.DictReader(file))
-            text = file.read()
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path}: cannot be read: {error}. Save it as UTF-8.") from error
-    if ending == ".json":
-        try:
-            return _list_of_rows(json.loads(text), path)
-        except ValueError as error:
-            if not text.lstrip().startswith("{"):
-                raise UserError(f"{path}: not JSON: {error}.") from error  # otherwise: JSON lines under another name
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}.") from error
-        if rows and not isinstance(rows[-1], dict):
-            raise UserError(f"{path}, line {number}: expected an object, found {_short(rows[-1])}.")
-    return rows
+    content = files.read_json(path) if files.kind_of(path) == ".json" else None
+    return list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
 
 
 def _list_of_rows(content, path: Path) -> list[dict]:

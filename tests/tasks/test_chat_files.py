@@ -363,8 +363,8 @@ def test_other_files(tmp_path):
     table = [{"question": ASKED.format(i), "answer": "" if i == 7 else i, "id": i} for i in range(ROWS)]
     kept, report, reader, under = read(write(tmp_path / "numbers.csv", table))
     assert learned(kept[3], under) == "3<|im_end|>" and reader.unread == ["id"]
-    assert report.dropped == {"no reply": 1} and report.reasons() == [
-        "1 of 40 rows (2.5%) dropped: no reply; first row 8"
+    assert report.dropped == {"missing": 1} and report.reasons() == [
+        "1 of 40 rows (2.5%) dropped: missing; first row 8, question, answer = null"
     ]
     kept, *_ = read(write(tmp_path / "messages.csv", [{"messages": json.dumps(plain(i))} for i in range(ROWS)]))
     assert kept[5]["messages"] == plain(5)
