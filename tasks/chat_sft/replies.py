@@ -1,6 +1,7 @@
 """Replies of a model, drawn as they are served and greedily, and what can be counted of them. Used by train.py and mixture.py."""
 
 from collections import Counter
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,13 @@ def reply(model, chat, conversations: list[dict], served: GenerationConfig, most
         batch = {"inputs_embeds": torch.cat([prompt.to(rows.dtype), rows], 1), "attention_mask": mask}
         model, longest = model.get_base_model(), 0
     new = model.generate(**batch, generation_config=settings)[:, longest:]
-    ends = torch.tensor(served.eos_token_id, device=new.device).reshape(-1)
-    texts = [text.strip() for text in chat.tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return texts, torch.isin(new, ends).any(1).tolist()
+    ends, texts, ended = {*torch.tensor(served.eos_token_id).reshape(-1).tolist()}, [], []
+    for row in new.tolist():
+        # Behind the end stands padding, which is no special token everywhere and would be read as text
+        own = list(takewhile(lambda token: token not in ends, row))
+        texts.append(chat.tokenizer.decode(own, skip_special_tokens=True).strip())
+        ended.append(len(own) < len(row))
+    return texts, ended
 
 
 def sample(model, chat, talks: list[dict], served: GenerationConfig, prefix: str, seed: int) -> tuple[list, list, dict]:

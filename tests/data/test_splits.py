@@ -168,15 +168,18 @@ def text_of(row: dict) -> str:
     return row["text"]
 
 
-def test_official_splits_are_kept_as_they_are():
-    data = make_data(train=1, validation=2, test=3, unlabelled=4)
+def test_official_splits_are_kept_in_an_order_of_the_seed():
+    data = make_data(train=1, validation=2, test=30, unlabelled=4)
     split = split_dataset(data, text_of)
     assert sizes_and_sources(split) == {
         "train": (1, {"train"}),
         "validation": (2, {"validation"}),
-        "test": (3, {"test"}),
+        "test": (30, {"test"}),
     }
-    assert split["test"]["text"][:] == data["test"]["text"][:]
+    first, texts = list(split["test"]["text"]), list(data["test"]["text"])
+    assert first != texts and sorted(first) == sorted(texts)
+    assert list(split_dataset(data, text_of)["test"]["text"]) == first
+    assert list(split_dataset(data, text_of, seed=7)["test"]["text"]) != first
 
 
 def test_missing_splits_are_taken_from_train():

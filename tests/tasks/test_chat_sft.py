@@ -229,7 +229,7 @@ def test_evaluation_does_not_change_how_four_bits_train(tiny, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_virtual_tokens_reply_as_without_cache_and_padding(tiny, name):
-    chat = chats.Chat(methods.load_tokenizer(tiny / name))
+    chat = methods.load_chat(tiny / name)
     model = adapted(tiny / name, "p_tuning", virtual_tokens=4).eval()
     torch.manual_seed(0)
     for weight in model.parameters():
