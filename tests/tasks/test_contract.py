@@ -197,7 +197,7 @@ def test_a_resume_knows_its_rows_and_their_targets_and_not_their_path(task, iden
     ids=lambda change: next(iter(change)),
 )
 def test_a_resume_with_other_settings_is_refused_with_both_values(change, tmp_path):
-    from shared.training.checkpoints import _find, write_manifest
+    from shared.training.checkpoints import find_checkpoint, write_manifest
 
     def identity(**options):
         flags = {"output_dir": tmp_path, "use_cpu": True, "bf16": False, "per_device_train_batch_size": 8} | options
@@ -217,12 +217,12 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(change, tmp_pa
         "disable_tqdm": True,
     }
     harmless |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
-    assert _find(tmp_path, "auto", identity(**harmless)) == checkpoint
+    assert find_checkpoint(tmp_path, "auto", identity(**harmless)) == checkpoint
     name, before = next(iter(change)), identity()
     shown = "rows of a step" if name == "gradient_accumulation_steps" else name.replace("_", " ")
     after = identity(**change)
     with pytest.raises(UserError, match=f"{shown}: {before[shown]} then, {after[shown]} now") as refused:
-        _find(tmp_path, "auto", after)
+        find_checkpoint(tmp_path, "auto", after)
     assert str(refused.value).count(" then, ") == 1 and before[shown] != after[shown]
 
 

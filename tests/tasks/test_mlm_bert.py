@@ -382,7 +382,7 @@ def test_the_folder_runs_from_anywhere_on_a_text_file(bert, documents, tmp_path)
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "kept 120 + dropped 119 (empty 119)" in (tmp_path / "run" / "README.md").read_text()
+    assert "read 120 = kept 120 + dropped 0" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
