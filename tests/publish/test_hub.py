@@ -12,7 +12,7 @@ import task_runs
 from checkout import ROOT
 
 from shared import UserError
-from shared.publish import hub
+from shared.publish import hub as our_hub
 
 WEIGHTS = b"\x08\0\0\0\0\0\0\0{}      "  # an empty safetensors file
 
@@ -86,7 +86,7 @@ def test_an_adapter_of_a_hub_model_names_it_with_its_revision_and_not_the_cache(
     sha = "0" * 40
     base = f"/home/me/.cache/hub/models--tiiuae--falcon-7b/snapshots/{sha}"
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    pushed = json.loads(hub.pushed_files(run)[run / "adapter_config.json"])
+    pushed = json.loads(our_hub.pushed_files(run)[run / "adapter_config.json"])
     assert pushed == {"base_model_name_or_path": "tiiuae/falcon-7b", "revision": sha}
 
 
@@ -183,7 +183,7 @@ def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(hub, tmp_
     assert "pytorch_model.bin, a pickle" in refused
     assert not list((tmp_path / "home").rglob("*.bin"))
     with pytest.raises(UserError, match="a pickle"):
-        hub.pull(str(tmp_path / "model"))
+        our_hub.pull(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("part", ["../elsewhere.safetensors", "/tmp/a.safetensors", "sub/a.safetensors", "..", 7])
@@ -192,7 +192,7 @@ def test_a_weight_map_that_leaves_the_folder_is_refused(tmp_path, part):
     index = {"weight_map": {"a": "model-1.safetensors", "b": part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="outside the model's folder"):
-        hub.pull(str(tmp_path))
+        our_hub.pull(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_weight_map_that_leaves_the_folder_is_refused(tmp_path, part):
 def test_a_configuration_that_needs_code_is_refused(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
-        hub.pull(str(tmp_path))
+        our_hub.pull(str(tmp_path))
 
 
 def test_custom_generate_of_a_model_folder_does_not_run(tmp_path, tiny):
@@ -216,18 +216,18 @@ def test_custom_generate_of_a_model_folder_does_not_run(tmp_path, tiny):
     shutil.copytree(tiny / "gpt2", tmp_path / "model")
     (tmp_path / "model" / "custom_generate").mkdir()
     (tmp_path / "model" / "custom_generate" / "generate.py").write_text("raise RuntimeError('was run')\n")
-    model = AutoModelForCausalLM.from_pretrained(hub.pull(str(tmp_path / "model")))
+    model = AutoModelForCausalLM.from_pretrained(our_hub.pull(str(tmp_path / "model")))
     assert model.generate(max_new_tokens=2, bos_token_id=0).shape == (1, 3)
 
 
 def test_the_licence_is_the_base_models_and_never_a_guess(tmp_path):
-    assert hub.licence("pypi:smollm2-135m-instruct") == "apache-2.0"
-    assert hub.licence(str(tmp_path)) is None and hub.licence(None) is None
+    assert our_hub.licence("pypi:smollm2-135m-instruct") == "apache-2.0"
+    assert our_hub.licence(str(tmp_path)) is None and our_hub.licence(None) is None
     (tmp_path / "README.md").write_text("---\nlicense: llama2\n---\n")
-    assert hub.licence(str(tmp_path)) == "llama2"
+    assert our_hub.licence(str(tmp_path)) == "llama2"
     (tmp_path / "README.md").write_text("# no metadata\n")
-    assert hub.licence(str(tmp_path)) is None
-    assert hub.licence("nobody/never-pulled") is None
+    assert our_hub.licence(str(tmp_path)) is None
+    assert our_hub.licence("nobody/never-pulled") is None
 
 
 def chat_flags(tiny, data, output, *more):
@@ -276,15 +276,15 @@ def test_an_old_torchao_is_named_before_an_adapter_is_made_or_loaded(run, tmp_pa
     (tmp_path / "site" / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
     (tmp_path / "site" / "torchao").mkdir()
     (tmp_path / "site" / "torchao" / "__init__.py").write_text("")
-    assert hub.pull(str(run)) == run
+    assert our_hub.pull(str(run)) == run
     is_torchao_available.cache_clear()
     monkeypatch.syspath_prepend(tmp_path / "site")
     said = r"beside this torchao \(.*0\.10\.0.*\)\. Nothing here needs it: `pip uninstall torchao`"
     try:
         with pytest.raises(UserError, match=said):
-            hub.pull(str(run))
+            our_hub.pull(str(run))
         with pytest.raises(UserError, match=said):
-            methods.check_method(SimpleNamespace(method="lora", load_in_4bit=False, save_merged=False))
+            methods.check_method(SimpleNamespace(method="lora", load_in_4bit=False, save_merged=False), None, {})
         methods.check_method(SimpleNamespace(method="full", load_in_4bit=False, save_merged=False))
     finally:
         is_torchao_available.cache_clear()
