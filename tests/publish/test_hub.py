@@ -271,6 +271,7 @@ def test_an_old_torchao_is_named_before_an_adapter_is_made_or_loaded(run, tmp_pa
     """As on Colab, whose image carries 0.10: peft raises an ImportError in the middle of `get_peft_model`."""
     import methods
     from peft.import_utils import is_torchao_available
+    from trl import SFTConfig
 
     (tmp_path / "site" / "torchao-0.10.0.dist-info").mkdir(parents=True)
     (tmp_path / "site" / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
@@ -285,6 +286,7 @@ def test_an_old_torchao_is_named_before_an_adapter_is_made_or_loaded(run, tmp_pa
             our_hub.pull(str(run))
         with pytest.raises(UserError, match=said):
             methods.check_method(SimpleNamespace(method="lora", load_in_4bit=False, save_merged=False), None, {})
-        methods.check_method(SimpleNamespace(method="full", load_in_4bit=False, save_merged=False))
+        full = SimpleNamespace(method="full", load_in_4bit=False, save_merged=False)
+        methods.check_method(full, SFTConfig(output_dir=str(tmp_path), bf16=False), {})
     finally:
         is_torchao_available.cache_clear()
