@@ -261,7 +261,7 @@ def _classes(model: Model, rows: list[dict], _: int) -> dict:
     labels = np.array([names.get(row["label"], row["label"]) for row in rows]).astype(str)
     if unknown := set(labels) - set(names.values()):
         raise UserError(
-            f"the label {min(unknown)!r} of the test rows is none of the model's: {', '.join(names.values())}."
+            f"the label {str(min(unknown))!r} of the test rows is none of the model's: {', '.join(names.values())}."
         )
     return {"accuracy": (100.0 * (predicted == labels), np.ones(len(rows))), "macro_f1": (predicted, labels)}
 
