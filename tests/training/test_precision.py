@@ -115,7 +115,7 @@ def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):
 
 def test_imports_need_nothing_that_only_linux_has():
     code = (
-        "import importlib, os, pkgutil, sys\n"
+        "import importlib, os, pkgutil, psutil, sys\n"  # psutil is another one on a Mac
         "del os.sched_getaffinity\n"
         "sys.modules['resource'] = None\n"  # an import of it fails
         "os.sysconf = None\n"
