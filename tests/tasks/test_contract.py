@@ -208,6 +208,7 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(change, tmp_pa
     checkpoint = tmp_path / "checkpoint-3"
     checkpoint.mkdir()
     (checkpoint / "rng_state.pth").write_text("state")
+    (checkpoint / "trainer_state.json").write_text("{}")
     write_manifest(checkpoint, identity())
     harmless = {
         "output_dir": tmp_path / "x",
