@@ -3,8 +3,10 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
 from checkout import ROOT, files
 
 PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -32,20 +34,35 @@ def test_the_copy_runs_under_its_own_name(copy):
     assert made.returncode == 0, made.stderr
     assert "accelerate launch tasks/my_task/train.py" in made.stdout
 
-    original, folder = copy / "tasks" / "chat_sft", copy / "tasks" / "my_task"
-    names = [sorted(p.relative_to(d) for p in d.rglob("*") if "__pycache__" not in p.parts) for d in (original, folder)]
-    assert names[0] == names[1]
-    texts = {path: path.read_text() for path in folder.rglob("*") if path.suffix in {".py", ".yaml", ".md"}}
-    for path, text in texts.items():
-        assert not re.search(r"\bchat[_-]sft\b", text), path
-    assert "accelerate launch tasks/my_task/train.py" in texts[folder / "train.py"]
-    assert "accelerate launch tasks/my_task/train.py" in texts[folder / "configs" / "laptop.yaml"]
-
     command = [PYTHON, "tasks/my_task/train.py", "--help"]
     result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "my_task" in result.stdout and "chat_sft" not in result.stdout
     assert "--max_train_rows" in result.stdout
+
+
+@pytest.mark.parametrize("source", sorted(path.parent.name for path in (ROOT / "tasks").glob("*/train.py")))
+def test_a_copy_is_its_own(copy, source):
+    """No path and no name of the original is left, in none of its configurations: two runs would share a folder."""
+    name = "mine_" + source[::-1]
+    assert new_task(copy, f"NAME={name}", f"FROM={source}").returncode == 0
+    original, folder = copy / "tasks" / source, copy / "tasks" / name
+    names = [sorted(p.relative_to(d) for p in d.rglob("*") if "__pycache__" not in p.parts) for d in (original, folder)]
+    assert names[0] == names[1]
+    for path in folder.rglob("*"):
+        if path.suffix in {".py", ".yaml", ".md"}:
+            assert not re.search(rf"(?<![A-Za-z0-9_]){source.replace('_', '[-_]')}(?![A-Za-z0-9])", path.read_text()), (
+                path
+            )
+    outputs = []
+    for path in (folder / "configs").glob("*.yaml"):
+        one, other = (yaml.safe_load((each / "configs" / path.name).read_text()) for each in (folder, original))
+        for key in ("output_dir", "hub_model_id"):
+            assert key not in one or one[key] != other[key], (path, key)
+        outputs.append(one.get("output_dir", f"outputs/{name}"))  # by default after the folder
+    assert all(Path(output).name.startswith(name) for output in outputs)
+    assert f"accelerate launch tasks/{name}/train.py" in (folder / "train.py").read_text()
+    shutil.rmtree(folder)
 
 
 def test_a_readme_gets_the_new_name(copy):
@@ -60,9 +77,7 @@ def test_a_readme_gets_the_new_name(copy):
     assert (
         other / "train.py"
     ).read_text() == '"""Run tasks/other/train.py, see outputs/other; resource_tasks stays."""\n'
-    assert (
-        other / "README.md"
-    ).read_text() == "# other: A title without it\n\nlm-other, source_task_2, `tasks/other`\n"
+    assert (other / "README.md").read_text() == "# other: A title without it\n\nlm-other, other_2, `tasks/other`\n"
 
 
 @pytest.mark.parametrize(

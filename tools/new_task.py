@@ -33,9 +33,10 @@ def refusal(name: str, source: str, root: Path = ROOT) -> str | None:
 
 
 def rename(text: str, source: str, name: str) -> str:
-    """`text` with the folder name `source` replaced where it stands as a word of its own, with hyphens too."""
+    """`text` with the folder name `source` replaced where a word is it or begins with it (`outputs/chat_sft_multitask`), with
+    hyphens too."""
     for old, new in ((source, name), (source.replace("_", "-"), name.replace("_", "-"))):
-        text = re.sub(rf"(?<![A-Za-z0-9_]){re.escape(old)}(?![A-Za-z0-9_])", new, text)
+        text = re.sub(rf"(?<![A-Za-z0-9_]){re.escape(old)}(?![A-Za-z0-9])", new, text)
     return text
 
 

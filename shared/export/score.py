@@ -175,7 +175,7 @@ def _together(name: str, parts: list[dict]) -> dict:
     for metric in parts[0]:
         columns = [np.concatenate([part[metric][i] for part in parts]) for i in range(2)]
         if metric == "macro_f1":
-            found[metric] = _macro_f1(*columns)
+            found[metric] = 100 * metrics.macro_f1(*columns)  # in points, like the other counts
             continue
         over, under = columns[0][columns[1] > 0], columns[1][columns[1] > 0]
         value = (lambda ratio: np.exp(np.minimum(ratio, 700))) if "perplexity" in metric else (lambda ratio: ratio)
@@ -183,14 +183,6 @@ def _together(name: str, parts: list[dict]) -> dict:
         if metric == name and len(over) > 1 and np.isfinite(over).all():
             found[f"{name}_ci95"] = metrics.ci95(value(metrics.bootstrap_ratio(over, under)))
     return found
-
-
-def _macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Mean F1 in points over the classes that occur or are predicted."""
-    hits = {name: ((predicted == name) & (labels == name)).sum() for name in {*predicted, *labels}}
-    return 100 * float(
-        np.mean([2 * n / ((predicted == name).sum() + (labels == name).sum()) for name, n in hits.items()])
-    )
 
 
 def _nll(scores: np.ndarray, tokens: np.ndarray) -> float:

@@ -121,6 +121,23 @@ def paired_difference(
     }
 
 
+def macro_f1(predicted, labels, weights=None) -> float:
+    """Mean over the classes of F1 = 2 tp / (2 tp + fp + fn); classes that neither occur nor are predicted are left out.
+
+    Args:
+        predicted, labels: (rows,) classes, as numbers or by name.
+        weights: (rows,) how often each row counts; 1 where not given.
+    """
+    predicted, labels = np.asarray(predicted), np.asarray(labels)
+    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
+    number = np.unique(np.concatenate([predicted, labels]), return_inverse=True)[1]
+    predicted, labels = number[: len(labels)], number[len(labels) :]
+    size, hit = int(number.max()) + 1, predicted == labels
+    true = np.bincount(labels[hit], weights[hit], size)
+    both = np.bincount(predicted, weights, size) + np.bincount(labels, weights, size)
+    return float(np.mean(2 * true[both > 0] / both[both > 0]))
+
+
 def _columns(numerators, denominators) -> np.ndarray:
     """(rows, 2) of float64, checked, without the rows that have a denominator of 0."""
     numerators = np.asarray(numerators, dtype=np.float64)

@@ -88,7 +88,7 @@ def model_card(
     license = license.lower() if license and re.fullmatch(r"[\w.-]+", license) else None
     more_data = more_data or {}
     all_data = list(dict.fromkeys([dataset, *more_data.values()]))
-    shown = {name: name if _is_hub_id(name) else _local_name(name) for name in all_data}
+    shown = {name: shown_name(name) for name in all_data}
     names = _test_metrics(metrics)
     results = [
         EvalResult(
@@ -112,12 +112,12 @@ def model_card(
         pipeline_tag=pipeline,
         tags=["lm-taskbook"],
     )
-    base_name = base_model and (base_model if _is_hub_id(base_model) else _local_name(base_model))
+    base_name = base_model and shown_name(base_model)
     kind = "Adapter for" if library == "peft" else "Model fine-tuned from"
     start = f"{kind} `{base_name}`, trained on" if base_name else "Model trained from scratch on"
     command = without_paths(str(training.get("command", "")))
     facts = {name: value for name, value in training.items() if name != "command"}
-    facts["packages"] = ", ".join([f"Python {platform.python_version()}", *_versions()])
+    facts["packages"] = ", ".join([f"Python {platform.python_version()}", *versions()])
     licence = f"`{license}`" + (", inherited from the base model." if base_name else ".") if license else "Unknown."
     if hub_base and _is_hub_id(hub_base):
         licence += f" Its terms: https://huggingface.co/{hub_base.partition('@')[0]}"
@@ -249,7 +249,8 @@ def _metric_name(name: str) -> str:
     return METRICS.get(name, ("", name.replace("_", " ").capitalize()))[1]
 
 
-def _versions() -> list[str]:
+def versions() -> list[str]:
+    """Name and version of the packages that a result may depend on."""
     found = []
     for package in PACKAGES:
         try:
@@ -272,7 +273,9 @@ def _is_hub_id(name: str) -> bool:
     return not Path(repo).exists() and suffix not in (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
-def _local_name(name: str) -> str:
-    """A `pypi:` or `docs:` name as it is; of a path only its last part, the rest tells about this machine."""
+def shown_name(name: str) -> str:
+    """A Hub id, a `pypi:` or a `docs:` name as it is; of a path only its last part, the rest tells about this machine."""
+    if _is_hub_id(name):
+        return name
     last = name if re.match(r"\w{2,}:\w", name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return " ".join(redact(last).replace("`", "'").split()) or "local"

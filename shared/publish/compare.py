@@ -8,7 +8,11 @@ FEW_ROWS = 10  # the percentile interval of fewer rows is too narrow to call any
 
 
 def did_it_help(
-    base: dict, trained: dict, metric: str = "perplexity", baselines: dict[str, dict] | None = None
+    base: dict,
+    trained: dict,
+    metric: str = "perplexity",
+    baselines: dict[str, dict] | None = None,
+    before: str = "untrained",
 ) -> dict:
     """Compares two models on the same rows of the test split, by the paired bootstrap (Koehn 2004).
 
@@ -16,7 +20,8 @@ def did_it_help(
         base, trained: scores, a list each with one entry a row, in the same order. `{"nll", "tokens"}` for perplexity,
             `{"correct", "tokens"}` for accuracy, else `{metric: [...]}`: the mean over rows counts, more is better.
         metric: what is compared. Perplexity is tested as loss.
-        baselines: trivial systems by name, scored alike; the line says whether the trained model beats each.
+        baselines: trivial systems by name, scored alike; the line begins with which of them the trained model beats.
+        before: what `base` is called beside them.
 
     Returns:
         `line` for people, `better_rows` (share) and, named after the metric (`loss` for perplexity), `<m>_difference`,
@@ -34,27 +39,32 @@ def did_it_help(
     found = paired_difference(base[key], trained[key], weights, higher)
     tested, verdict = "loss" if metric == "perplexity" else metric, _verdict(found, higher)
     low, high = (short_number(end, found["difference_ci95"]) for end in found["difference_ci95"])
-    before, after = value(base), value(trained)
-    change = f"{(after / before - 1) * 100:+.1f} %, " if before else ""
+    before_value, after = value(base), value(trained)
+    change = f"{(after / before_value - 1) * 100:+.1f} %, " if before_value else ""
     why = ""
     if verdict == "Not clearly":
         why = (
             f" Fewer than {FEW_ROWS} rows show nothing." if found["rows"] < FEW_ROWS else " The interval includes zero."
         )
-    if np.array_equal(base[key], trained[key]):
+    if same := np.array_equal(base[key], trained[key]):
         verdict, why = (
             "No",
             " Both models score the same in every row: nothing was learned, or the adapter is not active.",
         )
-    line = (
-        f"Did it help? {verdict}: test {metric} {short_number(before)} -> {short_number(after)} ({change}95 % interval of the "
-        f"difference in {tested} {low} to {high}), better on {found['better_rows'] * 100:.0f} % of {found['rows']:,} "
-        f"rows.{why}"
-    )
-    words = {"Yes": "Better than", "No": "Worse than", "Not clearly": "Not clearly better than"}
+    found_by = {verdict: [before]}
     for name, scores in (baselines or {}).items():
         against = _verdict(paired_difference(scores[key], trained[key], weights, higher), higher)
-        line += f" {words[against]} the {name} baseline ({short_number(value(scores))})."
+        found_by.setdefault(against, []).append(name)
+    if baselines and not same:
+        words = {"Yes": "better than", "Not clearly": "not clearly better than", "No": "worse than"}
+        verdict = ", ".join(f"{words[each]} {' and '.join(found_by[each])}" for each in words if each in found_by)
+    line = (
+        f"Did it help? {verdict[0].upper()}{verdict[1:]}: test {metric} {short_number(before_value)} -> {short_number(after)} "
+        f"({change}95 % interval of the difference in {tested} {low} to {high}), better on {found['better_rows'] * 100:.0f} % of "
+        f"{found['rows']:,} rows.{why}"
+    )
+    for name, scores in (baselines or {}).items():
+        line += f" {name[0].upper()}{name[1:]}: {short_number(value(scores))}."
     return {
         "line": line,
         "better_rows": found["better_rows"],

@@ -83,13 +83,14 @@ class RunArguments:
             "help": "YAML file whose entries are flags; the command line wins. Default: configs/laptop.yaml beside the script."
         },
     )
-    # Not options: filled by `parse` and `setup`.
+    # Not options: filled by `parse`, `setup` and `begin`.
     resolved: dict = field(default_factory=dict, init=False)
     command: str = field(default="", init=False)
     set_aside: list[str] = field(default_factory=list, init=False)
     started: float = field(default_factory=time.time, init=False)
     push: bool = field(default=False, init=False)
     lock: object = field(default=None, init=False)
+    identity: dict = field(default_factory=dict, init=False)
 
 
 def parse(script_class: type, training: str, argv: list[str] | None = None) -> tuple:

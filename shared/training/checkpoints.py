@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,8 +154,11 @@ class CompleteCheckpoints(TrainerCallback):
         self.limit = None
         self.saved_step = None
         self.uploads = None
+        self.began = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # A run may have several parts: the log, which is in each checkpoint, carries the time of those before.
+        self.began = time.monotonic() - seconds_trained(state.log_history)
         if args.save_total_limit is not None:
             # Upstream's rotation runs before on_save: with a limit of 1 it would delete the only valid checkpoint.
             self.limit, args.save_total_limit = args.save_total_limit, None
@@ -169,6 +173,10 @@ class CompleteCheckpoints(TrainerCallback):
         check_disk(output_dir, _expected_bytes(args, model))
         if args.hub_strategy == "checkpoint" and self.uploads is None:
             self.uploads = Uploads(args.hub_model_id, output_dir)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.began is not None:
+            state.log_history[-1]["seconds_trained"] = round(time.monotonic() - self.began, 1)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         sampler = train_dataloader
@@ -206,6 +214,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self.limit
+        self.began = None
         if self.uploads:
             self.uploads.wait()
 
@@ -257,6 +266,8 @@ def train(trainer, checkpoint: Path | None):
     finished = checkpoint is not None and 0 < trainer.args.max_steps <= _trainer_state(checkpoint)["global_step"]
     if finished:
         trainer.get_batch_samples = lambda *args: ([], None)
+    # The curve of a loss begins where training does
+    trainer.args.eval_on_start = checkpoint is None and trainer.args.eval_strategy != "no"
     try:
         return train_within_memory(trainer, checkpoint)
     except Exception as error:
@@ -318,6 +329,16 @@ def _expected_bytes(args, model) -> int:
     if "adamw_torch" in str(getattr(args.optim, "value", args.optim)) and not args.save_only_model:
         size += 2 * sum(p.numel() * p.element_size() for p in trained)
     return size
+
+
+def seconds_trained(log_history: list[dict]) -> float:
+    """Seconds from the first step to the last log, summed over the parts of a run that was interrupted; what such a part did
+    after its last checkpoint was lost and is not counted.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+    """
+    return next((e["seconds_trained"] for e in reversed(log_history) if "seconds_trained" in e), 0.0)
 
 
 def mean_train_loss(log_history: list[dict]) -> float:

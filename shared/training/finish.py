@@ -1,9 +1,10 @@
 """What a run leaves in its folder, and the push that was asked for. Called by each train.py at its end."""
 
-import itertools
+import hashlib
 import json
 import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from shared.training.hardware import hardware, peak_memory_gb
@@ -42,7 +43,8 @@ def finish(
     """
     from shared.data import assets
     from shared.publish import card, hub, results
-    from shared.training.checkpoints import mean_train_loss
+    from shared.training.checkpoints import mean_train_loss, seconds_trained
+    from shared.training.identity import fingerprint
 
     output = Path(args.output_dir)
     trainer.save_model(str(output))
@@ -51,19 +53,34 @@ def finish(
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     results.write_samples(output / "samples.jsonl", samples)
-    kept = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in itertools.islice(test_rows, 200))
-    if kept:
-        (output / "test.jsonl").write_text(kept, encoding="utf8", errors="backslashreplace")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in test_rows]
+    if lines:
+        (output / "test.jsonl").write_text("".join(lines[:200]), encoding="utf8", errors="backslashreplace")
     results.plot_loss(trainer.state.log_history, output / "loss.png")
-    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), 0.0)
+    seconds = seconds_trained(trainer.state.log_history)
+    base = run_args.model_name_or_path
     metrics |= {
         "train_loss": mean_train_loss(trainer.state.log_history),
         "train_minutes": round(seconds / 60, 2),
+        "device_hours": round(seconds / 3600 * args.world_size, 4),
         "run_minutes": round((time.time() - run_args.started) / 60, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
+        "line": line,
+        "run": {
+            "task": Path(run_args.command.split()[2]).parent.name,
+            "model": base and card.shown_name(base),
+            "data": card.shown_name(run_args.dataset),
+            "train_rows_sha256": run_args.identity.get("rows"),
+            "test_rows_sha256": hashlib.sha256("".join(lines).encode("utf8", "backslashreplace")).hexdigest(),
+            "steps": trainer.state.global_step,
+            "hardware": hardware(),
+            "processes": args.world_size,
+            "packages": card.versions(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "fingerprint": fingerprint(run_args.identity, run_args.resolved),
+        },
     }
     results.write_results(output, metrics)
-    base = run_args.model_name_or_path
     asset = assets.lookup(base) if (base or "").startswith("pypi:") else None
     card.write_card(
         output,

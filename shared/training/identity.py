@@ -47,6 +47,23 @@ def run_identity(args, run_args, **facts) -> dict[str, str]:
     return {name.replace("_", " "): short(value) for name, value in {**facts, **settings}.items()}
 
 
+# Options that change no number in all_results.json.
+NOT_IN_RESULTS = ("output_dir", "resume", "traceback", "dry_run", "push_to_hub", "hub", "run_name", "disable_tqdm")
+
+
+def fingerprint(identity: dict, resolved: dict) -> str:
+    """Of a run with its evaluation: the same for a repeated command, another one for other rows, settings or test rows.
+
+    Args:
+        identity: of `run_identity`.
+        resolved: `run_args.resolved`, each option that was set.
+    """
+    options = {name: value for name, value in resolved.items() if not name.startswith(NOT_IN_RESULTS)}
+    for name in ("dataset", "model_name_or_path"):  # by path; their contents are in the identity
+        options.pop(name, None)
+    return hashlib.sha256(json.dumps([identity, options], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def check_identity(checkpoint: Path, identity: dict | None) -> None:
     """Compares with the identity that the checkpoint was written with.
 

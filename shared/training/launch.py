@@ -4,6 +4,7 @@ Torch is not imported here before the configuration has been checked.
 """
 
 import errno
+import json
 import logging
 import os
 import sys
@@ -169,6 +170,7 @@ def begin(args, run_args, preflight: dict, identity: dict):
         Path of a checkpoint, or None.
 
     Raises:
+        SystemExit: the run is finished; its result has been shown.
         UserError: another run writes to the folder, or it cannot be written; see also `find_checkpoint`.
     """
     from shared.publish import results
@@ -182,6 +184,9 @@ def begin(args, run_args, preflight: dict, identity: dict):
         run_args.lock = _claim(output)
 
     on_main_process(claim)
+    run_args.identity = identity
+    if run_args.resume == "auto" and on_main_process(lambda: _finished(output, args, run_args)):
+        sys.exit()
     if args.hub_strategy == "checkpoint" or run_args.resume == "hub":
         fetched = partial(fetch, args.hub_model_id, output)
     checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
@@ -191,6 +196,25 @@ def begin(args, run_args, preflight: dict, identity: dict):
         (output / "run.yaml").write_text(header + resolved, encoding="utf8")
         results.write_json(output / "preflight.json", preflight)
     return checkpoint
+
+
+def _finished(output: Path, args, run_args) -> bool:
+    """Whether this very run has its result already, which is shown then, and pushed where that is asked for."""
+    from shared.publish import hub
+    from shared.training.identity import fingerprint
+
+    try:
+        results = json.loads((output / "all_results.json").read_text("utf8"))
+        same = results["run"]["fingerprint"] == fingerprint(run_args.identity, run_args.resolved)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if not same or not any(output.glob("*.safetensors")):
+        return False
+    log.info("%s", results["line"])
+    log.info("This run is finished: %s. `--resume never` begins anew.", output / "README.md")
+    if run_args.push:
+        log.info("pushed: %s", hub.publish(output, args.hub_model_id, args.hub_private_repo))
+    return True
 
 
 def _claim(output: Path) -> FileLock:

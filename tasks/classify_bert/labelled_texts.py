@@ -43,6 +43,15 @@ def to_row(
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
 
 
+def likely_one(labels) -> str:
+    """Which labels differ only in case, blanks and hyphens, for the log: "BILLING" beside "billing"; empty where none do."""
+    alike = {}
+    for label in sorted(labels):
+        alike.setdefault(re.sub(r"[\s_-]+", "", label.casefold()) or label, []).append(label)
+    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
+
+
 def refuse_measures(source: str, labels) -> None:
     """For labels that are no classes but quantities, 3.75 and the like.
 

@@ -40,7 +40,7 @@ class ScriptArguments:
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
     from datasets import ClassLabel, Dataset, DatasetDict
-    from labelled_texts import hides_labels, refuse_measures, to_row
+    from labelled_texts import hides_labels, likely_one, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -75,32 +75,16 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
         splits[split] = Dataset.from_list(kept)
     rare = sum(count for label, count in counts.items() if label not in number)
     found = f"{len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
+    found = "; ".join(filter(None, (found, likely_one(counts))))
     log.info("%s: %s", run_args.dataset, found)
     return splits, classes, f"{report}; {found}"
-
-
-def macro_f1(predicted, labels, weights=None) -> float:
-    """Mean over the classes of F1 = 2 tp / (2 tp + fp + fn); classes that neither occur nor are predicted are left out.
-
-    Args:
-        predicted, labels: (rows,) numbers of classes.
-        weights: (rows,) how often each row counts; 1 where not given.
-    """
-    import numpy as np
-
-    predicted, labels = np.asarray(predicted), np.asarray(labels)
-    weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=float)
-    size, hit = int(max(predicted.max(), labels.max())) + 1, predicted == labels
-    true = np.bincount(labels[hit], weights[hit], size)
-    both = np.bincount(predicted, weights, size) + np.bincount(labels, weights, size)
-    return float(np.mean(2 * true[both > 0] / both[both > 0]))
 
 
 def compute_metrics(predicted, labels, prefix: str) -> dict:
     """Accuracy and macro-F1 of (rows,) predicted classes, with 95 % bootstrap intervals over rows."""
     import numpy as np
 
-    from shared.metrics import bootstrap_ratio, ci95, resampled_counts
+    from shared.metrics import bootstrap_ratio, ci95, macro_f1, resampled_counts
 
     hits = (np.asarray(predicted) == np.asarray(labels)).astype(float)
     draws = [macro_f1(predicted, labels, counts) for counts in resampled_counts(len(hits))]
@@ -127,6 +111,7 @@ def main(script_args, args, run_args) -> None:
 
     from shared.data.splits import first_rows
     from shared.inference.positions import check_length
+    from shared.metrics import macro_f1
     from shared.publish import compare
     from shared.publish.hub import pull
     from shared.training.checkpoints import CompleteCheckpoints, train
@@ -169,8 +154,10 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)  # the new head
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names)
+    number = {name: i for i, name in enumerate(classes)}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype="float32", id2label=dict(enumerate(classes)), label2id=number
+    )
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
@@ -187,7 +174,10 @@ def main(script_args, args, run_args) -> None:
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        compute_metrics=lambda found: {
+            "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean()),
+            "macro_f1": macro_f1(found.predictions.argmax(-1), found.label_ids),
+        },
         callbacks=[CompleteCheckpoints(identity), stopper],
     )
     train(trainer, checkpoint)
@@ -202,9 +192,8 @@ def main(script_args, args, run_args) -> None:
         name: {"correct": (np.asarray(found) == labels).astype(float), "tokens": np.ones(len(labels))}
         for name, found in (("test", predicted), ("base", probed), ("baseline", np.full(len(labels), majority)))
     }
-    helped = compare.did_it_help(
-        scored["base"], scored["test"], "accuracy", baselines={"most frequent label": scored["baseline"]}
-    )
+    baselines = {"most frequent label": scored["baseline"]}
+    helped = compare.did_it_help(scored["base"], scored["test"], "accuracy", baselines, before="linear classifier")
     metrics = {
         **compute_metrics(predicted, labels, "test"),
         **compute_metrics(probed, labels, "base"),

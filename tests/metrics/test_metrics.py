@@ -153,3 +153,16 @@ def test_paired_false_alarms_are_about_5_in_100():
 def test_paired_refuses_other_rows():
     with pytest.raises(ValueError, match="Not the same rows: 2 .* 3"):
         metrics.paired_difference([1, 2], [1, 2, 3])
+
+
+def test_macro_f1_is_the_mean_over_classes():
+    """By hand: F1 of class 0 is 2/3, of class 1 is 4/5, of class 2, never predicted, 0; class 3 does not occur."""
+    predicted, labels = [0, 1, 1, 1, 0], [0, 1, 1, 0, 2]
+    f1 = [2 * 1 / (2 + 2), 2 * 2 / (3 + 2), 0]
+    assert metrics.macro_f1(predicted, labels) == pytest.approx(sum(f1) / 3)
+    assert metrics.macro_f1([4, 4], [4, 4]) == 1
+    assert metrics.macro_f1(np.array(["a", "b"]), np.array(["a", "c"])) == pytest.approx(1 / 3)
+    drawn = [0, 0, 1, 3, 3, 4]
+    weights = np.bincount(drawn, minlength=5)
+    again = metrics.macro_f1([predicted[i] for i in drawn], [labels[i] for i in drawn])
+    assert metrics.macro_f1(predicted, labels, weights) == pytest.approx(again)

@@ -267,9 +267,13 @@ def test_did_it_help_for_scores_where_more_is_better():
     random = np.random.default_rng(2)
     base = random.uniform(0.1, 0.4, 100)
     lead = {"rouge1": base + 0.3}
-    found = did_it_help({"rouge1": base}, {"rouge1": base + 0.1}, "rouge1", {"lead sentence": lead})
-    assert "? Yes: test rouge1 0." in found["line"] and "better on 100 %" in found["line"]
-    assert "Worse than the lead sentence baseline" in found["line"]
+    found = did_it_help(
+        {"rouge1": base}, {"rouge1": base + 0.1}, "rouge1", {"Lead-1": lead, "no text": {"rouge1": 0 * base}}
+    )
+    assert "? Better than untrained and no text, worse than Lead-1: test rouge1 0." in found["line"]
+    assert "better on 100 %" in found["line"] and f"Lead-1: {(base + 0.3).mean():.3f}. No text: 0" in found["line"]
+    same = did_it_help({"rouge1": base}, {"rouge1": base}, "rouge1", {"Lead-1": lead})
+    assert "? No: test rouge1" in same["line"] and "the same in every row" in same["line"]
     assert found["rouge1_difference"] == pytest.approx(0.1)
     accuracy = did_it_help(
         {"correct": [1] * 50, "tokens": [4] * 50}, {"correct": [2] * 25 + [3] * 25, "tokens": [4] * 50}, "accuracy"

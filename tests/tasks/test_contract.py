@@ -3,6 +3,7 @@ for the shortest run. Tiny models with random weights, rows of unequal length.""
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from shared import UserError
 from shared.training import launch
 from shared.training.arguments import parse
+from shared.training.checkpoints import seconds_trained
 from shared.training.identity import run_identity
 
 PLAIN = "transformers.training_args:TrainingArguments"
@@ -138,6 +140,12 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     many = task_runs.command(script, *argv(task, tmp_path / "many", **split))
     assert many.returncode == 0, many.stderr[-3000:]
+    again = task_runs.command(script, *argv(task, tmp_path / "many", **split))
+    assert again.returncode == 0 and "Did it help?" in again.stdout, again.stderr[-3000:]
+    assert "This run is finished" in again.stdout and "train_runtime" not in again.stdout, again.stdout
+    found = json.loads((tmp_path / "many" / "all_results.json").read_text())["run"]
+    assert (found["task"], found["data"], found["steps"], found["processes"]) == (task, "rows.jsonl", 2, 1), found
+    assert found["test_rows_sha256"] and found["hardware"] and found["date"] and str(tmp_path) not in json.dumps(found)
     history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [2] and (tmp_path / "one" / "README.md").exists()
     for name in ("many", "two"):
@@ -148,6 +156,27 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
             np.testing.assert_allclose(
                 weights(tmp_path / name)[key], value, rtol=1e-3, atol=2e-6, err_msg=f"{name} {key}"
             )
+
+
+def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
+    """Stopped after its first checkpoint, resumed, then evaluated on more rows: time and steps are those of the whole."""
+    script, run = ROOT / "tasks" / "mlm_bert" / "train.py", tmp_path / "run"
+    options = {"max_steps": 40, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 20}
+    flags = argv("mlm_bert", run, **options)
+    assert task_runs.interrupt(script, flags, run, 4, signal.SIGKILL) == -signal.SIGKILL
+    state = max(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    before = seconds_trained(json.loads(state.read_text())["log_history"])
+    assert task_runs.command(script, *flags).returncode == 0
+    first = json.loads((run / "all_results.json").read_text())
+    last = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in last if "eval_loss" in entry] == [0, 20, 40]
+    session = next(entry["train_runtime"] for entry in last if "train_runtime" in entry)
+    assert first["train_minutes"] * 60 > session + 0.5 * before > session
+    more = task_runs.command(script, *argv("mlm_bert", run, **options, max_test_rows=5))
+    assert more.returncode == 0 and "This run is finished" not in more.stdout, more.stderr[-3000:]
+    second = json.loads((run / "all_results.json").read_text())
+    assert second["test_rows"] == 5 and second["train_minutes"] >= first["train_minutes"] - 0.01
+    assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=2e-4)
 
 
 class Begun(Exception):
