@@ -565,6 +565,11 @@ def test_nan_stops_before_the_optimizer(models, files, tmp_path):
     model.save_pretrained(tmp_path / "broken")
     AutoTokenizer.from_pretrained(models / "bert").save_pretrained(tmp_path / "broken")
     with pytest.raises(UserError, match=r"The loss became nan at step 1, in windows \[\d+.*not made"):
+        options = {"model_name_or_path": tmp_path / "broken", "eval_strategy": "no"}
+        run_main(flags(models, files / "v2.json", tmp_path / "run", **options))
+    with pytest.raises(
+        UserError, match="no-answer score of row 0 is nan: the model holds no numbers, training diverged"
+    ):
         run_main(flags(models, files / "v2.json", tmp_path / "run", model_name_or_path=tmp_path / "broken"))
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 

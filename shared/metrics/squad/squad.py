@@ -133,5 +133,8 @@ def _checked(scores, rows: int) -> np.ndarray:
         raise ValueError(f"Expected one no-answer score a row, {rows:,}, found the shape {scores.shape}.")
     if not np.isfinite(scores).all():
         row = int(np.argmin(np.isfinite(scores)))
-        raise UserError(f"The no-answer score of row {row} is {scores[row]}: training diverged, or fp16 overflowed.")
+        raise UserError(
+            f"The no-answer score of row {row} is {scores[row]}: the model holds no numbers, training diverged, or fp16 "
+            "overflowed."
+        )
     return scores
