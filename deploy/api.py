@@ -394,7 +394,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with suppress(KeyboardInterrupt):
-        uvicorn.run(app, host=options.host, port=options.port, http="h11", loop="asyncio")  # h11 bounds the headers; httptools does not
+        # h11 bounds the headers, httptools does not; uvloop would be taken where it happens to be installed
+        uvicorn.run(app, host=options.host, port=options.port, http="h11", loop="asyncio")
     return 2 if app.state.service.error else 0
 
 
