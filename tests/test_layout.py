@@ -74,11 +74,12 @@ INSIDE_SHARED = {
     "training": {"data", "metrics", "publish"},
     "inference": {"data", "metrics", "publish"},
     "export": {"data", "metrics", "publish", "inference"},
+    "compare": {"metrics", "publish"},
 }
 
 
 def arrows_inside_shared(root: Path) -> list[str]:
-    """{metrics, data} <- publish <- {training, inference}; data <- corpora; inference <- export."""
+    """{metrics, data} <- publish <- {training, inference, compare}; data <- corpora; inference <- export."""
     found = []
     for path, _, tree in sources(root, "shared"):
         package = path.parts[1] if len(path.parts) > 2 else None

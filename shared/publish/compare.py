@@ -25,7 +25,7 @@ def did_it_help(
 
     Returns:
         `line` for people, `better_rows` (share) and, named after the metric (`loss` for perplexity), `<m>_difference`,
-        `<m>_difference_ci95`, `<m>_difference_p_value`.
+        `<m>_difference_ci95`, `<m>_difference_p_value`; `scores`, what was compared, for scores.json.
     """
     key, weights, higher = {"perplexity": ("nll", "tokens", False), "accuracy": ("correct", "tokens", True)}.get(
         metric, (metric, None, True)
@@ -71,6 +71,7 @@ def did_it_help(
         f"{tested}_difference": found["difference"],
         f"{tested}_difference_ci95": found["difference_ci95"],
         f"{tested}_difference_p_value": found["p_value"],
+        "scores": {"metric": metric, "score": list(trained[key]), "weight": weights and list(weights)},
     }
 
 

@@ -31,7 +31,8 @@ def finish(
     """What a run leaves in its folder, and the push that was asked for. All processes call it, the first one writes.
 
     Args:
-        metrics: `test_*`, `base_*` and `baseline_*`; training loss, minutes and peak memory are added here.
+        metrics: `test_*`, `base_*`, `baseline_*` and what `shared.publish.compare.did_it_help` returned; training loss, minutes
+            and peak memory are added here.
         samples: of `shared.publish.results.write_samples`; the first five are shown on the card.
         line: of `shared.publish.compare.did_it_help`.
         training: facts of this task for the card, shown before those that every run has.
@@ -53,6 +54,7 @@ def finish(
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     results.write_samples(output / "samples.jsonl", samples)
+    results.write_json(output / "scores.json", metrics.pop("scores"))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in test_rows]
     if lines:
         (output / "test.jsonl").write_text("".join(lines[:200]), encoding="utf8", errors="backslashreplace")

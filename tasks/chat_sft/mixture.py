@@ -173,7 +173,7 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
         base_rows, baseline_rows, rows_of_test = ({metric: scores[prefix]} for prefix in ("base", "baseline", "test"))
         helped = did_it_help(base_rows, rows_of_test, metric, baselines={trivial: baseline_rows})
         found["lines"].append(f"{kind.replace('_', ' ').capitalize()}: {helped.pop('line')}")
-        found["metrics"] |= {key: value for key, value in helped.items() if key != "better_rows"}
+        found["metrics"] |= {key: value for key, value in helped.items() if key not in ("better_rows", "scores")}
         found["metrics"][f"test_{kind}_rows"] = len(rows)
         for talk, before, after in zip(rows["messages"][:5], base[kind], trained[kind], strict=False):
             texts = {"prompt": talk[0]["content"], "base": before, "trained": after, "reference": talk[-1]["content"]}

@@ -146,6 +146,8 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
     found = json.loads((tmp_path / "many" / "all_results.json").read_text())["run"]
     assert (found["task"], found["data"], found["steps"], found["processes"]) == (task, "rows.jsonl", 2, 1), found
     assert found["test_rows_sha256"] and found["hardware"] and found["date"] and str(tmp_path) not in json.dumps(found)
+    compared = task_runs.command("-m", "shared.compare", tmp_path / "one", tmp_path / "many")
+    assert compared.returncode == 0 and "| one" in compared.stdout and "paired test over" in compared.stdout, compared
     history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [2] and (tmp_path / "one" / "README.md").exists()
     for name in ("many", "two"):

@@ -379,6 +379,7 @@ def test_another_run_is_not_continued(tmp_path):
 def begin(output_dir: Path, step: int, limit: int | None):
     args = SimpleNamespace(output_dir=str(output_dir), save_total_limit=limit, world_size=1, seed=0, hub_strategy="end")
     state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=None, epoch=0)
+    state.log_history = []
     callback = checkpoints.CompleteCheckpoints(IDENTITY)
     callback.on_train_begin(args, state, None)
     return callback, args, state
@@ -436,7 +437,7 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     def fail(resume_from_checkpoint):
         raise error
 
-    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False)
+    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False, eval_strategy="no")
     state = SimpleNamespace(global_step=6)
     write_checkpoint(tmp_path, 3)
     (tmp_path / "checkpoint-6").mkdir()

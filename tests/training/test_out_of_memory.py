@@ -120,10 +120,10 @@ def test_an_evaluation_never_shrinks_the_training_batch(tmp_path, caplog):
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "per_device_eval_batch_size": 8}
     trainer = trained(tmp_path, limit, **evaluated)
     assert trainer.args.per_device_train_batch_size == 4 and trainer.args.per_device_eval_batch_size == 2
-    assert limit.training == [4] and [rows for training, rows in limit.rows if not training] == [2] * 8
+    assert limit.training == [4] and [rows for training, rows in limit.rows if not training] == [2] * 12
     assert "2 rows at a time instead of 4" in caplog.text
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert [entry["step"] for entry in evaluations] == [2, 4]
+    assert [entry["step"] for entry in evaluations] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,274 @@
+"""One table of many runs; two of them in detail.
+
+    python -m shared.compare outputs/*
+    python -m shared.compare outputs/chat_sft outputs/other --output compare.md --html compare.html
+
+Reads what each run left (all_results.json, scores.json, run.yaml, samples.jsonl), of the Hub's runs by name, too. Nothing is
+loaded or measured again.
+"""
+
+import argparse
+import base64
+import difflib
+import hashlib
+import html
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from shared import UserError
+from shared.metrics import paired_difference
+from shared.publish.compare import short_number
+from shared.publish.hub import pull
+from shared.publish.results import replace_file
+
+# Metric of all_results.json: its title, and whether more is better.
+COLUMNS = {
+    "perplexity": ("Perplexity", False),
+    "bits_per_byte": ("Bits per byte", False),
+    "bleu": ("BLEU", True),
+    "rougeL": ("ROUGE-L", True),
+    "f1": ("F1", True),
+    "exact_match": ("EM", True),
+    "accuracy": ("Accuracy", True),
+    "macro_f1": ("Macro-F1", True),
+}
+BY_TOKEN = ("perplexity", "accuracy")  # of language models: numbers of different tokenizers are not compared
+PART_OF_A_METRIC = ("macro", "has_answer", "no_answer", "best")  # no baseline's name: `baseline_macro_f1` is no F1
+LANGUAGE_MODELS = ("bits_per_byte", "perplexity")
+
+
+def read_run(name: str) -> dict:
+    """What a run left, by its folder or its name on the Hub.
+
+    Returns:
+        `name`, `folder`, `results` (all_results.json), `rows` (hash of its test rows, None for a run of an older version) and
+        `tokenizer` (hash).
+
+    Raises:
+        UserError: no such run, or it is not finished.
+    """
+    folder = Path(name) if Path(name).is_dir() else pull(name, weights=False)
+    path = folder / "all_results.json"
+    try:
+        results = json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        raise UserError(f"{name}: no all_results.json; a run writes it at its end.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not readable ({error}).") from error
+    tokenizer = folder / "tokenizer.json"
+    return {
+        "name": Path(name).name if Path(name).is_dir() else name,
+        "folder": folder,
+        "results": results,
+        "rows": results.get("run", {}).get("test_rows_sha256"),
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+    }
+
+
+def best_of(runs: list[dict]) -> set[tuple[Path, str]]:
+    """(folder, metric) that are the best of several runs on the same test rows; what is counted by token wants one tokenizer."""
+    best = set()
+    for metric, (_, higher) in COLUMNS.items():
+        groups = {}
+        for run in runs:
+            value = run["results"].get(f"test_{metric}")
+            by_token = metric in BY_TOKEN and any(f"test_{each}" in run["results"] for each in LANGUAGE_MODELS)
+            key = (run["rows"], run["results"].get("test_rows"), run["tokenizer"] if by_token else None)
+            if value is not None and run["rows"] and not (by_token and not run["tokenizer"]):
+                groups.setdefault(key, []).append((value, run["folder"]))
+        for group in groups.values():
+            if len(group) > 1:
+                best.add(((max if higher else min)(group)[1], metric))
+    return best
+
+
+def table(runs: list[dict]) -> list[list[str]]:
+    """Header and a row for each run, by task: each metric with its interval, before training and trivial baselines behind it."""
+    runs = sorted(runs, key=lambda run: (run["results"].get("run", {}).get("task", ""), run["name"]))
+    metrics = [metric for metric in COLUMNS if any(f"test_{metric}" in run["results"] for run in runs)]
+    best = best_of(runs)
+    header = ["Model", "Task", "Data", *(COLUMNS[metric][0] for metric in metrics)]
+    rows = [[*header, "Training", "Memory", "Hardware", "Date"]]
+    for run in runs:
+        results = run["results"]
+        about = results.get("run", {})
+        cells = []
+        for metric in metrics:
+            cell = _cell(results, metric)
+            cells.append(f"**{cell}**" if (run["folder"], metric) in best else cell)
+        from_ = f" (from {about['model']})" if about.get("model") else ""
+        minutes, memory = results.get("train_minutes"), results.get("peak_memory_gb")
+        rows.append(
+            [
+                run["name"] + from_,
+                about.get("task", ""),
+                about.get("data", ""),
+                *cells,
+                "" if minutes is None else f"{minutes:.1f} min",
+                "" if memory is None else f"{memory:.1f} GB",
+                about.get("hardware", ""),
+                about.get("date", ""),
+            ]
+        )
+    return rows
+
+
+def _cell(results: dict, metric: str) -> str:
+    value = results.get(f"test_{metric}")
+    if value is None:
+        return ""
+    text, interval = short_number(value), results.get(f"test_{metric}_ci95")
+    text += f" ({short_number(interval[0])} to {short_number(interval[1])})" if interval else ""
+    others = {"before": results.get(f"base_{metric}")}
+    for key, found in results.items():
+        if key.startswith("baseline_") and key.endswith(metric):
+            name = key.removeprefix("baseline_").removesuffix(metric).strip("_")
+            if not name.endswith(PART_OF_A_METRIC):
+                others[name.replace("_", " ") or "baseline"] = found
+    return "; ".join([text, *(f"{name} {short_number(found)}" for name, found in others.items() if found is not None)])
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The table in Markdown; text of runs stays text."""
+    lines = [[re.sub(r"([|<`])", r"\\\1", str(cell)).replace("\n", " ") for cell in row] for row in rows]
+    lines.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Of two runs, in lines of Markdown: options that differ, a paired test on the same rows, samples that changed."""
+    lines = []
+    settings = [_settings(run["folder"]) for run in (one, other)]
+    for key in sorted({*settings[0], *settings[1]}):
+        values = [each.get(key) for each in settings]
+        if values[0] != values[1] and key != "output_dir":
+            lines.append(f"- `{key}`: {values[0]} in {one['name']}, {values[1]} in {other['name']}")
+    lines.append(f"- {_paired(one, other)}")
+    samples = [_samples(run["folder"]) for run in (one, other)]
+    prompts = {json.dumps(sample["prompt"]): sample["trained"] for sample in samples[0]}
+    for sample in samples[1]:
+        before = prompts.get(json.dumps(sample["prompt"]))
+        if before is not None and before != sample["trained"]:
+            prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+            for who, text in (("asked", prompt), (one["name"], before), (other["name"], sample["trained"])):
+                lines.append(f"- {who}: {' '.join(str(text).split())[:200]}")
+    return lines
+
+
+def _settings(folder: Path) -> dict:
+    path = folder / "run.yaml"
+    return (yaml.safe_load(path.read_text("utf8")) or {}) if path.is_file() else {}
+
+
+def _samples(folder: Path) -> list[dict]:
+    path = folder / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text("utf8").splitlines()] if path.is_file() else []
+
+
+def _paired(one: dict, other: dict) -> str:
+    """One line: whether `other` is better than `one`, row by row, where they were scored on the same rows."""
+    scores = []
+    for run in (one, other):
+        path = run["folder"] / "scores.json"
+        scores.append(json.loads(path.read_text("utf8")) if path.is_file() else {})
+    if not all(scores) or one["rows"] != other["rows"] or len(scores[0]["score"]) != len(scores[1]["score"]):
+        return "no paired test: they were not scored on the same rows"
+    metric = scores[0]["metric"]
+    if metric != scores[1]["metric"] or scores[0]["weight"] != scores[1]["weight"]:
+        return "no paired test: another metric or another tokenizer"
+    found = paired_difference(scores[0]["score"], scores[1]["score"], scores[0]["weight"], metric != "perplexity")
+    low, high = found["difference_ci95"]
+    clear = "clear" if low > 0 or high < 0 else "not clear, the interval includes zero"
+    return (
+        f"paired test over {found['rows']:,} rows: {other['name']} is better on {found['better_rows']:.0%}; difference in "
+        f"{'loss' if metric == 'perplexity' else metric} {short_number(low, [low, high])} to {short_number(high, [low, high])} "
+        f"(95 %): {clear}"
+    )
+
+
+def report(runs: list[dict], detail: Iterable[str] = ()) -> str:
+    """One HTML file that needs no other: the table, of each run its loss curve, what was checked, samples before and after."""
+    parts = [_html_table(table(runs)), *(f"<p>{html.escape(line)}</p>" for line in detail)]
+    for run in runs:
+        parts.append(f"<h2>{html.escape(run['name'])}</h2><p>{html.escape(run['results'].get('line', ''))}</p>")
+        if (curve := run["folder"] / "loss.png").is_file():
+            parts.append(
+                f'<img alt="loss" src="data:image/png;base64,{base64.b64encode(curve.read_bytes()).decode()}">'
+            )
+        if (checked := run["folder"] / "preflight.json").is_file():
+            facts = json.loads(checked.read_text("utf8"))
+            parts.append(_html_table([["Checked before the first step", ""], *([k, v] for k, v in facts.items())]))
+        for sample in _samples(run["folder"])[:10]:
+            prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+            before, after = str(sample.get("base") or ""), str(sample.get("trained") or "")
+            shown = (
+                ("Prompt", html.escape(prompt[:2000])),
+                ("Before", html.escape(before)),
+                ("After", _marked(before, after)),
+            )
+            parts += [f"<p><b>{who}</b><br>{text}</p>" for who, text in shown] + ["<hr>"]
+    style = (
+        "body{font:16px/1.5 sans-serif;margin:2em auto;max-width:70em;padding:0 1em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;vertical-align:top}mark{background:#cfe8cf}"
+        "img{max-width:100%}p{white-space:pre-wrap}"
+    )
+    body = "\n".join(parts)
+    return f'<!doctype html><meta charset="utf-8"><title>LM Taskbook</title><style>{style}</style>\n{body}\n'
+
+
+def _html_table(rows: list[list]) -> str:
+    def cell(text, tag: str) -> str:
+        shown = re.sub(r"^\*\*(.*)\*\*$", r"<b>\1</b>", html.escape(str(text)))
+        return f"<{tag}>{shown}</{tag}>"
+
+    head, *body = rows
+    lines = ["".join(cell(each, "th") for each in head), *("".join(cell(each, "td") for each in row) for row in body)]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _marked(before: str, after: str) -> str:
+    """`after` as HTML, its words that are not in `before` at that place marked."""
+    words = [re.findall(r"\s+|\S+", text) for text in (before, after)]
+    parts = []
+    for what, _, _, start, end in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        text = html.escape("".join(words[1][start:end]))
+        parts.append(text if what == "equal" else f"<mark>{text}</mark>" if text else "")
+    return "".join(parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shared.compare",
+        description="One table of many runs, by task; the best is marked on the same test rows only. Two are compared in detail.",
+    )
+    parser.add_argument("runs", nargs="+", help="finished runs: folders such as outputs/*, or names on the Hub")
+    parser.add_argument("--output", type=Path, help="write the table as Markdown here, too")
+    parser.add_argument("--html", type=Path, help="write one HTML file with curves and samples, which can be mailed")
+    options = parser.parse_args(argv)
+    try:
+        many = [name for name in options.runs if not Path(name).is_dir() or (Path(name) / "all_results.json").is_file()]
+        if not many:
+            raise UserError(f"{options.runs[0]}: no all_results.json; a run writes it at its end.")
+        for name in sorted(set(options.runs) - set(many)):
+            print(f"left out: {name}, which holds no finished run", file=sys.stderr)
+        runs = [read_run(name) for name in dict.fromkeys(many)]
+        detail = differences(*runs) if len(runs) == 2 else []
+        text = markdown(table(runs)) + "".join(f"\n{line}" for line in detail) + ("\n" if detail else "")
+        print(text, end="")
+        for path, content in ((options.output, text), (options.html, options.html and report(runs, detail))):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, content.encode("utf8", "backslashreplace"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`python -m shared.compare`: one table, the best marked only where numbers can be compared, two runs in detail."""
+
+import re
+from pathlib import Path
+
+import pytest
+import task_runs
+
+from shared.compare.table import main
+from shared.publish.results import plot_loss, write_json, write_samples
+
+
+def make_run(
+    folder, task="mlm_bert", rows="a" * 64, scores=None, settings="learning_rate: 0.1\n", tokenizer="{}", **results
+):
+    """What a run leaves, but for the model."""
+    folder.mkdir(parents=True)
+    about = {
+        "task": task,
+        "model": "pypi:minilm-l6",
+        "data": "rows.csv",
+        "test_rows_sha256": rows,
+        "hardware": "2 cores",
+    }
+    results = {"run": about | {"date": "2026-11-25"}, "train_minutes": 1.25, "line": "Did it help? Yes."} | results
+    write_json(folder / "all_results.json", results)
+    (folder / "run.yaml").write_text(settings)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    if scores:
+        write_json(folder / "scores.json", {"metric": "perplexity", "score": scores, "weight": [2] * len(scores)})
+    samples = [{"prompt": "What <is>?", "base": "so it goes", "trained": f"so {folder.name} goes", "reference": None}]
+    write_samples(folder / "samples.jsonl", samples)
+    plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], folder / "loss.png")
+    write_json(folder / "preflight.json", {"rows": 7})
+    return str(folder)
+
+
+def shown(capsys, *argv) -> list[dict]:
+    main([str(each) for each in argv])
+    lines = [
+        re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+        for line in capsys.readouterr().out.splitlines()
+        if line[:1] == "|"
+    ]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_best_is_marked_on_the_same_rows_alone(tmp_path, capsys):
+    same = {"test_perplexity": 12.5, "test_perplexity_ci95": [11.6, 13.3], "base_perplexity": 4149.0}
+    runs = [
+        make_run(tmp_path / "one", **same, baseline_trigram_perplexity=43.6),
+        make_run(tmp_path / "two", **same | {"test_perplexity": 11.0}),
+        make_run(tmp_path / "other_rows", rows="b" * 64, **same | {"test_perplexity": 1.0}),
+        make_run(
+            tmp_path / "other_tokenizer", tokenizer="{ }", **same | {"test_perplexity": 2.0, "test_bits_per_byte": 1.1}
+        ),
+        make_run(
+            tmp_path / "classes", task="classify_bert", test_accuracy=0.7, test_macro_f1=0.6, baseline_macro_f1=0.1
+        ),
+    ]
+    table = {row["Model"].split(" ")[0]: row for row in shown(capsys, *runs)}
+    assert list(table) == ["classes", "one", "other_rows", "other_tokenizer", "two"], "by task, then by name"
+    assert table["one"]["Perplexity"] == "12.5 (11.6 to 13.3); before 4,149; trigram 43.6"
+    assert [name for name, row in table.items() if "**" in row["Perplexity"]] == ["two"]
+    assert table["classes"]["Macro-F1"] == "0.600; baseline 0.100" and table["classes"]["Perplexity"] == ""
+    assert table["one"]["Training"] == "1.2 min" and table["one"]["Hardware"] == "2 cores"
+
+
+def test_two_runs_in_detail_and_a_report_that_can_be_mailed(tmp_path, capsys):
+    one = make_run(tmp_path / "one", scores=[4.0, 5, 6] * 5, test_perplexity=9.0)
+    two = make_run(tmp_path / "two", scores=[3.0, 4, 5] * 5, test_perplexity=8.0, settings="learning_rate: 0.2\n")
+    main([one, two, "--output", str(tmp_path / "new" / "compare.md"), "--html", str(tmp_path / "compare.html")])
+    out = capsys.readouterr().out
+    assert "`learning_rate`: 0.1 in one, 0.2 in two" in out and "one: so one goes" in out
+    assert "paired test over 15 rows: two is better on 100%; difference in loss -0.500 to -0.500 (95 %): clear" in out
+    assert (tmp_path / "new" / "compare.md").read_text() == out
+    page = (tmp_path / "compare.html").read_text()
+    assert "so <mark>two</mark> goes" in page and "What &lt;is&gt;?" in page and page.count("data:image/png") == 2
+    assert not re.search(r"https?:|src=\"(?!data:)|<script", page)
+    three = make_run(tmp_path / "three", scores=[3.0] * 15, rows="c" * 64, test_perplexity=8.0)
+    main([one, three])
+    assert "no paired test: they were not scored on the same rows" in capsys.readouterr().out
+
+
+def test_what_is_no_run_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "run", test_accuracy=0.5)
+    main([str(tmp_path / "run"), str(tmp_path / "empty")])
+    assert "left out:" in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "all_results.json").write_text("{")
+    for name, said in (
+        ("empty", "no all_results.json"),
+        ("broken", "is not readable"),
+        ("nowhere/at/all", "no such folder"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / name)])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_run_on_the_hub_by_name(hub, tmp_path):
+    run = Path(make_run(tmp_path / "far", test_accuracy=0.5))
+    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    (run / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")  # an empty file of that kind
+    pushed = task_runs.command("-m", "shared.publish.hub", "push", run, "--repo_id", "alice/far", **hub.env)
+    assert pushed.returncode == 0, pushed.stderr
+    compared = task_runs.command("-m", "shared.compare", "alice/far", run, **hub.env)
+    assert compared.returncode == 0 and "| alice/far (from pypi:minilm-l6) | mlm_bert |" in compared.stdout, compared
