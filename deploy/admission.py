@@ -23,7 +23,8 @@ from shared.data.encoding import TooLong
 
 log = logging.getLogger("uvicorn.error")
 HEALTH = ("/livez", "/readyz")
-WORK = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/summarize", "/answer", "/fill-mask", "/classify")
+WORK = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
+WORK += ("/summarize", "/answer", "/fill-mask", "/classify")
 DOCS = ("/docs", "/redoc", "/openapi.json")  # a browser opens them, and asks for the key as a password
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]+)?")
 
@@ -73,9 +74,9 @@ class ClientGone(Exception):
 class EventStream(Response):
     """Server-sent events. The status is sent with the first one, so that what fails before is an ordinary error."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks, named: bool = False):
         super().__init__()
-        self.chunks = chunks
+        self.chunks, self.named = chunks, named  # named: each with its type, as /v1/responses has them, and no [DONE]
 
     async def __call__(self, scope, receive, send):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
@@ -85,9 +86,10 @@ class EventStream(Response):
                 if not started:
                     started = True
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
-                content = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+                name = f"event: {chunk['type']}\n" if self.named else ""
+                content = f"{name}data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
                 await send({"type": "http.response.body", "body": content, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await send({"type": "http.response.body", "body": b"" if self.named else b"data: [DONE]\n\n"})
 
 
 def defect(error: Exception) -> Refused:

@@ -1,4 +1,4 @@
-"""Serves models over HTTP: OpenAI's chat, completions and embeddings; /summarize, /answer, /fill-mask, /classify.
+"""Serves models over HTTP: OpenAI's chat, completions, responses and embeddings; /summarize, /answer, /fill-mask, /classify.
 
     python -m deploy.api --model outputs/chat_sft --model pypi:smollm2-135m-instruct
     uvicorn deploy.api:app --http h11         # the same with TASKBOOK_MODELS="outputs/chat_sft pypi:..."
@@ -42,6 +42,7 @@ from deploy.admission import (
     log,
 )
 from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Usage, Workers, model_id
+from deploy.responses import response_events
 from deploy.schemas import (
     AnswerBody,
     ChatBody,
@@ -50,6 +51,7 @@ from deploy.schemas import (
     EmbeddingsBody,
     FillBody,
     NotJSON,
+    ResponsesBody,
     SamplingBody,
     SummarizeBody,
     openapi_schemas,
@@ -285,6 +287,24 @@ def create_app(
             return model.complete(prompts, body.sampling(), emit)
 
         return await text(request, body, submit, "text_completion", len(prompts))
+
+    @post("/v1/responses", ResponsesBody)
+    async def responses(request: Request, body: ResponsesBody):
+        """A reply to a text or a conversation. Nothing is stored: what was said before is sent again."""
+        model, messages = service.engine(body.model), body.messages()
+
+        async def told():
+            async with aclosing(
+                service.events(request, lambda emit: model.chat(messages, body.sampling(), emit))
+            ) as events:
+                async for event in response_events(events, body, body.model or next(iter(service.engines))):
+                    yield event
+
+        if body.stream:
+            return EventStream(told(), named=True)
+        async for event in told():
+            last = event
+        return last["response"]
 
     @post("/v1/embeddings", EmbeddingsBody)
     async def embeddings(request: Request, body: EmbeddingsBody):

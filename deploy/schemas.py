@@ -75,21 +75,37 @@ class Accepted(Body):
     service_tier: str | None = Field(None, max_length=50)
 
 
-class SamplingBody(Accepted):
-    """What OpenAI's two routes for text share, with their defaults where they have one."""
+class DrawnBody(Accepted):
+    """How text is drawn, as all of OpenAI's routes for text say it, with their defaults where they have one."""
 
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     temperature: float = Field(0.7, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(0.95, gt=0, le=1)
     repetition_penalty: float = Field(1.1, ge=1, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+
+    def drawn(self, **more) -> Sampling:
+        """As the engine takes it."""
+        seed = None if self.seed is None else self.seed % 2**32
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+            **more,
+        )
+
+
+class SamplingBody(DrawnBody):
+    """What chat and completions share beside."""
+
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     stop: (
         Annotated[str, Field(max_length=1000)]
         | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(fail_fast=True, max_length=4)]
         | None
     ) = None
     n: int = Field(1, ge=1, le=4)
-    stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: only(False) = None
     logit_bias: only({}) = None
@@ -99,9 +115,7 @@ class SamplingBody(Accepted):
     def sampling(self) -> Sampling:
         """As the engine takes it."""
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        seed = None if self.seed is None else self.seed % 2**32
-        stop = tuple(text for text in stop if text)
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.repetition_penalty, seed, stop, self.n)
+        return self.drawn(max_tokens=self.max_tokens, stop=tuple(text for text in stop if text), n=self.n)
 
 
 class TextPart(Strict):
@@ -176,6 +190,75 @@ class CompletionBody(SamplingBody):
     def prompts(self) -> list:
         """Each a text or token ids."""
         return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+
+
+class ResponsePart(Strict):
+    """A part of a message: text that was asked, or that a model wrote, as it came."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: only([]) = None
+    logprobs: only([]) = None
+
+
+class ResponseMessage(Strict):
+    """One turn of a conversation. A response's `output` can be sent back as it came."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[ResponsePart], Field(fail_fast=True)]
+    id: str | None = Field(None, max_length=200)
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: str | None = Field(None, max_length=50)
+
+    def turn(self) -> dict:
+        """As chat templates know it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class TextConfig(Strict):
+    """Text is all that there is."""
+
+    format: only({"type": "text"}) = None
+    verbosity: only("medium") = None
+
+
+class ObfuscationOptions(Strict):
+    """Changes nothing: events are not padded."""
+
+    include_obfuscation: bool = False
+
+
+class ResponsesBody(DrawnBody):
+    """https://platform.openai.com/docs/api-reference/responses/create; nothing is stored, so no response can be continued."""
+
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[ResponseMessage], Field(fail_fast=True, min_length=1, max_length=1000)]
+    )
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    stream_options: ObfuscationOptions | None = None
+    text: TextConfig | None = None
+    tools: only([]) = None
+    tool_choice: only("none", "auto") = None
+    parallel_tool_calls: bool | None = Field(None, description="there are no tools")
+    include: only([]) = None
+    background: only(False) = None
+    truncation: only("disabled") = None
+    top_logprobs: only(0) = None
+    prompt_cache_retention: str | None = Field(None, max_length=50)
+
+    def messages(self) -> list[dict]:
+        """As chat templates know them; `instructions` come first."""
+        said = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else None
+        said = said or [message.turn() for message in self.input]
+        return [{"role": "system", "content": self.instructions}] * bool(self.instructions) + said
+
+    def sampling(self) -> Sampling:
+        """As the engine takes it."""
+        return self.drawn(max_tokens=self.max_output_tokens)
 
 
 class EmbeddingsBody(Accepted):
@@ -256,6 +339,15 @@ def one_line(errors: list[dict]) -> str:
 
 def openapi_schemas() -> dict:
     """The schemas of all bodies, for /openapi.json."""
-    bodies = (ChatBody, CompletionBody, EmbeddingsBody, SummarizeBody, AnswerBody, FillBody, ClassifyBody)
+    bodies = (
+        ChatBody,
+        CompletionBody,
+        ResponsesBody,
+        EmbeddingsBody,
+        SummarizeBody,
+        AnswerBody,
+        FillBody,
+        ClassifyBody,
+    )
     found = models_json_schema([(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}")
     return found[1]["$defs"]

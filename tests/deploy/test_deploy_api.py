@@ -133,6 +133,59 @@ def test_the_official_client_completes(server):
     assert whole.choices[0].text == streamed and whole.usage.completion_tokens == 8
 
 
+def test_the_official_client_gets_responses(server):
+    """A text or a conversation, whole or as events; the output can be sent back; it says what chat says."""
+    create = server.client.responses.create
+    ask = {"model": "llama", "max_output_tokens": 12, "temperature": 1.0, "extra_body": {"seed": 7}}
+    whole = create(input=CHAT[0]["content"], **ask)
+    chat = server.client.chat.completions.create(model="llama", messages=CHAT, max_tokens=12, temperature=1.0, seed=7)
+    assert whole.output_text == chat.choices[0].message.content and whole.output_text
+    assert (whole.status, whole.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (whole.usage.input_tokens, whole.usage.output_tokens) == (chat.usage.prompt_tokens, 12)
+    events = list(create(input=CHAT, stream=True, **ask))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events if event.type != "response.output_text.delta"]
+    added, done = ["output_item.added", "content_part.added"], ["output_text.done", "content_part.done"]
+    assert kinds == ["created", "in_progress", *added, *done, "output_item.done", "incomplete"]
+    assert "".join(event.delta for event in events if event.type.endswith("delta")) == whole.output_text
+    assert events[-1].response.output_text == events[-4].text == whole.output_text
+    assert events[-1].response.usage == whole.usage and events[0].response.id == events[-1].response.id
+    with server.client.responses.stream(input=CHAT, **ask) as stream:  # the client's own reading of the events
+        assert [e.snapshot for e in stream if e.type == "response.output_text.delta"][-1] == whole.output_text
+    said = [*CHAT, *(each.model_dump() for each in whole.output), {"role": "user", "content": "And?"}]
+    again = create(input=said, instructions="Be kind.", **ask)
+    turns = [{"role": "system", "content": "Be kind."}, CHAT[0]]
+    turns += [{"role": "assistant", "content": whole.output_text}, {"role": "user", "content": "And?"}]
+    assert again.usage.input_tokens == len(server.service.engines["llama"]._text.encode_chat(turns))
+    stop = server.service.engines["llama"].model
+    known, stop.stop_ids = stop.stop_ids, tuple(range(stop.config.vocab_size))
+    try:
+        ended = create(input="Hi", **ask)
+    finally:
+        stop.stop_ids = known
+    assert (ended.status, ended.incomplete_details, ended.output_text) == ("completed", None, "")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools: "),
+        ({"previous_response_id": "resp_1"}, "previous_response_id: "),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format: "),
+        ({"background": True}, "background: "),
+        ({"reasoning": {"effort": "high"}}, "reasoning: "),
+        ({"include": ["message.output_text.logprobs"]}, "include: "),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input."),
+        ({"input": ""}, "input."),
+        ({"truncation": "auto"}, "truncation: "),
+    ],
+)
+def test_what_responses_refuse(server, change, says):
+    for stream in (False, True):
+        answer = server.http.post("/v1/responses", json={"model": "llama", "input": "Hi", "stream": stream} | change)
+        assert answer.status_code == 422 and says in answer.json()["error"]["message"], answer.text
+
+
 def computed_together(server, model, method, route, bodies):
     """The answers to requests sent at once; asserts that the model was called fewer times than there are requests."""
     calls, original = [], getattr(model, method)
@@ -482,6 +535,7 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
     right = {
         "/v1/chat/completions": "llama",
         "/v1/completions": "gpt2",
+        "/v1/responses": "llama",
         "/summarize": "summaries",
         "/answer": "answers",
         "/classify": "labels",
@@ -499,8 +553,9 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
         def check(case, named):
             if isinstance(case.body, dict) and named and case.operation.path in right:
                 case.body["model"] = right[case.operation.path]
-                if isinstance(case.body.get("max_tokens"), int):
-                    case.body["max_tokens"] = min(case.body["max_tokens"], 20)
+                for most in ("max_tokens", "max_output_tokens"):
+                    if isinstance(case.body.get(most), int):
+                        case.body[most] = min(case.body[most], 20)
             response = case.call(timeout=60)
             seen.setdefault(case.operation.path, set()).add(response.status_code)
             assert response.status_code < 500, (case.operation.path, case.body, response.text)
@@ -508,7 +563,7 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
         check()
     if mode == GenerationMode.POSITIVE:
         by_chance = ("/fill-mask", "/v1/models/{name}")  # a [MASK], a model's name
-        assert len(seen) == 12 and all(200 in seen[path] for path in seen if path not in by_chance), seen
+        assert len(seen) == 13 and all(200 in seen[path] for path in seen if path not in by_chance), seen
     else:
         assert set(seen) == set(right) and all(422 in seen[path] for path in right), seen
     assert server.http.get("/readyz").status_code == 200
