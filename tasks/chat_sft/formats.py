@@ -11,6 +11,7 @@ from shared import UserError
 from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
+from shared.data.load import load_data
 
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -67,7 +68,16 @@ def read_rows(name: str) -> list[dict] | None:
     if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
         return None
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
-    return list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
+    rows = list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
+    if not rows:
+        raise UserError(f"{path}: holds no row.")
+    return rows
+
+
+def read(name: str, config: str | None) -> dict:
+    """The splits of any data: rows of a local file as they stand there (`read_rows`), or as `shared.data.load.load_data`."""
+    rows = read_rows(name)
+    return {"train": rows} if rows is not None else load_data(name, config)
 
 
 def _list_of_rows(content, path: Path) -> list[dict]:

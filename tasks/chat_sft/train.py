@@ -55,27 +55,26 @@ class ScriptArguments:
 
 def load_rows(run_args, seed: int, chat=None) -> tuple[dict, str]:
     """Conversations of the three splits, as the template of `chat` can show them, and the cleaning report as one line."""
-    from formats import Reader, columns_of, read_rows, talk_of_people, text_of
+    from formats import Reader, columns_of, read, talk_of_people, text_of
 
     from shared.data.cleaning import clean_dataset
-    from shared.data.load import load_data
+    from shared.data.load import load_splits
     from shared.data.splits import split_dataset
 
-    rows = read_rows(run_args.dataset)
-    data = {"train": rows} if rows is not None else load_data(run_args.dataset, run_args.dataset_config)
+    data = load_splits(run_args, read)
     rows = next(iter(data.values()))
     columns = columns_of(rows)
     people = talk_of_people(run_args.dataset, rows, columns, run_args.columns)
-    read = Reader(run_args.dataset, columns, run_args.columns, people)
-    log.info("%s is read as %s%s", run_args.dataset, read.formats[0], ", people talking" * people)
-    if read.unread:
-        log.info("columns that are not read: %s", ", ".join(read.unread))
+    reader = Reader(run_args.dataset, columns, run_args.columns, people)
+    log.info("%s is read as %s%s", run_args.dataset, reader.formats[0], ", people talking" * people)
+    if reader.unread:
+        log.info("columns that are not read: %s", ", ".join(reader.unread))
 
     def convert(row):
-        found = read(row)
+        found = reader(row)
         return found if isinstance(found, str) or chat is None else chat.fit(found)
 
-    cleaned, report = clean_dataset(data, convert, run_args.dataset)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
