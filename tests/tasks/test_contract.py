@@ -431,6 +431,7 @@ def splits_of(task: str, flags: list[str]) -> dict:
 @pytest.mark.parametrize("task", TASKS)
 def test_own_files_are_the_splits(task, argv, tmp_path, caplog):
     """Three files by flags, and a folder of three; what the test file repeats of the training file is said."""
+    caplog.set_level("INFO", "taskbook")
     rows = make_rows(task, 61)[1:]  # the answer of the first one stands in several places
     parts = {"train": rows[:40], "val": rows[40:50], "test": [*rows[50:], *rows[:3]]}
     (tmp_path / "mine").mkdir()
