@@ -159,7 +159,7 @@ class CleaningReport:
             raise UserError(
                 f"{source}: {self.bad:,} of {self.read:,} rows are unusable ({self}).\n"
                 + "".join(f"{line}\n" for line in self.reasons())
-                + f"Over {most:.0%} is taken as a mistake in the data or in --columns."
+                + f"Over {most:.3g} of all (--max_bad_rows) is taken as a mistake in the data or in --columns."
             )
 
 
@@ -182,25 +182,26 @@ def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: Cl
             yield result
 
 
-def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, features=None) -> tuple:
+def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, features=None, most: float = 0.05) -> tuple:
     """`clean_rows` on each split of a data set.
 
     Args:
         data: splits by name, each an iterable of rows.
         convert: see `clean_rows`. source: the name of the data, for the log and for errors.
         features: `datasets.Features` of the rows where their values alone do not tell.
+        most: share of the rows that may be bad.
 
     Returns:
         `datasets.DatasetDict` and the report. A split of which nothing is left is empty and has the columns of the others.
 
     Raises:
-        UserError: over 5 % of the rows are bad, or none is left.
+        UserError: more of the rows are bad, or none is left.
     """
     from datasets import Dataset, DatasetDict
 
     report = CleaningReport()
     kept = {name: list(clean_rows(rows, convert, report)) for name, rows in data.items()}
-    report.check(source)
+    report.check(source, most)
     log.info("%s: %s", source, report)
     if not report.kept:
         raise UserError("\n".join([f"{source}: no row is left after cleaning ({report}).", *report.reasons()]))

@@ -71,6 +71,27 @@ def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(stream, encoding, newline=newline)
 
 
+def describe(path: Path) -> str:
+    """How a file is read, in words: its kind, what stands between its cells, its encoding, its size."""
+    kind, said = kind_of(path), []
+    if kind in (".csv", ".tsv"):
+        with open_text(path, newline="") as file:
+            said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
+    if kind not in (".xlsx", ".parquet"):
+        with open_text(path) as file:
+            said.append(file.encoding.upper().replace("-SIG", " with a mark"))
+    return ", ".join([kind.removeprefix("."), *said, f"{path.stat().st_size:,} bytes"])
+
+
+def _separator(path: Path, first: str) -> tuple[str, bool]:
+    """What stands between the cells, and whether the first line says so and is no header: Excel's `sep=;`."""
+    if declared := re.fullmatch(r'"?sep=(.)"?\s*', first):
+        return declared[1], True
+    choices = "\t,;|" if kind_of(path) == ".tsv" else ",;\t|"
+    cells = {each: len(next(csv.reader([first], delimiter=each), [])) for each in choices}
+    return max(choices, key=lambda each: (cells[each] > 1, -choices.index(each))), False
+
+
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     place = ""
     with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
@@ -147,13 +168,8 @@ def _table(path: Path) -> Iterator[dict]:
                 yield line
 
         first = next(lines, "")
-        if declared := re.fullmatch(r'"?sep=(.)"?\s*', first):  # Excel's
-            separator, first = declared[1], next(lines, "")
-        else:
-            choices = "\t,;|" if kind_of(path) == ".tsv" else ",;\t|"
-            separator = max(
-                choices, key=lambda each: (len(next(csv.reader([first], delimiter=each), [])) > 1, -choices.index(each))
-            )
+        separator, declared = _separator(path, first)
+        first = next(lines, "") if declared else first
         reader = csv.reader(kept(), delimiter=separator)
         header = next(csv.reader([first], delimiter=separator), [])
         if not header:

@@ -2,14 +2,108 @@
 
 import contextlib
 import json
+import logging
+import re
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 from shared import UserError
 from shared.data import assets, docs
-from shared.data.files import READERS, kind_of, read_json, read_rows
+from shared.data.files import READERS, describe, kind_of, read_json, read_rows
 
+log = logging.getLogger("taskbook")
+SPLIT = re.compile(
+    r"(train|validation|valid|val|dev|test)([-_.]?\d+(-of-\d+)?)?", re.I
+)  # `train`, `test-00000-of-00002`
+DOCUMENTS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".xml")
 PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
+
+
+def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None) -> dict:
+    """The splits of `--dataset`, with `--validation_file` and `--test_file` in the place of its own; says how files are read.
+
+    Args:
+        read: name and configuration of the data -> its splits; by default `load_data`.
+
+    Raises:
+        UserError: as `read`, or a file that is to be one split holds several.
+    """
+    names = {"train": run_args.dataset, "validation": run_args.validation_file, "test": run_args.test_file}
+    folder = Path(run_args.dataset).expanduser()
+    files = _split_files(folder) if folder.is_dir() else {}
+    if files and all(len(paths) == 1 for paths in files.values()):
+        names = {split: str(paths[0]) for split, paths in files.items()} | {
+            k: v for k, v in names.items() if v and k != "train"
+        }
+    splits = {}
+    for split, name in names.items():
+        if name is None:
+            continue
+        found = dict((read or load_data)(name, run_args.dataset_config))
+        if Path(name).expanduser().is_file():
+            log.info("%s: read as %s", name, describe(Path(name).expanduser()))
+        if split == "train" and not files:
+            splits |= found
+        elif list(found) != ["train"]:
+            raise UserError(f"{name}: expected one table for the {split} split, found {', '.join(found)}.")
+        else:
+            splits[split] = found["train"]
+    return _common_columns(splits)
+
+
+def _common_columns(splits: dict) -> dict:
+    """Splits that come from files of their own, with the columns that all of them have."""
+    names = {split: getattr(rows, "column_names", None) for split, rows in splits.items()}
+    if any(columns is None for columns in names.values()):
+        return splits
+    common = [column for column in names.get("train", []) if all(column in columns for columns in names.values())]
+    for split, columns in names.items():
+        if only := [column for column in columns if column not in common]:
+            log.warning("columns of %s alone, not read: %s", split, ", ".join(only))
+            splits[split] = splits[split].select_columns(common)
+    return splits
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder by the split that they are named after: train, validation (valid, val, dev), test, also in parts."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and kind_of(path) in READERS and (named := SPLIT.fullmatch(path.name.split(".")[0])):
+            split = named[1].lower()
+            found.setdefault(split if split in ("train", "test") else "validation", []).append(path)
+    for split, paths in found.items():
+        if len(paths) > 1 and not all(SPLIT.fullmatch(path.name.split(".")[0])[2] for path in paths):
+            raise UserError(
+                f"{folder}: several files for the {split} split: {', '.join(path.name for path in paths)}. Leave one."
+            )
+    return found
+
+
+def _read_folder(folder: Path):
+    """A folder saved by `datasets`, or one with a file for each split.
+
+    Raises:
+        UserError: neither, with what to do with a folder of documents.
+    """
+    import datasets
+
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        data = datasets.load_from_disk(str(folder))
+        return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
+    if files := _split_files(folder):
+        parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
+        return datasets.DatasetDict({split: datasets.concatenate_datasets(tables) for split, tables in parts.items()})
+    documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
+    if documents:
+        raise UserError(
+            f"{folder}: a folder of {documents:,} documents. Make one file of them: "
+            f"python -m shared.corpora {folder} --output {folder.resolve().name}.jsonl.gz, and train on that."
+        )
+    raise UserError(
+        f"{folder}: expected files named train, validation and test (such as train.csv), or a folder saved by `datasets`; "
+        f"found {', '.join(sorted(path.name for path in folder.iterdir())[:10]) or 'nothing'}."
+    )
 
 
 def load_data(name: str, config: str | None = None, most: int | None = None):
@@ -34,8 +128,7 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
         return docs.load(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        data = datasets.load_from_disk(str(path))
-        return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
+        return _read_folder(path)
     if path.is_file():
         return _read_file(path)
     if not (hub := _hub_name(name)):

@@ -93,6 +93,13 @@ class NearDuplicates:
                 number = before[band, number]
         return sorted(found)
 
+    def _near(self, signature: np.ndarray) -> tuple[list[int], list[int]]:
+        """Numbers of the near-duplicates of a signature, and its slots."""
+        slots = self._slots(signature).tolist()
+        near = self.candidates(slots)
+        agree = (self.signatures[near] == signature).sum(axis=1) >= self.AGREE * self.HASHES
+        return [number for number, enough in zip(near, agree.tolist(), strict=True) if enough], slots
+
     def add(self, text: str, only_new: bool = False) -> list[int]:
         """Adds a text; returns the numbers (order of adding, from 0) of its near-duplicates among those added before.
 
@@ -100,12 +107,13 @@ class NearDuplicates:
         """
         return self.add_signature(signature(text), only_new)
 
+    def near(self, text: str) -> list[int]:
+        """As `add`, of a text that is not added."""
+        return self._near(signature(text))[0]
+
     def add_signature(self, signature: np.ndarray, only_new: bool = False) -> list[int]:
         """Like `add`, for a text whose `signature` was computed before, for instance in another process."""
-        slots = self._slots(signature).tolist()
-        near = self.candidates(slots)
-        agree = (self.signatures[near] == signature).sum(axis=1) >= self.AGREE * self.HASHES
-        found = [number for number, enough in zip(near, agree.tolist(), strict=True) if enough]
+        found, slots = self._near(signature)
         if found and only_new:
             return found
         if self.size == self.capacity:

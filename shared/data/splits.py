@@ -2,12 +2,14 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from shared import UserError
 from shared.data.near_duplicates import NearDuplicates
 
 log = logging.getLogger("taskbook")
+LOOKED_AT = 20_000  # rows of an official training split, in search of what the others repeat: about 10 s of long texts
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
@@ -70,6 +72,25 @@ def first_rows(rows, most: int | None):
     return rows if most is None else rows.select(range(min(most, len(rows))))
 
 
+def _report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
+    """Says how many rows of official splits are near-duplicates of the training split. They stay: the split is not ours."""
+    looked_at = {name: first_rows(rows.shuffle(seed=0), LOOKED_AT) for name, rows in official.items()}
+    texts = {name: Counter(text_of(row) for row in rows) for name, rows in looked_at.items()}
+    index, train = NearDuplicates(), texts.pop("train")
+    held_out = [(name, rows) for name, counts in texts.items() for rows in counts.values()]
+    for counts in texts.values():
+        for text in counts:
+            index.add(text)
+    repeated = {number for text in train for number in index.near(text)}
+    of = f" (in {LOOKED_AT:,} of its rows)" if len(official["train"]) > LOOKED_AT else ""
+    for split in texts:
+        if found := sum(rows for number, (name, rows) in enumerate(held_out) if name == split and number in repeated):
+            log.warning(
+                "%s of %s rows of the official %s split are near-duplicates of training rows%s: its metrics flatter",
+                *(f"{found:,}", f"{len(looked_at[split]):,}", split, of),
+            )
+
+
 def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
     """A DatasetDict with `train`, `validation`, `test` from one with at least `train`.
 
@@ -93,6 +114,8 @@ def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
             raise UserError(
                 f"The official {name} split has no rows left after cleaning. Remove it to have one taken from train."
             )
+    if len(official) > 1:
+        _report_repeated(official, text_of)
     drawn = {}
     if len(official) < len(SHARES):
         train = data["train"]

@@ -32,7 +32,9 @@ class RunArguments:
     own data set (or model) it sets them, for another one on the command line they are what the command line says.
     """
 
-    BELONGS_TO: ClassVar[dict[str, str]] = {"columns": "dataset", "dataset_config": "dataset"}
+    BELONGS_TO: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("columns", "dataset_config", "validation_file", "test_file"), "dataset"
+    )
 
     model_name_or_path: str = field(
         default=None,
@@ -44,7 +46,8 @@ class RunArguments:
         default=None,
         metadata={
             "help": "Data: `org/name[@revision]` on the Hub, a local file (.jsonl .json .csv .tsv .xlsx .parquet .txt, .gz too), "
-            "a folder saved by `datasets`, `pypi:name`, or `docs:prose|summaries|questions` (shared/data/docs.py)."
+            "a folder with files named train, validation and test or saved by `datasets`, "
+            "`pypi:name`, or `docs:prose|summaries|questions` (shared/data/docs.py)."
         },
     )
     dataset_config: str | None = field(
@@ -54,6 +57,20 @@ class RunArguments:
         default_factory=list,
         metadata={
             "help": "Maps columns of your file to the names that the task expects: `prompt=question completion=reply`."
+        },
+    )
+    validation_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own validation split, a file with the columns of `--dataset`. None is then drawn from that."
+        },
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Your own test split, likewise."})
+    max_bad_rows: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the rows that may be malformed; with more the run stops, since the file is then probably read "
+            "wrongly. The price of a higher one: those rows are neither trained nor tested, and the metrics say nothing of them."
         },
     )
     max_train_rows: int | None = field(

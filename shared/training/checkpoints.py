@@ -186,6 +186,13 @@ class CompleteCheckpoints(TrainerCallback):
         if isinstance(sampler, LengthGroupedSampler):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        name = args.metric_for_best_model
+        if name and state.global_step == 0 and metrics and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            measured = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, int | float)]
+            kept = [key for key in measured if not key.endswith(("_per_second", "runtime", "epoch"))]
+            raise UserError(f"--metric_for_best_model {name}: an evaluation here measures {', '.join(kept)}.")
+
     def on_step_end(self, args, state, control, **kwargs):
         # The loss since the last log is lost on resume: log where a checkpoint is or (evaluation) may be written. And a run
         # that is shorter than `logging_steps` has a loss too.

@@ -127,6 +127,7 @@ def setup(training_args, run_args) -> None:
     )
     for line in run_args.set_aside:
         log.info("%s", line)
+    _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
         os.environ["HF_TOKEN"], training_args.hub_token = training_args.hub_token, None
@@ -139,6 +140,20 @@ def setup(training_args, run_args) -> None:
         name = training_args.hub_model_id or Path(training_args.output_dir).name
         training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
     run_args.started = time.time()
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raises UserError for a tracker that does not exist or is not installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: no such tracker. Known: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        if name not in (*get_available_reporting_integrations(), "flyte"):
+            raise UserError(f"--report_to {name}: it is not installed: pip install {name}, or --report_to none.")
 
 
 def _check_hub_strategy(training_args, run_args) -> None:

@@ -11,6 +11,7 @@ from shared import UserError
 from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
+from shared.data.load import load_data
 
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -32,15 +33,32 @@ FORMATS = {
 }
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
 CONTEXT = ("input", "context")  # a text that the instruction is about: Alpaca's and Dolly's names
+ALWAYS = ("system", "developer", "tool", "function", "observation")  # mean the same whatever the others are called
 ALSO = (*SYSTEM, *HISTORY, *TOOLS, *CONTEXT)  # read beside a format
 ROLES = {
     "system": ("system", "developer"),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model", "bing", "bard"),
+    "user": ("user", "human", "prompter", "customer", "client"),
+    "assistant": (
+        *(
+            "assistant",
+            "gpt",
+            "chatgpt",
+            "bot",
+            "chatbot",
+            "ai",
+            "model",
+            "bing",
+            "bard",
+            "agent",
+            "support",
+            "operator",
+        ),
+    ),
     "tool": ("tool", "function", "observation", "ipython", "tool_response", "tool_result", "function_response"),
     "call": ("function_call", "tool_call"),
 }
 KNOWN = {name: role for role, names in ROLES.items() for name in names}
+IN_NAMES = ("user", "human", "customer", "client", "assistant", "bot", "agent", "support", "operator")  # "Agent 7"
 WHO, TEXT = ("role", "from", "speaker", "author"), ("content", "value", "text")  # keys of a turn
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TRAINED = ("weight", "train", "training", "trainable", "loss")  # a turn with one of them 0 or false is not trained
@@ -48,6 +66,17 @@ GREETING = re.compile(
     r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+",
     re.I,
 )
+
+
+def role_of(name: str, roles: dict[str, str]) -> str | None:
+    """The role of a speaker: the one given for the name, else what the name is known for, or one of its words ("Agent 7")."""
+    if roles:
+        return roles.get(name.strip().casefold()) or (
+            KNOWN.get(name.strip().lower()) if name.strip().lower() in ALWAYS else None
+        )
+    known = KNOWN.get(re.sub(r"[\s-]+", "_", name.strip().lower()))
+    words = {KNOWN[word] for word in re.findall(r"[^\W\d_]+", name.lower()) if word in IN_NAMES}
+    return known or (words.pop() if len(words) == 1 else None)
 
 
 class Unusable(Exception):
@@ -67,7 +96,16 @@ def read_rows(name: str) -> list[dict] | None:
     if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
         return None
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
-    return list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
+    rows = list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
+    if not rows:
+        raise UserError(f"{path}: holds no row.")
+    return rows
+
+
+def read(name: str, config: str | None) -> dict:
+    """The splits of any data: rows of a local file as they stand there (`read_rows`), or as `shared.data.load.load_data`."""
+    rows = read_rows(name)
+    return {"train": rows} if rows is not None else load_data(name, config)
 
 
 def _list_of_rows(content, path: Path) -> list[dict]:
@@ -117,11 +155,13 @@ class Reader:
         formats: entries of FORMATS; a row is read by the first whose fields it fills.
         places: where each field is found.
         people: whether people talk with each other, so that who speaks first is the user: see `talk_of_people`.
+        roles: of the names of speakers, in lower case; without any, names are read by `role_of`.
+        speakers: how often each name was read, with its role.
     """
 
-    def __init__(self, source: str, columns: list[str], mapping: list[str], people: bool = False):
+    def __init__(self, source, columns: list[str], mapping: list[str], people: bool = False, roles: dict | None = None):
         self.formats, self.places = find_format(source, columns, mapping)
-        self.people = people
+        self.people, self.roles, self.speakers = people, roles or {}, Counter()
         needed = {field for name in self.formats for field in FORMATS[name]}
         read = {self.places[field].split(".")[0] for field in {*needed, *ALSO} if field in self.places}
         self.unread = [column for column in columns if column not in read]
@@ -179,9 +219,9 @@ class Reader:
             ]
         first, last = self._of(row, fields[0]), self._of(row, fields[-1])
         if len(fields) == 1:
-            return _listed(first, fields[0])
+            return _listed(first, fields[0], self.roles)
         if _looks_like_turns(first) and _looks_like_turns(last):
-            first, last = _listed(first, fields[0]), _listed(last, fields[-1])
+            first, last = _listed(first, fields[0], self.roles), _listed(last, fields[-1], self.roles)
             return last if [turn for turn, _ in last[: len(first)]] == [turn for turn, _ in first] else first + last
         prompt = _text(first, fields[0])
         context = next((text for key in CONTEXT if key not in fields and (text := self._of(row, key))), None)
@@ -189,11 +229,12 @@ class Reader:
             prompt = f"{prompt}\n\n{_text(context, 'context')}"
         history = self._of(row, HISTORY[0])
         if _looks_like_turns(last):  # a prompt, and a chosen list of messages
-            return [*_listed(history or [], "history"), *([] if len(last) > 1 else [(("user", prompt), fields[0])])] + (
-                _listed(last, fields[-1])
-            )
+            return [
+                *_listed(history or [], "history", self.roles),
+                *([] if len(last) > 1 else [(("user", prompt), fields[0])]),
+            ] + (_listed(last, fields[-1], self.roles))
         turns = [(("user", prompt), fields[0]), (("assistant", last), fields[-1])]
-        return [*_listed(history, "history"), *turns] if history else turns
+        return [*_listed(history, "history", self.roles), *turns] if history else turns
 
     def _turn(self, turn, place: str) -> dict:
         """A turn with a known role and a text."""
@@ -207,9 +248,11 @@ class Reader:
         who = who.get("role") if isinstance(who, dict) else who
         if not isinstance(who, str):
             raise Unusable(f"bad: a turn without a role\n{place} = {_short(turn)}")
-        role = who if self.people else KNOWN.get(re.sub(r"[\s-]+", "_", who.strip().lower()))
+        role = who if self.people else role_of(who, self.roles)
+        self.speakers[who.strip(), role] += 1
         if role is None:
-            raise Unusable(f"bad: unknown role {_short(who)} (known: {', '.join(KNOWN)})\n{place}")
+            known = ", ".join(self.roles or KNOWN)
+            raise Unusable(f"bad: unknown role {_short(who)} (known: {known}; --roles user=... assistant=...)\n{place}")
         key = next((key for key in TEXT if key in turn), TEXT[0])
         value, where = turn.get(key), place if pair else f"{place}.{key}"
         found = {"role": role}
@@ -270,7 +313,7 @@ def talk_of_people(source: str, rows: Iterable[dict], columns: list[str], mappin
         turns = row.get(places[formats[0]])
         turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
         names = {str(turn.get("role") or turn.get("from") or "").strip().lower() for turn in turns}
-        if names & KNOWN.keys() or "" in names:
+        if "" in names or any(role_of(name, {}) for name in names):
             return False
         seen.update(names)
         count += bool(names)
@@ -326,7 +369,7 @@ def _parsed(value, place: str):
     raise Unusable(f"bad: neither a list nor JSON\n{place} = {_short(value)}")
 
 
-def _listed(value, place: str) -> list[tuple[object, str]]:
+def _listed(value, place: str, roles: dict) -> list[tuple[object, str]]:
     """Turns of a list: objects, pairs of role and text, or pairs of question and answer."""
     turns = _parsed(value, place)
     if isinstance(turns, dict) and len(turns) == 1:
@@ -334,7 +377,7 @@ def _listed(value, place: str) -> list[tuple[object, str]]:
     if not isinstance(turns, list):
         raise Unusable(f"bad: wrong type\n{place} = {_short(turns)}")
     if turns and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
-        if all(isinstance(who, str) and who.strip().lower() in KNOWN for who, _ in turns):
+        if all(isinstance(who, str) and role_of(who, roles) for who, _ in turns):
             return [(tuple(turn), f"{place}[{i}]") for i, turn in enumerate(turns)]
         roles = ("user", "assistant")
         return [(pair, f"{place}[{i}]") for i, turn in enumerate(turns) for pair in zip(roles, turn, strict=True)]

@@ -22,6 +22,8 @@ from shared.training.launch import begin, log, run, setup
 class ScriptArguments:
     """Fine-tune a chat model on conversations: only the assistant's words are trained, conversations never see each other."""
 
+    BELONGS_TO = {"roles": "dataset"}
+
     method: Literal["full", "lora", "qlora", "p_tuning"] = field(
         default="lora",
         metadata={
@@ -50,32 +52,31 @@ class ScriptArguments:
     mixture_weights: list[float] = field(
         default_factory=list, metadata={"help": "Shares of the training rows: of --dataset, then of each of --mixture."}
     )
+    roles: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Who is who, where names do not tell: `user=customer assistant=agent`, the names as in the data."
+        },
+    )
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
 
-def load_rows(run_args, seed: int, chat=None) -> tuple[dict, str]:
+def load_rows(run_args, seed: int, chat=None, roles=()) -> tuple[dict, str]:
     """Conversations of the three splits, as the template of `chat` can show them, and the cleaning report as one line."""
-    from formats import Reader, columns_of, read_rows, talk_of_people, text_of
+    from formats import text_of
+    from speakers import log_roles, open_talks
 
     from shared.data.cleaning import clean_dataset
-    from shared.data.load import load_data
     from shared.data.splits import split_dataset
 
-    rows = read_rows(run_args.dataset)
-    data = {"train": rows} if rows is not None else load_data(run_args.dataset, run_args.dataset_config)
-    rows = next(iter(data.values()))
-    columns = columns_of(rows)
-    people = talk_of_people(run_args.dataset, rows, columns, run_args.columns)
-    read = Reader(run_args.dataset, columns, run_args.columns, people)
-    log.info("%s is read as %s%s", run_args.dataset, read.formats[0], ", people talking" * people)
-    if read.unread:
-        log.info("columns that are not read: %s", ", ".join(read.unread))
+    data, reader = open_talks(run_args, roles)
 
     def convert(row):
-        found = read(row)
+        found = reader(row)
         return found if isinstance(found, str) or chat is None else chat.fit(found)
 
-    cleaned, report = clean_dataset(data, convert, run_args.dataset)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
+    log_roles(reader, roles)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 
@@ -122,12 +123,9 @@ def main(script_args, args, run_args) -> None:
     source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
     chat = load_chat(source, args)
     tokenizer = chat.tokenizer
-    splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed, chat))
-    limits = {
-        "train": run_args.max_train_rows,
-        "validation": script_args.max_validation_rows,
-        "test": run_args.max_test_rows,
-    }
+    splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed, chat, script_args.roles))
+    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}
+    limits["test"] = run_args.max_test_rows
     splits, asked = mixture.mix(splits, script_args, limits, tokenizer, args)
     tokenized = {}
     for name, most in limits.items():

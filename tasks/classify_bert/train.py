@@ -44,17 +44,17 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
-    from shared.data.load import load_data
+    from shared.data.load import load_splits
     from shared.data.splits import first_rows, split_dataset
 
-    data = load_data(run_args.dataset, run_args.dataset_config)
+    data = load_splits(run_args)
     first = next(iter(data.values()))
     places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
     feature = first.features[places["label"]]
     names = feature.names if isinstance(feature, ClassLabel) else None
     hidden = hides_labels(rows[places["label"]] for rows in data.values())
     convert = partial(to_row, places=places, names=names, until=script_args.label_until, hidden=hidden)
-    cleaned, report = clean_dataset(data, convert, run_args.dataset)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
     # The Hub's test splits are often without labels
     labelled = DatasetDict({split: rows for split, rows in cleaned.items() if len(rows)})
     splits = split_dataset(labelled, lambda row: row["text"], seed)

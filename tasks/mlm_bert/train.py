@@ -9,6 +9,7 @@ The first command runs configs/laptop.yaml: two CPU cores, no account, no model 
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from shared.training.finish import finish
@@ -49,12 +50,12 @@ def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
     from shared.data.cleaning import clean_dataset, document_cleaner
     from shared.data.columns import find_columns
-    from shared.data.load import load_data
+    from shared.data.load import load_data, load_splits
     from shared.data.splits import split_dataset
 
     # A tenth goes to each of validation and test
     most = None if run_args.max_train_rows is None else math.ceil(run_args.max_train_rows / 0.8)
-    data = load_data(run_args.dataset, run_args.dataset_config, most)
+    data = load_splits(run_args, partial(load_data, most=most))
     names = next(iter(data.values())).column_names
     clean = document_cleaner(find_columns(run_args.dataset, names, run_args.columns, ["text"])["text"])
 
@@ -62,7 +63,7 @@ def load_documents(run_args, seed: int) -> tuple[dict, str]:
         result = clean(row)
         return "empty" if result == "bad: empty" else result  # nothing is wrong with an empty line of a text file
 
-    cleaned, report = clean_dataset(data, convert, run_args.dataset)
+    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
     return split_dataset(cleaned, lambda row: row["text"], seed), str(report)
 
 

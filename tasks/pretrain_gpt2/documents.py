@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from shared import UserError
 from shared.data.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
 from shared.data.columns import find_columns
-from shared.data.load import load_data, load_stream
+from shared.data.load import load_splits, load_stream
 from shared.data.splits import split_dataset
 
 LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
@@ -21,10 +21,10 @@ LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before 
 
 def load_documents(run_args, seed: int) -> tuple[dict, str]:
     """Clean documents (column `text`) of the three splits, and the cleaning report as one line."""
-    data = load_data(run_args.dataset, run_args.dataset_config)
+    data = load_splits(run_args)
     names = next(iter(data.values())).column_names
     clean = document_cleaner(find_columns(run_args.dataset, names, run_args.columns, ["text"])["text"])
-    cleaned, report = clean_dataset(data, clean, run_args.dataset)
+    cleaned, report = clean_dataset(data, clean, run_args.dataset, most=run_args.max_bad_rows)
     return split_dataset(cleaned, lambda row: row["text"], seed), str(report)
 
 
@@ -68,7 +68,7 @@ def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
     Raises:
         UserError: no training split, no documents, or none that is held out.
     """
-    data = load_stream(run_args.dataset, run_args.dataset_config)
+    data = load_splits(run_args, load_stream)
     if "train" not in data:
         raise UserError(
             f"{run_args.dataset}: no train split, found {', '.join(data)}. Rename the one to learn from to train."
@@ -96,7 +96,7 @@ def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
         enough = all(len(held_out[name]) == wanted[name] for name in missing) and report.read >= 1000
         if enough or report.read == LOOK_FOR_HELD_OUT:
             break
-    report.check(run_args.dataset)
+    report.check(run_args.dataset, run_args.max_bad_rows)
     for name, texts in held_out.items():
         if not texts:
             raise UserError(

@@ -36,22 +36,22 @@ class ScriptArguments:
 
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Questions of the three splits, and the cleaning report as one line."""
-    from datasets import Dataset, DatasetDict, Features, List, Value
-    from squad_features import NEEDED, OPTIONAL, groups, read_official, to_question
+    from datasets import DatasetDict, Features, List, Value
+    from squad_features import NEEDED, OPTIONAL, groups, read, to_question
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
-    from shared.data.load import load_data
+    from shared.data.load import load_splits
     from shared.data.splits import split_dataset
 
-    official = read_official(run_args.dataset)
-    data = {"train": Dataset.from_list(official)} if official else load_data(run_args.dataset, run_args.dataset_config)
+    data = load_splits(run_args, read)
     names = next(iter(data.values())).column_names
     places = find_columns(run_args.dataset, names, run_args.columns, NEEDED, OPTIONAL)
     text = Value("string")
     columns = dict.fromkeys(("id", "title", "context", "question"), text)
     features = Features(columns | {"answers": {"text": List(text), "answer_start": List(Value("int64"))}})
-    cleaned, report = clean_dataset(data, lambda row: to_question(row, places), run_args.dataset, features)
+    most = run_args.max_bad_rows
+    cleaned, report = clean_dataset(data, lambda row: to_question(row, places), run_args.dataset, features, most)
 
     def split(by_title: bool):
         grouped = {name: rows.add_column("group", groups(rows, by_title)) for name, rows in cleaned.items()}

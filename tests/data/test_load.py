@@ -1,9 +1,13 @@
 """shared/data/load.py on names of the Hub: revisions with slashes, scripts, configurations, gates; each refusal in one line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import task_runs
+
+from shared import UserError
+from shared.data.load import load_data, load_splits
 
 COPY = "Skylion007/openwebtext@refs/convert/parquet"
 WANTED = {  # name, configuration -> splits and their number of rows, or what the refusal says
@@ -20,6 +24,7 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
 }
 PROGRAM = """
 import json
+from types import SimpleNamespace
 from shared import UserError
 from shared.data.load import load_data, load_stream
 found = []
@@ -53,3 +58,49 @@ def test_names_of_the_hub_load_or_say_why_not(found):
             else:
                 missing = [words for words in WANTED[wanted] if words not in answer]
                 assert not missing and "\n" not in answer, (wanted, missing, answer)
+
+
+def test_a_folder_of_texts_names_the_command_that_reads_it(tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name in ("a.txt", "b.md", "c.pdf"):
+        (tmp_path / "notes" / name).write_text("words")
+    with pytest.raises(
+        UserError, match="a folder of 3 documents.*python -m shared.corpora .*notes --output notes.jsonl.gz"
+    ):
+        load_data(str(tmp_path / "notes"))
+
+
+def test_a_folder_of_files_by_split(tmp_path):
+    for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("dev", 1), ("test", 4)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(count)))
+    (tmp_path / "README.md").write_text("about")
+    assert {name: len(rows) for name, rows in load_data(str(tmp_path)).items()} == {
+        "train": 5,
+        "validation": 1,
+        "test": 4,
+    }
+    (tmp_path / "test.csv").write_text("text\na\n")
+    with pytest.raises(UserError, match="several files for the test split: test.csv, test.jsonl"):
+        load_data(str(tmp_path))
+
+
+def test_a_folder_of_anything_else_is_one_line(tmp_path):
+    (tmp_path / "a.bin").write_text("")
+    with pytest.raises(UserError, match="expected files named train, validation and test .* found a.bin"):
+        load_data(str(tmp_path))
+
+
+def test_a_split_with_other_columns_says_so(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text("text,label,note\na,b,c\n")
+    (tmp_path / "test.csv").write_text("text,label\na,b\n")
+    arguments = SimpleNamespace(
+        dataset=str(tmp_path / "train.csv"),
+        validation_file=None,
+        test_file=str(tmp_path / "test.csv"),
+        dataset_config=None,
+    )
+    splits = load_splits(arguments)
+    assert {name: rows.column_names for name, rows in splits.items()} == dict.fromkeys(
+        ("train", "test"), ["text", "label"]
+    )
+    assert "columns of train alone, not read: note" in caplog.text

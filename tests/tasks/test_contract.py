@@ -1,6 +1,9 @@
 """What holds for every task: steps that do not depend on how their rows are split, what a resume refuses, shuffled splits, a loss
 for the shortest run. Tiny models with random weights, rows of unequal length."""
 
+import csv
+import gzip
+import io
 import json
 import random
 import signal
@@ -361,3 +364,89 @@ def test_a_step_in_half_precision_computes_in_it(task, argv, tmp_path, monkeypat
         module.main(*parse(module.ScriptArguments, TRAINING[task], argv(task, tmp_path, **options)))
     flops = done.value.args[0]
     assert flops[torch.bfloat16] >= 0.95 * flops.total() > 0, flops
+
+
+def refusal(task: str, argv, output, **options) -> str:
+    """What a run is refused with."""
+    module = train_script(task)
+    with pytest.raises(UserError) as stopped:
+        module.main(*parse(module.ScriptArguments, TRAINING[task], argv(task, output, **options)))
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_that_is_none_is_one_line(task, argv, tmp_path):
+    lines = [json.dumps(row) for row in make_rows(task, 40)]
+    table = ",".join(make_rows(task, 1)[0]) + "\n"
+    files = {
+        "bad.jsonl": ("\n".join([*lines[:20], "{oops}", *lines[20:]]).encode(), "line 21: not JSON"),
+        "empty.jsonl": (b"", "holds no row"),
+        "empty.csv": (b"", "no header in its first line"),
+        "header.csv": (table.encode(), "holds no row"),
+        "cut.jsonl.gz": (gzip.compress("\n".join(lines).encode())[:-30], "cannot be read"),
+        "no.csv.gz": (b"text,label\n", "cannot be read"),
+    }
+    for name, (content, said) in files.items():
+        (tmp_path / name).write_bytes(content)
+        line = refusal(task, argv, tmp_path / "run", dataset=tmp_path / name)
+        assert said in line and str(tmp_path / name) in line and "\n" not in line.strip(), (name, line)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_trackers_and_metrics_that_there_are_not_are_one_line(task, argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
+    line = refusal(task, argv, tmp_path / "a", report_to="wandb", dataset="./none.csv")
+    assert line == "--report_to wandb: it is not installed: pip install wandb, or --report_to none."
+    assert "no such tracker. Known: none, " in refusal(task, argv, tmp_path / "b", report_to="wandbb")
+    options = {"metric_for_best_model": "accurracy", "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True}
+    monkeypatch.setattr(transformers.Trainer, "training_step", None)
+    line = refusal(task, argv, tmp_path / "c", **options)
+    assert line.startswith("--metric_for_best_model accurracy: an evaluation here measures loss"), line
+
+
+def test_the_share_of_bad_rows_is_ones_own(argv, tmp_path):
+    rows = [{"text": None} if i % 5 == 0 else row for i, row in enumerate(make_rows("mlm_bert", 60))]
+    assert "12 of 60 rows are unusable" in refusal("mlm_bert", argv, tmp_path / "run", rows=rows)
+    module = train_script("mlm_bert")
+    run_args = parse(module.ScriptArguments, PLAIN, argv("mlm_bert", tmp_path, rows=rows, max_bad_rows=0.2))[2]
+    assert sum(map(len, module.load_documents(run_args, 42)[0].values())) == 48
+
+
+def as_table(rows: list[dict]) -> str:
+    file = io.StringIO()
+    table = csv.DictWriter(file, list(rows[0]), delimiter=";")
+    table.writeheader()
+    table.writerows(rows)
+    return file.getvalue()
+
+
+def splits_of(task: str, flags: list[str]) -> dict:
+    module = train_script(task)
+    script_args, args, run_args = parse(module.ScriptArguments, TRAINING[task], flags)
+    if task == "pretrain_gpt2":
+        from documents import load_documents as load
+    else:
+        load = getattr(module, "load_rows", None) or module.load_documents
+    return load(script_args, run_args, args.seed)[0] if task == "classify_bert" else load(run_args, args.seed)[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_own_files_are_the_splits(task, argv, tmp_path, caplog):
+    """Three files by flags, and a folder of three; what the test file repeats of the training file is said."""
+    caplog.set_level("INFO", "taskbook")
+    rows = make_rows(task, 61)[1:]  # the answer of the first one stands in several places
+    parts = {"train": rows[:40], "val": rows[40:50], "test": [*rows[50:], *rows[:3]]}
+    (tmp_path / "mine").mkdir()
+    for name, part in parts.items():
+        (tmp_path / "mine" / f"{name}.csv").write_text(as_table(part))
+    files = {name: tmp_path / "mine" / f"{name}.csv" for name in parts}
+    flags = {"dataset": files["train"], "validation_file": files["val"], "test_file": files["test"]}
+    by_flags = splits_of(task, argv(task, tmp_path / "run", **flags))
+    by_folder = splits_of(task, argv(task, tmp_path / "run", dataset=tmp_path / "mine"))
+    assert {name: len(rows) for name, rows in by_flags.items()} == {"train": 40, "validation": 10, "test": 13}
+    for name, part in by_flags.items():
+        assert list(part) == list(by_folder[name])
+    assert "3 of 13 rows of the official test split are near-duplicates of training rows" in caplog.text
+    assert "validation split are near-duplicates" not in caplog.text
+    separator = ";" if len(rows[0]) > 1 else ","
+    assert f"train.csv: read as csv, cells between {separator!r}, UTF-8" in caplog.text
