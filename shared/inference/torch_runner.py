@@ -138,11 +138,18 @@ def load_torch(folder: Path, task: str):
             return load_adapter(folder, auto, options).eval().to("cuda" if gpu else "cpu")
         # read back, configuration and all: llama.cpp itself is no part of this project
         model = (_from_gguf(folder, auto) if (folder / GGUF).is_file() else whole(auto, folder, options)).eval()
-    # On CPUs with AVX512-BF16 bitsandbytes would take widths that are multiples of 64 only, and compute in bf16
+    keep_layout(model)
+    return model if getattr(model, "is_quantized", False) or not gpu else model.to("cuda")
+
+
+def keep_layout(model):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer for good when it first evaluates: its products are bf16
+    from then on, no gradient passes it, and its widths must be multiples of 64 in and 32 out (0.50.2). So not here.
+    """
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    return model if getattr(model, "is_quantized", False) or not gpu else model.to("cuda")
+    return model
 
 
 def whole(auto, folder: Path, options: dict):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl import SFTConfig
 
 from shared import UserError
+from shared.inference.torch_runner import keep_layout
 from shared.publish.hub import check_peft, pull
 from shared.training.packed_attention import PACKED
 
@@ -208,16 +209,6 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
     return keep_layout(model)
 
 
-def keep_layout(model):
-    """On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit layer for good when it first evaluates: its products are bf16
-    from then on, no gradient passes it, and its widths must be multiples of 64 in and 32 out (0.50.2). So not here.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    return model
-
-
 def serve_as(model, tokenizer, stop: int) -> GenerationConfig:
     """Sets and returns what is saved in generation_config.json: where replies end, and how they are drawn.
 
@@ -271,24 +262,25 @@ def save_merged(trainer, whole, tokenizer, served: GenerationConfig) -> None:
 
 
 def usage(repo: str, method: str, in_4bit: bool = False) -> str:
-    """The lines of Python that load what a run has left; shown on the model card."""
+    """The lines of Python that load what a run has left and reply with it; shown on the model card."""
     loader, library = (
         ("AutoModelForCausalLM", "transformers") if method == "full" else ("AutoPeftModelForCausalLM", "peft")
     )
-    names, quantized = "AutoTokenizer", ""
-    if in_4bit:
-        names += ", BitsAndBytesConfig"
-        quantized = ", quantization_config=four_bit"
+    bits = ', bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+    # peft asks for the cache by the name that it had before transformers 5.24: with it, a token would see none before it
+    cache = ", use_cache=False" if method == "p_tuning" else ""
     return "\n".join(
         [
             f"from {library} import {loader}",
-            f"from transformers import {names}",
+            f"from transformers import AutoTokenizer, {'BitsAndBytesConfig, ' * in_4bit}GenerationConfig",
             "",
-            *[
-                'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
-            ]
-            * in_4bit,
-            f'model = {loader}.from_pretrained("{repo}"{quantized})',
+            *[f"four_bit = BitsAndBytesConfig(load_in_4bit=True{bits}"] * in_4bit,
+            f'model = {loader}.from_pretrained("{repo}"{", quantization_config=four_bit" * in_4bit})',
             f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+            f'served = GenerationConfig.from_pretrained("{repo}")  # where replies end, and how they are drawn',
+            'chat = [{"role": "user", "content": "Hello!"}]',
+            'ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, return_tensors="pt")',
+            f"reply = model.generate(input_ids=ids, generation_config=served, max_new_tokens=128{cache})",
+            "print(tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True))",
         ]
     )
