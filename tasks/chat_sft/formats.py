@@ -16,6 +16,7 @@ from shared.data.load import load_data
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
     "messages": ("messages",),
+    "conversations/chosen": ("conversations", "chosen"),
     "conversations": ("conversations",),
     "conversation": ("conversation",),
     "prompt/completion": ("prompt", "completion"),
@@ -28,13 +29,16 @@ FORMATS = {
     "user/assistant": ("user", "assistant"),
     "input/output": ("input", "output"),
     "prompt/chosen": ("prompt", "chosen"),
+    "question/chosen": ("question", "chosen"),
+    "instruction/chosen": ("instruction", "chosen"),
     "chosen": ("chosen",),
     "mapping": ("mapping",),  # ChatGPT's own export
 }
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
+LABEL = "label"  # KTO's: false where a reply was not wanted
 CONTEXT = ("input", "context")  # a text that the instruction is about: Alpaca's and Dolly's names
 ALWAYS = ("system", "developer", "tool", "function", "observation")  # mean the same whatever the others are called
-ALSO = (*SYSTEM, *HISTORY, *TOOLS, *CONTEXT)  # read beside a format
+ALSO = (*SYSTEM, *HISTORY, *TOOLS, *CONTEXT, LABEL)  # read beside a format
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter", "customer", "client"),
@@ -59,9 +63,13 @@ ROLES = {
 }
 KNOWN = {name: role for role, names in ROLES.items() for name in names}
 IN_NAMES = ("user", "human", "customer", "client", "assistant", "bot", "agent", "support", "operator")  # "Agent 7"
-WHO, TEXT = ("role", "from", "speaker", "author"), ("content", "value", "text")  # keys of a turn
+WHO, TEXT = ("role", "from", "speaker", "author"), ("content", "value", "text", "message", "parts")  # keys of a turn
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-TRAINED = ("weight", "train", "training", "trainable", "loss")  # a turn with one of them 0 or false is not trained
+# A turn with one of them 0 or false is not trained; other keys that speak of training (`mask: true`) are not guessed at.
+TRAINED = ("weight", "train", "training", "trainable", "loss", "train_on_turn", "loss_weight", "loss_mask")
+FLAG = re.compile(r"(^|_)(train|trained|training|loss|weight|mask|masked|ignore|supervised)(_|$)", re.I)
+WRITTEN_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes: calls inside the text
+WRITTEN_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 GREETING = re.compile(
     r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+",
     re.I,
@@ -179,6 +187,8 @@ class Reader:
 
     def _read(self, row: dict) -> dict:
         name = next((name for name in self.formats if all(self._of(row, f) is not None for f in FORMATS[name])), None)
+        if str(self._of(row, LABEL)).lower() == "false":
+            raise Unusable("label false: a reply that was not wanted")
         if name is None:
             raise Unusable(f"bad: missing\n{', '.join(FORMATS[self.formats[0]])} = null")
         turns = [self._turn(turn, place) for turn, place in self._turns(row, name)]
@@ -220,6 +230,7 @@ class Reader:
         first, last = self._of(row, fields[0]), self._of(row, fields[-1])
         if len(fields) == 1:
             return _listed(first, fields[0], self.roles)
+        first, last = _as_turns(first), _as_turns(last)
         if _looks_like_turns(first) and _looks_like_turns(last):
             first, last = _listed(first, fields[0], self.roles), _listed(last, fields[-1], self.roles)
             return last if [turn for turn, _ in last[: len(first)]] == [turn for turn, _ in first] else first + last
@@ -257,6 +268,12 @@ class Reader:
         value, where = turn.get(key), place if pair else f"{place}.{key}"
         found = {"role": role}
         calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+        if role == "assistant" and not calls and isinstance(value, str) and (written := WRITTEN_CALL.findall(value)):
+            calls, value = [_parsed(call, where) for call in written], WRITTEN_CALL.sub("", value)
+        if role == "tool":
+            value = json.dumps(value) if isinstance(value, dict) else value
+            result = WRITTEN_RESULT.fullmatch(value) if isinstance(value, str) else None
+            value = result[1] if result else value
         if role == "call":
             found["role"], calls, value = "assistant", value, ""
         if calls:
@@ -271,6 +288,9 @@ class Reader:
                 found["train"] = False
             elif str(turn[key]).lower() not in ("1", "1.0", "true"):
                 raise Unusable(f"bad: {key} is neither 0 nor 1\n{place}.{key} = {_short(turn[key])}")
+        for key in turn:
+            if key not in TRAINED and FLAG.search(key):
+                raise Unusable(f"bad: unknown {key} (known: {', '.join(TRAINED)})\n{place}.{key} = {_short(turn[key])}")
         if role == "tool":
             found |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
         return found
@@ -331,7 +351,7 @@ def _as_roles(turns: list[dict]) -> list[dict]:
 def _text(value, place: str, people: bool = False) -> str:
     """A text that can be learnt: numbers and booleans as they are written in JSON, the text parts of a list joined, cleaned.
 
-    The first indentation stays, since it means something in code; a single blank goes.
+    The first indentation stays, since it means something in code; a single blank goes, unless each line has one.
     """
     if isinstance(value, bool):
         value = json.dumps(value)
@@ -345,16 +365,32 @@ def _text(value, place: str, people: bool = False) -> str:
         }
         if kinds:
             raise Unusable(f"bad: {', '.join(sorted(map(str, kinds)))} in a text\n{place} = {_short(value)}")
-        value = "\n".join(part if isinstance(part, str) else str(part.get("text") or "") for part in value)
+        parts = [part if isinstance(part, str) else part.get("text") or "" for part in value]
+        parts = [part.get("value") if isinstance(part, dict) else part for part in parts]  # OpenAI's assistants
+        value = "\n".join(parts) if all(isinstance(part, str) for part in parts) else value
     reason = malformed(value)
     if reason not in (None, "empty"):
         raise Unusable(f"bad: {reason}\n{place} = {_short(value)}")
     text = clean_text(value).rstrip()
-    return text.strip() if people or not text.startswith(("  ", "\t")) else text
+    lines = [line for line in text.splitlines() if line]
+    indented = len(lines) > 1 and all(line[0] in " \t" for line in lines)
+    return text if not people and (text.startswith(("  ", "\t")) or indented) else text.strip()
 
 
 def _looks_like_turns(value) -> bool:
     return isinstance(value, list) and all(isinstance(turn, dict) and set(turn) & {*WHO} for turn in value)
+
+
+def _as_turns(value):
+    """Turns that were written as JSON, and one that stands alone, as a list; anything else as it is."""
+    found = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = _parsed(value, "")
+        except Unusable:
+            return value
+    found = [found] if isinstance(found, dict) else found
+    return found if found and _looks_like_turns(found) else value
 
 
 def _parsed(value, place: str):
@@ -374,6 +410,10 @@ def _listed(value, place: str, roles: dict) -> list[tuple[object, str]]:
     turns = _parsed(value, place)
     if isinstance(turns, dict) and len(turns) == 1:
         turns = next(iter(turns.values()))
+    if isinstance(turns, dict) and set(turns) & {*WHO} and all(isinstance(column, list) for column in turns.values()):
+        turns = [
+            dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)
+        ]  # as `datasets` turns them
     if not isinstance(turns, list):
         raise Unusable(f"bad: wrong type\n{place} = {_short(turns)}")
     if turns and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):

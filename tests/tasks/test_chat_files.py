@@ -270,6 +270,74 @@ READ = {
         EVERY,
         '<tool_call>\n{{"name": "find", "arguments": {{"what": 1}}}}\n</tool_call>',
     ),
+    "written_call": (
+        lambda i: {
+            "conversations": turns(
+                ("human", ASKED.format(i)),
+                ("gpt", 'I look.\n<tool_call>\n{"name": "find", "arguments": {"what": 1}}\n</tool_call>'),
+                ("tool", "<tool_response>\n7\n</tool_response>"),
+                ("gpt", SAID.format(i)),
+                who="from",
+                text="value",
+            )
+        },
+        EVERY,
+        '<tool_call>\n{{"name": "find", "arguments": {{"what": 1}}}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>\n7\n</tool_response>",
+    ),
+    "loss_mask": (
+        lambda i: {
+            "messages": [
+                *turns(("user", "x?")),
+                {**turns(WRONG)[0], ("loss_mask", "loss_weight", "train_on_turn")[i % 3]: 0},
+                *plain(i),
+            ]
+        },
+        EVERY,
+        "WRONG<|im_end|>",
+    ),
+    "assistants_api": (
+        lambda i: {
+            "messages": [
+                {
+                    "role": turn["role"],
+                    "content": [{"type": "text", "text": {"value": turn["content"], "annotations": []}}],
+                }
+                for turn in plain(i)
+            ]
+        },
+        EVERY,
+        ASKED,
+    ),
+    "columns_of_turns": (
+        lambda i: {"messages": {key: [turn[key] for turn in plain(i)] for key in ("role", "content")}},
+        EVERY,
+        ASKED,
+    ),
+    "question_and_chosen": (
+        lambda i: {"question": ASKED.format(i), "chosen": SAID.format(i), "rejected": "WRONG"},
+        EVERY,
+        ASKED,
+    ),
+    "chosen_as_json": (
+        lambda i: {"prompt": ASKED.format(i), "chosen": json.dumps(plain(i)), "rejected": "WRONG"},
+        EVERY,
+        ASKED,
+    ),
+    "one_chosen_turn": (
+        lambda i: {
+            "conversations": turns(("human", ASKED.format(i)), who="from", text="value"),
+            "chosen": {"from": "gpt", "value": SAID.format(i)},
+            "rejected": {"from": "gpt", "value": "WRONG"},
+        },
+        EVERY,
+        ASKED,
+    ),
+    "one_blank_before_each_line": (
+        lambda i: {"prompt": ASKED.format(i), "completion": f" x = {i}\n y = 2"},
+        " x = {}\n y = 2<|im_end|>",
+        ASKED,
+    ),
     "tools_column": (
         lambda i: {"tools": '[{"name": "find"}]', "messages": plain(i)},
         EVERY,
@@ -320,6 +388,10 @@ REFUSED = {
         lambda i: {"messages": [*plain(i)[:1], {**plain(i)[1], "weight": 0.5}]},
         ("weight is neither 0 nor 1", "= 0.5"),
     ),
+    "mask": (
+        lambda i: {"messages": [*plain(i)[:1], {**plain(i)[1], "mask": True}]},
+        ("unknown mask", "row 1, messages[1].mask = true"),
+    ),
     "never_answered": (lambda i: {"messages": turns(("user", ASKED.format(i)))}, ("no reply 40",)),
     "whole_text": (
         lambda i: {"text": f"### Human: {i}### Assistant: x"},
@@ -336,6 +408,17 @@ def test_refused(name, tmp_path):
     with pytest.raises(UserError) as error:
         read(write(tmp_path / "rows.jsonl", [make(i) for i in range(ROWS)]))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
+    """KTO's form: `label` says whether the reply was wanted, of a prompt's reply as of a conversation's."""
+    rows = [plain(i)[:1] + turns(WRONG) if i % 2 else plain(i) for i in range(ROWS)]
+    rows = [{"messages": turns, "label": i % 2 == 0} for i, turns in enumerate(rows)]
+    for path in (tmp_path / "rows.jsonl", tmp_path / "rows.csv"):
+        written = [row | {"messages": json.dumps(row["messages"])} for row in rows] if path.suffix == ".csv" else rows
+        kept, report, *_ = read(write(path, written))
+        assert report.dropped == {"label false: a reply that was not wanted": ROWS / 2}
+        assert [row["messages"] for row in kept] == [plain(i) for i in range(0, ROWS, 2)]
 
 
 def test_other_files(tmp_path):
