@@ -42,6 +42,11 @@ class Windows:
     def __len__(self):
         return len(self.row)
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each window."""
+        return np.diff(self.starts).tolist()
+
     def __getitem__(self, i):
         inside = slice(self.starts[i], self.starts[i + 1])
         return {

@@ -90,6 +90,10 @@ class RunArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Print the resolved configuration and the plan, train nothing."}
     )
+    show_data: int = field(
+        default=0,
+        metadata={"help": "Show how the data is read, and N training rows as the model sees them; train nothing."},
+    )
     hardware: Literal["this", "t4", "l4", "a100"] = field(
         default="this", metadata={"help": "What `--dry_run` plans for: this machine, or one GPU of that kind."}
     )
@@ -164,7 +168,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
-    explicit -= {"config", "dry_run", "hardware", "traceback", "resume", "help", "hub_token"}
+    explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.set_aside = [f"{line}: not used ({config})" for line in set_aside]
     run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(

@@ -134,7 +134,7 @@ def setup(training_args, run_args) -> None:
     _check_hub_strategy(training_args, run_args)
     # Trainer would push checkpoints in place, whole or not: the model is pushed once, at the end, by `finish`
     run_args.push, training_args.push_to_hub = training_args.push_to_hub, False
-    if run_args.push and rank == 0 and not run_args.dry_run:
+    if run_args.push and rank == 0 and not (run_args.dry_run or run_args.show_data):
         from shared.publish.hub import check_push
 
         name = training_args.hub_model_id or Path(training_args.output_dir).name

@@ -6,6 +6,7 @@ from collections import Counter
 
 from shared import UserError
 from shared.data.encoding import PlainText, Rendered, TemplateRefusal
+from shared.training.show_data import marked
 
 # For models without a template, such as GPT-2: plain words, since such a tokenizer has no tokens for roles. Each reply starts on
 # a line of its own, so that no token reaches from the prompt into it, and ends with the end token, which is trained. Llama 2 was
@@ -243,12 +244,6 @@ def preflight(rows: list[dict], stop: int | None, max_length: int) -> dict:
     }
 
 
-def show(row: dict, tokenizer, colour: bool) -> str:
-    """The text of a row with what is trained in green (or between brackets, where there is no terminal)."""
-    before, after = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    text, start = "", 0
-    for i in range(1, len(row["labels"]) + 1):
-        if i == len(row["labels"]) or (row["labels"][i] != -100) != (row["labels"][i - 1] != -100):
-            part = tokenizer.decode(row["input_ids"][start:i])
-            text, start = text + (f"{before}{part}{after}" if row["labels"][i - 1] != -100 else part), i
-    return text
+def show(row: dict, tokenizer) -> str:
+    """The text of a row with what is trained between brackets."""
+    return marked(tokenizer, row["input_ids"], row["labels"])

@@ -7,7 +7,6 @@
 The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub. `--dry_run` shows the plan first.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -113,6 +112,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.packed_attention import PACKED
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -120,7 +120,7 @@ def main(script_args, args, run_args) -> None:
     check_method(script_args, args, run_args.resolved)
 
     # Data
-    source = pull(run_args.model_name_or_path, weights=not run_args.dry_run)
+    source = pull(run_args.model_name_or_path, weights=not (run_args.dry_run or run_args.show_data))
     chat = load_chat(source, args)
     tokenizer = chat.tokenizer
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed, chat, script_args.roles))
@@ -137,7 +137,8 @@ def main(script_args, args, run_args) -> None:
         tokenized[name] = Dataset.from_list(useful)
     chat.log_notes(log)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
-    log.info("first row, trained part marked:\n%s", show(tokenized["train"][0], tokenizer, sys.stdout.isatty())[:1500])
+    learnt, lengths = tokenized["train"], list(map(len, tokenized["train"]["input_ids"]))
+    show_data(run_args, lengths, lambda i: show(learnt[i], tokenizer), args.max_length)
 
     # Model
     set_seed(args.seed)

@@ -77,6 +77,7 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     found = f"{len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
     found = "; ".join(filter(None, (found, likely_one(counts))))
     log.info("%s: %s", run_args.dataset, found)
+    log.info("training rows by label: %s", ", ".join(f"{label} {count:,}" for label, count in counts.most_common(20)))
     return splits, classes, f"{report}; {found}"
 
 
@@ -119,6 +120,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.out_of_memory import evaluate_within_memory
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -151,6 +153,11 @@ def main(script_args, args, run_args) -> None:
         "smallest_label": f"{classes[counts.most_common()[-1][0]]}, {counts.most_common()[-1][1]} rows",
     }
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))
+
+    def seen(i):
+        return f"{tokenizer.decode(rows['train'][i]['input_ids'])}\n-> [[{classes[rows['train'][i]['label']]}]]"
+
+    show_data(run_args, lengths, seen, script_args.max_length)
 
     # Model
     set_seed(args.seed)  # the new head

@@ -102,6 +102,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import marked, show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -126,6 +127,12 @@ def main(script_args, args, run_args) -> None:
     collator = masking_collator(tokenizer, args.seed, script_args.mlm_probability, script_args.whole_word_mask)
     facts = preflight(rows["train"], collator, args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
+
+    def seen(i):
+        batch = collator([rows["train"][i]])
+        return marked(tokenizer, batch["input_ids"][0], batch["labels"][0])
+
+    show_data(run_args, rows["train"]["length"], seen, script_args.max_length)
 
     # Model
     model, new = load_model(source, script_args.from_scratch, args.seed)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from shared.training.show_data import marked
+
 NOTHING = -1  # fills the last block
 STREAM_STATE = "stream.json"
 HELD_OUT = 0.02  # share of a stream's documents for each of test and validation
@@ -51,6 +53,12 @@ def pack(documents: Iterable[list[int]], end: int, length: int) -> np.ndarray:
         blocks += [np.array(block, dtype=np.int32) for block in packer.add(ids)]
     blocks += [np.array(block, dtype=np.int32) for block in packer.flush()]
     return np.stack(blocks) if blocks else np.empty((0, length + 1), dtype=np.int32)
+
+
+def as_text(block: np.ndarray, tokenizer) -> str:
+    """A block as text, with what is learnt between brackets: all but its first token."""
+    ids = [token for token in block.tolist() if token != NOTHING]
+    return marked(tokenizer, ids, [-100, *ids[1:]])
 
 
 def example(block, end: int) -> dict[str, torch.Tensor]:

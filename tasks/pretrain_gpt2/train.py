@@ -87,7 +87,7 @@ def main(script_args, args, run_args) -> None:
     import hashlib
     from functools import partial
 
-    from blocks import Blocks, BlockStream, SaveStream, pack, read_state
+    from blocks import Blocks, BlockStream, SaveStream, as_text, pack, read_state
     from documents import load_documents, open_stream
     from gpt2_models import build_model, load_tokenizer, usage, write_samples
     from ngrams import ngram_scores
@@ -101,6 +101,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -137,7 +138,7 @@ def main(script_args, args, run_args) -> None:
         facts = {"rows": needed, "tokens": needed * length, "training_documents": "a stream"}
         whole = None
     else:
-        whole = pack(encode(texts["train"]), end, length)
+        whole = pack(encoded := encode(texts["train"]), end, length)
         # What max_steps cannot reach is left out, so that the same tokens are known to the trigram model below.
         blocks = Blocks(whole[:needed] if needed > 0 else whole, end)
         facts = {"rows": len(blocks), "tokens": len(blocks) * length, "training_documents": len(texts["train"])}
@@ -148,6 +149,11 @@ def main(script_args, args, run_args) -> None:
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()))
     if not facts["rows"]:
         raise UserError(f"{run_args.dataset}: the training split has no token.")
+
+    shown = blocks.first(max(1, run_args.show_data)) if streaming else blocks.blocks
+    lengths = [int((block >= 0).sum()) for block in shown] if streaming else list(map(len, encoded))
+
+    show_data(run_args, lengths, lambda i: as_text(shown[i], tokenizer))
 
     # Model
     def new_model():

@@ -21,6 +21,7 @@ from shared.data.cleaning import malformed
 from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
 from shared.inference.qa_windows import Windows, gold_answer
+from shared.training.show_data import marked
 
 NEEDED = ("context", "question", "answers")
 OPTIONAL = ("id", "title", "answer_start")
@@ -175,6 +176,12 @@ def groups(rows, by_title: bool = True) -> list[str]:
         articles.setdefault(name, {})[context] = None
     joined = {name: "\n".join(sorted(contexts)) for name, contexts in articles.items()}
     return [joined[name] for name in names]
+
+
+def show(window: dict, tokenizer) -> str:
+    """The text of a window with its answer between brackets; of one without an answer that is the first token."""
+    ids, (first, last) = window["input_ids"].tolist(), window["answer"].tolist()
+    return marked(tokenizer, ids, [id_ if first <= i <= last else -100 for i, id_ in enumerate(ids)])
 
 
 def preflight(rows, windows: Windows) -> dict:

@@ -108,6 +108,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -117,11 +118,8 @@ def main(script_args, args, run_args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
-    limits = {
-        "train": run_args.max_train_rows,
-        "validation": script_args.max_validation_rows,
-        "test": run_args.max_test_rows,
-    }
+    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}
+    limits["test"] = run_args.max_test_rows
     rows, windows = {}, {}
     for name, most in limits.items():
         rows[name] = first_rows(splits[name], most)
@@ -131,6 +129,9 @@ def main(script_args, args, run_args) -> None:
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
     for wrong in mismatches[:5]:
         log.info("%s: the answer %r is not whole tokens, learned is %r", wrong["id"], wrong["answer"], wrong["tokens"])
+
+    learnt = windows["train"]
+    show_data(run_args, learnt.lengths, lambda i: features.show(learnt[i], tokenizer), script_args.max_length)
 
     # Model
     set_seed(args.seed)

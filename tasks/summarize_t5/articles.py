@@ -82,6 +82,11 @@ def tokenize(rows: dict[str, list], tokenizer, prefix: str, max_source: int, max
     }
 
 
+def show(row: dict, tokenizer) -> str:
+    """A tokenized row as text, the summary that is learnt between brackets."""
+    return f"{tokenizer.decode(row['input_ids'])}\n-> [[{tokenizer.decode(row['labels'])}]]"
+
+
 def preflight(rows, args) -> dict:
     """What a run would learn from these tokenized rows, and how much of them it would not see.
 

@@ -104,7 +104,7 @@ def validation_metrics(prediction, tokenizer) -> dict:
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
-    from articles import allow_such_summaries, lead, preflight, tokenize
+    from articles import allow_such_summaries, lead, preflight, show, tokenize
     from seq2seq_models import load_model, load_tokenizer, prefix_of, score_summaries, summarize, token_loss, usage
     from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
     from transformers.trainer_utils import set_seed
@@ -117,6 +117,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
@@ -143,8 +144,8 @@ def main(script_args, args, run_args) -> None:
     allow_such_summaries(model.generation_config, list(tokenized["train"]["labels"]))
     facts = preflight(tokenized["train"], args)
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
-    first = tokenized["train"][0]
-    log.info("first row: %s\n -> %s", *(tokenizer.decode(first[key])[:1000] for key in ("input_ids", "labels")))
+    learnt = tokenized["train"]
+    show_data(run_args, learnt["length"], lambda i: show(learnt[i], tokenizer), lengths["max_source"])
     if run_args.dry_run:
         facts |= {"longest_row": max(tokenized["train"]["length"]), "supervised_share": 1.0}
         longest_target = max(map(len, tokenized["train"]["labels"]))

@@ -145,7 +145,7 @@ def test_only_replies_are_trained_each_with_its_end(tiny, name):
     first_end = row["labels"].index(tokenizer.eos_token_id) + 1
     cut = chat.tokenize(said, len(row["input_ids"]) - 3)
     assert cut["truncated"] and cut["input_ids"] == row["input_ids"][:first_end]  # the last whole reply that fits
-    assert f"[[two{tokenizer.eos_token}]]" in chats.show(row, tokenizer, colour=False)
+    assert f"[[two{tokenizer.eos_token}]]" in chats.show(row, tokenizer)
 
 
 @pytest.mark.parametrize(

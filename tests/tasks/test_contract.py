@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -450,3 +451,34 @@ def test_own_files_are_the_splits(task, argv, tmp_path, caplog):
     assert "validation split are near-duplicates" not in caplog.text
     separator = ";" if len(rows[0]) > 1 else ","
     assert f"train.csv: read as csv, cells between {separator!r}, UTF-8" in caplog.text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_data_is_shown_before_it_is_trained(task, argv, tmp_path, caplog):
+    """How the file was read, what was dropped, three rows with the trained part marked, a histogram: and nothing trained."""
+    rows = [*make_rows(task, 61)[1:], dict.fromkeys(make_rows(task, 1)[0])]
+    module, run = train_script(task), tmp_path / "run"
+    caplog.set_level("INFO", "taskbook")
+    with pytest.raises(SystemExit) as ended:
+        module.main(*parse(module.ScriptArguments, TRAINING[task], argv(task, run, rows=rows, show_data=3)))
+    assert not ended.value.code and not run.exists()
+    said = caplog.text
+    assert "rows.jsonl: read as jsonl, UTF-8, " in said and "read 61 = kept 60 + dropped 1 (" in said
+    assert "1 of 61 rows (1.6%) dropped: " in said and "first row 61" in said
+    shown = re.findall(r"training row \d, \[\[trained\]\] marked:\n(.*?)\n(?=INFO|$)", said, re.S)
+    assert len(shown) == 3, said
+    learnt = {
+        "chat_sft": r"\[\[(red|green) .*<\|im_end\|>\n?\]\]",
+        "classify_bert": r"number .*\n-> \[\[(red|green)\]\]$",
+        "mlm_bert": r"\[\[.*\]\]",
+        "pretrain_gpt2": r"^[^\[]+\[\[.*\]\]$",
+        "qa_squad": r"\[\[\d+\]\]|^\[\[\[CLS\]\]\]",
+        "summarize_t5": r"\n-> \[\[(red|green) \d+.*\]\]$",
+    }[task]
+    assert all(re.search(learnt, text, re.S) for text in shown), shown
+    if task == "mlm_bert":
+        assert re.search(r"\[\[\[MASK\][^\]]* = \w+\]\]", said), shown
+    counts = [int(line.split()[3]) for line in re.findall(r"^ +[\d,]+ to +[\d,]+ +[\d,]+ #*$", said, re.M)]
+    assert 1 < len(counts) <= 8 and sum(counts) >= 40, said
+    if task == "classify_bert":
+        assert "training rows by label: green " in said or "training rows by label: red " in said
