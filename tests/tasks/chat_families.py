@@ -101,6 +101,12 @@ GRANITE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
 )
 
+MINIMAX = (
+    "{% for m in messages %}{% set who = {'user': 'user name=user', 'assistant': 'ai name=MiniMax AI'} %}"
+    "{{ '<beginning_of_sentence>' + who.get(m.role, m.role) + '\n' + m.content + '<end_of_sentence>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<beginning_of_sentence>ai name=MiniMax AI\n' }}{% endif %}"
+)
+
 IM = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 TOOLS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 SIZES = {
@@ -199,6 +205,25 @@ FAMILIES = {
         ["<|endoftext|>", "<|padding|>"],
         *("<|endoftext|>", "<|endoftext|>", None, None),
     ),
+    "GPT-J": (
+        "gptj",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        ["<|endoftext|>", "<|extratoken_1|>"],
+        *("<|endoftext|>", "<|endoftext|>", None, None),
+    ),
+    "GPT-Neo": (
+        "gpt_neo",
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+        | {"window_size": 16},
+        ["<|endoftext|>", "ĠSolidGoldMagikarp"],
+        *("<|endoftext|>", "<|endoftext|>", None, None),
+    ),
+    "MPT": (
+        "mpt",
+        {"d_model": 64, "n_heads": 4, "n_layers": 2},
+        ["<|endoftext|>", "<|padding|>"],
+        *(None, "<|endoftext|>", None, None),
+    ),
     "gpt-oss": (
         "gpt_oss",
         SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
@@ -226,6 +251,20 @@ FAMILIES = {
         | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 64, **MAMBA},
         ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|pad|>"],
         *(None, "<|end_of_text|>", "<|pad|>", GRANITE),
+    ),
+    "RecurrentGemma": (
+        "recurrent_gemma",
+        OLD
+        | {"num_key_value_heads": 1, "intermediate_size": 96, "lru_width": 64, "attention_window_size": 16}
+        | {"block_types": ["recurrent", "attention"]},
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+        *("<bos>", "<eos>", "<pad>", GEMMA),
+    ),
+    "MiniMax": (
+        "minimax",
+        SIZES | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4, "block_size": 32},
+        ["<end_of_sentence>", "<beginning_of_sentence>", "<pad>"],
+        *("<beginning_of_sentence>", "<end_of_sentence>", "<pad>", MINIMAX),
     ),
     "Qwen3-Next": ("qwen3_next", SIZES | MOE | LINEAR | HYBRID, IM + TOOLS, None, "<|im_end|>", "<|endoftext|>", QWEN3),
     "Qwen 3.5": ("qwen3_5_text", SIZES | LINEAR | HYBRID, IM + TOOLS, None, "<|im_end|>", "<|endoftext|>", QWEN3),
