@@ -71,7 +71,7 @@ def did_it_help(
         f"{tested}_difference": found["difference"],
         f"{tested}_difference_ci95": found["difference_ci95"],
         f"{tested}_difference_p_value": found["p_value"],
-        "scores": {"metric": metric, "score": list(trained[key]), "weight": weights and list(weights)},
+        "scores": {"metric": metric, "score": list(trained[key]), "weight": None if weights is None else list(weights)},
     }
 
 

@@ -44,10 +44,10 @@ def to_row(
 
 
 def likely_one(labels) -> str:
-    """Which labels differ only in case, blanks and hyphens, for the log: "BILLING" beside "billing"; empty where none do."""
+    """Which labels differ in case alone, or in blanks and hyphens between letters: "BILLING" beside "billing"; empty if none."""
     alike = {}
     for label in sorted(labels):
-        alike.setdefault(re.sub(r"[\s_-]+", "", label.casefold()) or label, []).append(label)
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", label.casefold()) or label, []).append(label)
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 

@@ -103,7 +103,7 @@ def test_rows(row, options, found):
 def test_labels_that_differ_in_writing_alone_are_named():
     found = labelled_texts.likely_one(["BILLING", "billing", "Bil-ling", "c", "C++", "c#", "cs/AI", "+", "-"])
     assert "'BILLING' and 'Bil-ling' and 'billing'" in found and "cs/AI" not in found and "'c" not in found
-    assert labelled_texts.likely_one(["a", "b", "1", "10"]) == ""
+    assert labelled_texts.likely_one(["a", "b", "1", "-1", "10", "0.5"]) == ""
 
 
 def test_metrics_have_intervals():

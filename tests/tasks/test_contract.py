@@ -177,12 +177,13 @@ def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     last = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in last if "eval_loss" in entry] == [0, 20, 40]
     session = next(entry["train_runtime"] for entry in last if "train_runtime" in entry)
-    assert first["train_minutes"] * 60 > session + 0.5 * before > session
+    assert seconds_trained(last) > session + 0.5 * before > session
+    assert first["train_minutes"] == pytest.approx(seconds_trained(last) / 60, abs=0.01)
     more = task_runs.command(script, *argv("mlm_bert", run, **options, max_test_rows=5))
     assert more.returncode == 0 and "This run is finished" not in more.stdout, more.stderr[-3000:]
     second = json.loads((run / "all_results.json").read_text())
     assert second["test_rows"] == 5 and second["train_minutes"] >= first["train_minutes"] - 0.01
-    assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=2e-4)
+    assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=3e-4)
 
 
 class Begun(Exception):
