@@ -112,8 +112,8 @@ class Workers:
             return [job for job in jobs if not job.cancelled.is_set()]
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: answering comes before computing.
-            # 5 has a third of the weight of 0: with 19 a busy neighbour on the machine stops all replies
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            # Answering comes before computing. 5 has a third of the weight of 0: with 19 a busy neighbour stops all replies
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         while True:
             jobs = self._next()

@@ -10,7 +10,6 @@ loaded or measured again.
 import argparse
 import base64
 import difflib
-import hashlib
 import html
 import json
 import re
@@ -24,7 +23,7 @@ from shared import UserError
 from shared.metrics import paired_difference
 from shared.publish.compare import short_number
 from shared.publish.hub import pull
-from shared.publish.results import replace_file
+from shared.publish.results import file_digest, replace_file
 
 # Metric of all_results.json: its title, and whether more is better.
 COLUMNS = {
@@ -66,7 +65,7 @@ def read_run(name: str) -> dict:
         "folder": folder,
         "results": results,
         "rows": results.get("run", {}).get("test_rows_sha256"),
-        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
+        "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else None,
     }
 
 
@@ -134,7 +133,7 @@ def _cell(results: dict, metric: str) -> str:
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """The table in Markdown; text of runs stays text."""
+    """The table in Markdown; text of runs stays text. With fewer escapes than a card: it is read in a terminal, too."""
     lines = [[re.sub(r"([|<`])", r"\\\1", str(cell)).replace("\n", " ") for cell in row] for row in rows]
     lines.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -154,9 +153,8 @@ def differences(one: dict, other: dict) -> list[str]:
     for sample in samples[1]:
         before = prompts.get(json.dumps(sample["prompt"]))
         if before is not None and before != sample["trained"]:
-            prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
-            for who, text in (("asked", prompt), (one["name"], before), (other["name"], sample["trained"])):
-                lines.append(f"- {who}: {' '.join(str(text).split())[:200]}")
+            for who, text in (("asked", _asked(sample)), (one["name"], before), (other["name"], sample["trained"])):
+                lines.append(f"- {who}: {' '.join(text.split())[:200]}")
     return lines
 
 
@@ -168,6 +166,12 @@ def _settings(folder: Path) -> dict:
 def _samples(folder: Path) -> list[dict]:
     path = folder / "samples.jsonl"
     return [json.loads(line) for line in path.read_text("utf8").splitlines()] if path.is_file() else []
+
+
+def _asked(sample: dict) -> str:
+    """The prompt of a sample, of a conversation its last turn."""
+    prompt = sample["prompt"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _paired(one: dict, other: dict) -> str:
@@ -204,10 +208,9 @@ def report(runs: list[dict], detail: Iterable[str] = ()) -> str:
             facts = json.loads(checked.read_text("utf8"))
             parts.append(_html_table([["Checked before the first step", ""], *([k, v] for k, v in facts.items())]))
         for sample in _samples(run["folder"])[:10]:
-            prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
             before, after = str(sample.get("base") or ""), str(sample.get("trained") or "")
             shown = (
-                ("Prompt", html.escape(prompt[:2000])),
+                ("Prompt", html.escape(_asked(sample)[:2000])),
                 ("Before", html.escape(before)),
                 ("After", _marked(before, after)),
             )

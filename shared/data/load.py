@@ -13,9 +13,8 @@ from shared.data import assets, docs
 from shared.data.files import READERS, describe, kind_of, read_json, read_rows
 
 log = logging.getLogger("taskbook")
-SPLIT = re.compile(
-    r"(train|validation|valid|val|dev|test)([-_.]?\d+(-of-\d+)?)?", re.I
-)  # `train`, `test-00000-of-00002`
+# A file's name up to its first dot: `train`, `test-00000-of-00002`
+SPLIT = re.compile(r"(train|validation|valid|val|dev|test)([-_.]?\d+(-of-\d+)?)?", re.I)
 DOCUMENTS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".xml")
 PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
 
@@ -29,26 +28,24 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
     Raises:
         UserError: as `read`, or a file that is to be one split holds several.
     """
-    names = {"train": run_args.dataset, "validation": run_args.validation_file, "test": run_args.test_file}
-    folder = Path(run_args.dataset).expanduser()
-    files = _split_files(folder) if folder.is_dir() else {}
-    if files and all(len(paths) == 1 for paths in files.values()):
-        names = {split: str(paths[0]) for split, paths in files.items()} | {
-            k: v for k, v in names.items() if v and k != "train"
-        }
-    splits = {}
-    for split, name in names.items():
-        if name is None:
-            continue
+
+    def table(name: str) -> dict:
         found = dict((read or load_data)(name, run_args.dataset_config))
         if Path(name).expanduser().is_file():
             log.info("%s: read as %s", name, describe(Path(name).expanduser()))
-        if split == "train" and not files:
-            splits |= found
-        elif list(found) != ["train"]:
+        return found
+
+    folder = Path(run_args.dataset).expanduser()
+    files = _split_files(folder) if folder.is_dir() else {}
+    in_parts = any(len(paths) > 1 for paths in files.values())
+    own = {} if in_parts else {split: str(paths[0]) for split, paths in files.items()}
+    splits = {} if own else table(run_args.dataset)
+    named = {"validation": run_args.validation_file, "test": run_args.test_file}
+    for split, name in (own | {split: name for split, name in named.items() if name}).items():
+        found = table(name)
+        if list(found) != ["train"]:
             raise UserError(f"{name}: expected one table for the {split} split, found {', '.join(found)}.")
-        else:
-            splits[split] = found["train"]
+        splits[split] = found["train"]
     return _common_columns(splits)
 
 

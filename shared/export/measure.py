@@ -12,7 +12,7 @@ import numpy as np
 import transformers
 
 from shared.export.score import score
-from shared.inference.golden import GOLDEN, GOLDEN_TOKENS, file_digest, golden_outputs
+from shared.inference.golden import GOLDEN, GOLDEN_TOKENS, golden_outputs
 from shared.inference.model import Model, load
 from shared.inference.torch_runner import TASKS
 
@@ -30,7 +30,7 @@ def write_golden(folder: Path, artifact: str, prompts: list, outputs: list, ids:
     items = [{"prompt": p, "input_ids": i, "output": o} for p, i, o in zip(prompts, ids, outputs, strict=True)]
     kept = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (GOLDEN, "README.md"))
     golden = {"artifact": artifact, "stop_ids": list(stop_ids), "items": items}
-    results.write_json(folder / GOLDEN, golden | {"sha256": {path.name: file_digest(path) for path in kept}})
+    results.write_json(folder / GOLDEN, golden | {"sha256": {path.name: results.file_digest(path) for path in kept}})
 
 
 def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prompts: list, settle: bool) -> dict:

@@ -2,11 +2,10 @@
 shared/export/measure.py.
 """
 
-import hashlib
 import json
-from pathlib import Path
 
 from shared import UserError
+from shared.publish.results import file_digest
 
 GOLDEN = "golden.json"
 GOLDEN_TOKENS = 6  # of each output in it
@@ -60,9 +59,3 @@ def golden_outputs(model, prompts: list) -> list:
         return [model.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
     found = [model.answer(p["question"], p["context"]) for p in prompts]
     return [[a["start"], a["end"]] for a in found]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

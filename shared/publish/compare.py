@@ -51,13 +51,13 @@ def did_it_help(
             "No",
             " Both models score the same in every row: nothing was learned, or the adapter is not active.",
         )
-    found_by = {verdict: [before]}
+    beside = {verdict: [before]}  # systems by the verdict on the trained model beside them
     for name, scores in (baselines or {}).items():
         against = _verdict(paired_difference(scores[key], trained[key], weights, higher), higher)
-        found_by.setdefault(against, []).append(name)
+        beside.setdefault(against, []).append(name)
     if baselines and not same:
         words = {"Yes": "better than", "Not clearly": "not clearly better than", "No": "worse than"}
-        verdict = ", ".join(f"{words[each]} {' and '.join(found_by[each])}" for each in words if each in found_by)
+        verdict = ", ".join(f"{words[each]} {' and '.join(beside[each])}" for each in words if each in beside)
     line = (
         f"Did it help? {verdict[0].upper()}{verdict[1:]}: test {metric} {short_number(before_value)} -> {short_number(after)} "
         f"({change}95 % interval of the difference in {tested} {low} to {high}), better on {found['better_rows'] * 100:.0f} % of "

@@ -1,5 +1,6 @@
 """What a run leaves beside the model: results, loss curve, samples. Called by each task at its end."""
 
+import hashlib
 import io
 import json
 import math
@@ -100,6 +101,12 @@ def _plain(value, place: str):
             f"{place} is {value}: training diverged, or fp16 overflowed. Lower --learning_rate, or leave out --fp16."
         )
     return value
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_file(path: str | Path, content: bytes) -> None:

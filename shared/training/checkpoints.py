@@ -36,6 +36,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from accelerate import PartialState
 from shared import UserError
+from shared.publish.results import file_digest
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.out_of_memory import train_within_memory
@@ -136,7 +137,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != recorded["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {recorded['bytes']}"
-        if _sha256(path) != recorded["sha256"]:
+        if file_digest(path) != recorded["sha256"]:
             return f"{name} differs from its sha256"
     if not any(name.startswith("rng_state") for name in files):
         return "saved with `save_only_model`, it holds no optimizer and no random state"
@@ -245,7 +246,7 @@ def write_manifest(checkpoint: Path, identity: dict | None) -> None:
     files = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST):
         _fsync(path)
-        files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     manifest = {"step": _step(checkpoint), "identity": json.loads(json.dumps(identity)), "files": files}
     temporary = checkpoint / f".{MANIFEST}"
     temporary.write_text(json.dumps({**manifest, "sha256": _signature(manifest)}, indent=1), encoding="utf-8")
@@ -403,11 +404,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _signature(manifest: dict) -> str:

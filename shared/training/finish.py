@@ -55,9 +55,13 @@ def finish(
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     results.write_samples(output / "samples.jsonl", samples)
     results.write_json(output / "scores.json", metrics.pop("scores"))
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in test_rows]
-    if lines:
-        (output / "test.jsonl").write_text("".join(lines[:200]), encoding="utf8", errors="backslashreplace")
+    kept, digest = [], hashlib.sha256()
+    for row in test_rows:
+        line_of_row = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf8", "backslashreplace")
+        digest.update(line_of_row)
+        kept += [line_of_row] if len(kept) < 200 else []
+    if kept:
+        (output / "test.jsonl").write_bytes(b"".join(kept))
     results.plot_loss(trainer.state.log_history, output / "loss.png")
     seconds = seconds_trained(trainer.state.log_history)
     base = run_args.model_name_or_path
@@ -73,13 +77,13 @@ def finish(
             "model": base and card.shown_name(base),
             "data": card.shown_name(run_args.dataset),
             "train_rows_sha256": run_args.identity.get("rows"),
-            "test_rows_sha256": hashlib.sha256("".join(lines).encode("utf8", "backslashreplace")).hexdigest(),
+            "test_rows_sha256": digest.hexdigest(),
             "steps": trainer.state.global_step,
             "hardware": hardware(),
             "processes": args.world_size,
             "packages": card.versions(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "fingerprint": fingerprint(run_args.identity, run_args.resolved),
+            "fingerprint": fingerprint(run_args),
         },
     }
     results.write_results(output, metrics)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from shared import UserError
+from shared.publish.results import file_digest
 
 MANIFEST = "manifest.json"
 
@@ -47,21 +48,20 @@ def run_identity(args, run_args, **facts) -> dict[str, str]:
     return {name.replace("_", " "): short(value) for name, value in {**facts, **settings}.items()}
 
 
-# Options that change no number in all_results.json.
-NOT_IN_RESULTS = ("output_dir", "resume", "traceback", "dry_run", "push_to_hub", "hub", "run_name", "disable_tqdm")
+# Options that change no number in all_results.json. Data counts by its contents, the model is in the identity.
+NOT_IN_RESULTS = ("output_dir", "push_to_hub", "hub", "run_name", "disable_tqdm", "model_name_or_path")
+DATA = ("dataset", "validation_file", "test_file")
 
 
-def fingerprint(identity: dict, resolved: dict) -> str:
-    """Of a run with its evaluation: the same for a repeated command, another one for other rows, settings or test rows.
-
-    Args:
-        identity: of `run_identity`.
-        resolved: `run_args.resolved`, each option that was set.
-    """
-    options = {name: value for name, value in resolved.items() if not name.startswith(NOT_IN_RESULTS)}
-    for name in ("dataset", "model_name_or_path"):  # by path; their contents are in the identity
-        options.pop(name, None)
-    return hashlib.sha256(json.dumps([identity, options], sort_keys=True, default=str).encode()).hexdigest()
+def fingerprint(run_args) -> str:
+    """Of a run with its evaluation: the same for a repeated command, another one for other settings, training or test rows."""
+    options = {name: value for name, value in run_args.resolved.items() if not name.startswith(NOT_IN_RESULTS)}
+    for name in DATA:  # training rows are in the identity, those that are held out may change without them
+        path = Path(options.get(name) or "").expanduser()
+        if name in options and path.exists():
+            files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+            options[name] = [file_digest(each) for each in files]
+    return hashlib.sha256(json.dumps([run_args.identity, options], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_identity(checkpoint: Path, identity: dict | None) -> None:

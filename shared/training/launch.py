@@ -152,7 +152,7 @@ def _check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"--report_to {name}: no such tracker. Known: none, {', '.join(INTEGRATION_TO_CALLBACK)}.")
-        if name not in (*get_available_reporting_integrations(), "flyte"):
+        if name not in (*get_available_reporting_integrations(), "flyte"):  # which upstream's list leaves out
             raise UserError(f"--report_to {name}: it is not installed: pip install {name}, or --report_to none.")
 
 
@@ -220,7 +220,7 @@ def _finished(output: Path, args, run_args) -> bool:
 
     try:
         results = json.loads((output / "all_results.json").read_text("utf8"))
-        same = results["run"]["fingerprint"] == fingerprint(run_args.identity, run_args.resolved)
+        same = results["run"]["fingerprint"] == fingerprint(run_args)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if not same or not any(output.glob("*.safetensors")):

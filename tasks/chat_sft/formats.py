@@ -43,20 +43,8 @@ ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter", "customer", "client"),
     "assistant": (
-        *(
-            "assistant",
-            "gpt",
-            "chatgpt",
-            "bot",
-            "chatbot",
-            "ai",
-            "model",
-            "bing",
-            "bard",
-            "agent",
-            "support",
-            "operator",
-        ),
+        *("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model", "bing", "bard"),
+        *("agent", "support", "operator"),
     ),
     "tool": ("tool", "function", "observation", "ipython", "tool_response", "tool_result", "function_response"),
     "call": ("function_call", "tool_call"),
@@ -78,10 +66,9 @@ GREETING = re.compile(
 
 def role_of(name: str, roles: dict[str, str]) -> str | None:
     """The role of a speaker: the one given for the name, else what the name is known for, or one of its words ("Agent 7")."""
+    key = name.strip().casefold()
     if roles:
-        return roles.get(name.strip().casefold()) or (
-            KNOWN.get(name.strip().lower()) if name.strip().lower() in ALWAYS else None
-        )
+        return roles.get(key) or (KNOWN[key] if key in ALWAYS else None)
     known = KNOWN.get(re.sub(r"[\s-]+", "_", name.strip().lower()))
     words = {KNOWN[word] for word in re.findall(r"[^\W\d_]+", name.lower()) if word in IN_NAMES}
     return known or (words.pop() if len(words) == 1 else None)
@@ -411,16 +398,15 @@ def _listed(value, place: str, roles: dict) -> list[tuple[object, str]]:
     if isinstance(turns, dict) and len(turns) == 1:
         turns = next(iter(turns.values()))
     if isinstance(turns, dict) and set(turns) & {*WHO} and all(isinstance(column, list) for column in turns.values()):
-        turns = [
-            dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)
-        ]  # as `datasets` turns them
+        # As `datasets` turns a list of objects
+        turns = [dict(zip(turns, turn, strict=False)) for turn in zip(*turns.values(), strict=False)]
     if not isinstance(turns, list):
         raise Unusable(f"bad: wrong type\n{place} = {_short(turns)}")
     if turns and all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
         if all(isinstance(who, str) and role_of(who, roles) for who, _ in turns):
             return [(tuple(turn), f"{place}[{i}]") for i, turn in enumerate(turns)]
-        roles = ("user", "assistant")
-        return [(pair, f"{place}[{i}]") for i, turn in enumerate(turns) for pair in zip(roles, turn, strict=True)]
+        pairs = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
+        return [(pair, f"{place}[{i}]") for i, turn in enumerate(pairs) for pair in turn]
     return [(turn, f"{place}[{i}]") for i, turn in enumerate(turns)]
 
 

@@ -81,10 +81,8 @@ def one_row_a_talk(source: str, splits: dict, mapping: list[str]) -> tuple[dict,
         if asked:
             raise missing(source, tuple(MESSAGE), columns)
         return splits, mapping
-    first = next(iter(next(iter(splits.values()))), {})
-    if isinstance(first.get(places.get("conversation")), list | dict) or str(
-        first.get(places.get("conversation"))
-    ).startswith(("[", "{")):
+    first = next(iter(next(iter(splits.values()))), {}).get(places.get("conversation"))
+    if isinstance(first, list | dict) or str(first).startswith(("[", "{")):  # a whole conversation in each row
         return splits, mapping
     if "conversation" not in places:
         raise missing(source, tuple(MESSAGE), columns, "one that says which conversation a message belongs to")
@@ -115,14 +113,14 @@ def _grouped(source: str, rows: Iterable[dict], places: dict[str, str]) -> list[
     return [{"messages": messages} for messages in talks.values()]
 
 
-def log_roles(reader: Reader, roles: Iterable[str]) -> None:
+def log_roles(reader: Reader) -> None:
     """Says who was taken for what, once all rows are read.
 
     Raises:
         UserError: a name in `--roles` that nobody has.
     """
-    named = read_roles(roles)
-    if named and (absent := named.keys() - {name.casefold() for name, _ in reader.speakers}):
+    absent = reader.roles.keys() - {name.casefold() for name, _ in reader.speakers}
+    if absent:
         found = ", ".join(dict.fromkeys(name for name, _ in reader.speakers))
         raise UserError(f"--roles: nobody is called {', '.join(sorted(absent))}; found {found}.")
     if not reader.people and any(name != role for name, role in reader.speakers):

@@ -75,7 +75,7 @@ def load_rows(run_args, seed: int, chat=None, roles=()) -> tuple[dict, str]:
         return found if isinstance(found, str) or chat is None else chat.fit(found)
 
     cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
-    log_roles(reader, roles)
+    log_roles(reader)
     return split_dataset(cleaned, text_of, seed), str(report)
 
 

@@ -161,10 +161,8 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)  # the new head
-    number = {name: i for i, name in enumerate(classes)}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype="float32", id2label=dict(enumerate(classes)), label2id=number
-    )
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names)
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 

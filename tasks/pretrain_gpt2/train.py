@@ -138,7 +138,9 @@ def main(script_args, args, run_args) -> None:
         facts = {"rows": needed, "tokens": needed * length, "training_documents": "a stream"}
         whole = None
     else:
-        whole = pack(encoded := encode(texts["train"]), end, length)
+        encoded = encode(texts["train"])
+        lengths, whole = list(map(len, encoded)), pack(encoded, end, length)
+        del encoded  # lists of numbers take eight times the memory of the blocks
         # What max_steps cannot reach is left out, so that the same tokens are known to the trigram model below.
         blocks = Blocks(whole[:needed] if needed > 0 else whole, end)
         facts = {"rows": len(blocks), "tokens": len(blocks) * length, "training_documents": len(texts["train"])}
@@ -151,8 +153,7 @@ def main(script_args, args, run_args) -> None:
         raise UserError(f"{run_args.dataset}: the training split has no token.")
 
     shown = blocks.first(max(1, run_args.show_data)) if streaming else blocks.blocks
-    lengths = [int((block >= 0).sum()) for block in shown] if streaming else list(map(len, encoded))
-
+    lengths = [int((block >= 0).sum()) for block in shown] if streaming else lengths
     show_data(run_args, lengths, lambda i: as_text(shown[i], tokenizer))
 
     # Model

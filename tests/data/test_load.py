@@ -74,11 +74,12 @@ def test_a_folder_of_files_by_split(tmp_path):
     for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("dev", 1), ("test", 4)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(count)))
     (tmp_path / "README.md").write_text("about")
-    assert {name: len(rows) for name, rows in load_data(str(tmp_path)).items()} == {
-        "train": 5,
-        "validation": 1,
-        "test": 4,
-    }
+    counts = {"train": 5, "validation": 1, "test": 4}
+    assert {name: len(rows) for name, rows in load_data(str(tmp_path)).items()} == counts
+    arguments = SimpleNamespace(dataset=str(tmp_path), validation_file=None, test_file=None, dataset_config=None)
+    assert {name: len(rows) for name, rows in load_splits(arguments).items()} == counts
+    arguments.validation_file = str(tmp_path / "test.jsonl")
+    assert {name: len(rows) for name, rows in load_splits(arguments).items()} == counts | {"validation": 4}
     (tmp_path / "test.csv").write_text("text\na\n")
     with pytest.raises(UserError, match="several files for the test split: test.csv, test.jsonl"):
         load_data(str(tmp_path))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from shared import UserError
 from shared.training import launch
 from shared.training.arguments import parse
 from shared.training.checkpoints import seconds_trained
-from shared.training.identity import run_identity
+from shared.training.identity import fingerprint, run_identity
 
 PLAIN = "transformers.training_args:TrainingArguments"
 TRAINING = dict.fromkeys(("pretrain_gpt2", "mlm_bert", "classify_bert", "qa_squad"), PLAIN)
@@ -184,6 +185,26 @@ def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     second = json.loads((run / "all_results.json").read_text())
     assert second["test_rows"] == 5 and second["train_minutes"] >= first["train_minutes"] - 0.01
     assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=3e-4)
+
+
+def test_a_run_is_not_finished_for_other_test_rows(tmp_path):
+    """The same file elsewhere is the same data; other test rows under the same name are not."""
+    run_args = SimpleNamespace(
+        identity={"rows": "the same"}, resolved={"output_dir": "a", "dataset": str(tmp_path / "mine")}
+    )
+    (tmp_path / "mine").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "mine" / f"{name}.csv").write_text("text\nred\n")
+    before = fingerprint(run_args)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    run_args.resolved |= {"dataset": str(tmp_path / "moved"), "output_dir": "b"}
+    assert fingerprint(run_args) == before
+    (tmp_path / "moved" / "test.csv").write_text("text\nblue\n")
+    assert fingerprint(run_args) != before
+    run_args.resolved |= {"dataset": "pypi:chitchat", "test_file": str(tmp_path / "moved" / "test.csv")}
+    before = fingerprint(run_args)
+    (tmp_path / "moved" / "test.csv").write_text("text\ngreen\n")
+    assert fingerprint(run_args) != before
 
 
 class Begun(Exception):
