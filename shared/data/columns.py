@@ -1,9 +1,12 @@
 """`--columns name=column ...`: where a task's names are found in a user's table. Called by each task."""
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 
 from shared import UserError
+
+log = logging.getLogger("taskbook")
 
 # What people call the columns that a task expects; only for the hint of an error, nothing is read by a guess
 ALSO_CALLED = {
@@ -67,7 +70,16 @@ def find_columns(
     found = {name: name for name in (*needed, *optional) if name in columns and name not in mapped} | mapped
     if not set(needed) <= set(found):
         raise missing(source, needed, columns, row=row)
+    log_columns(source, found, columns)
     return found
+
+
+def log_columns(source: str, found: dict[str, str], columns: Sequence[str]) -> None:
+    """Says which columns are read as what, and which are not read."""
+    places = ", ".join(f"{column} as {name}" if column != name else name for name, column in found.items())
+    used = {column.split(".")[0] for column in found.values()} | {*found.values()}
+    unread = ", ".join(column for column in columns if column not in used)
+    log.info("%s: columns read: %s%s", source, places, f"; not read: {unread}" if unread else "")
 
 
 def missing(

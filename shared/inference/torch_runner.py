@@ -34,11 +34,13 @@ class TorchRunner:
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Sequence[int]], pad: int, most: int, cancelled=None):
-        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a TorchDecoding.
+        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a TorchDecoding or OneByOne.
 
         Raises:
             Cancelled: `cancelled` became true while the prompts were read.
         """
+        if carries_state(self.model, self.config) and len({*map(len, rows)}) > 1:
+            return OneByOne([self.start([row], pad, most, cancelled) for row in rows])
         ids, mask = pad_left(rows, pad)
         return TorchDecoding(self.model, ids.to(self.device), mask.to(self.device), cancelled)
 
@@ -72,13 +74,15 @@ class TorchDecoding:
     """A batch in the middle of being continued: `logits` (rows, vocabulary) of the next token, `feed` to go on.
 
     Rows of equal length are read in chunks, and a prompt that all rows share is read once. Not where a model carries a state
-    beside keys and values: it would take a chunk for a new text.
+    beside keys and values: it would take a chunk for a new text. Rows of a model that hands out no cache (RecurrentGemma, RWKV,
+    GPT-1) are read anew for each token.
     """
 
     def __init__(self, model, ids, mask, cancelled=None):
         import inspect
 
-        chunked = bool(mask.all()) and not getattr(model, "_is_stateful", False)
+        stateful = carries_state(model, model.config)
+        chunked = bool(mask.all()) and not stateful
         copies = len(ids) if chunked and len(ids) > 1 and bool((ids == ids[0]).all()) else 1
         if copies > 1:
             ids, mask = ids[:1], mask[:1]
@@ -88,12 +92,15 @@ class TorchDecoding:
             prompt = model.get_prompt(len(ids))
             model = model.get_base_model()
             mask = torch.cat([mask.new_ones(len(ids), prompt.shape[1]), mask], 1)
-        self.model, self.cache = model, None
-        self.positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.model, self.cache, self.masked = model, None, not stateful  # Mamba would mask its state
+        takes = inspect.signature(model.forward).parameters
+        self.positions, self.cached = "position_ids" in takes, "cache" in takes
         name, values = "input_ids", ids
         if prompt is not None:
             embeddings = model.get_input_embeddings()(ids)
             name, values = "inputs_embeds", torch.cat([prompt.to(embeddings.dtype), embeddings], 1)
+        self.whole = {name: values}
+        chunked = chunked and self.cached
         for start in range(0, values.shape[1], PROMPT_CHUNK) if chunked else (0,):
             check_cancelled(cancelled)
             end = start + PROMPT_CHUNK if chunked else values.shape[1]
@@ -107,14 +114,70 @@ class TorchDecoding:
         length = next(iter(inputs.values())).shape[1]
         if self.positions:
             inputs["position_ids"] = positions_of(self.mask)[:, -length:]
-        out = self.model(**inputs, attention_mask=self.mask, cache=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.logits = out.cache, out.logits[:, -1].cpu()
+        if self.masked:
+            inputs["attention_mask"] = self.mask
+        if self.cached:
+            inputs["cache"] = self.cache
+        out = self.model(**inputs, use_cache=self.cached, logits_to_keep=1)
+        self.cache, self.logits = getattr(out, "cache", None), out.logits[:, -1].cpu()
+        self.cached = self.cache is not None
 
     @torch.inference_mode()
     def feed(self, tokens: torch.Tensor):
         """Appends one token to each row, (rows,), and computes the scores of the next."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        self._run({"input_ids": tokens[:, None].to(self.mask.device)})
+        inputs = {"input_ids": tokens[:, None].to(self.mask.device)}
+        if not self.cached:
+            [(name, values)] = self.whole.items()
+            new = inputs["input_ids"] if name == "input_ids" else self.model.get_input_embeddings()(inputs["input_ids"])
+            self.whole = {name: torch.cat([values, new.to(values.dtype)], 1)}
+            inputs = dict(self.whole)
+        self._run(inputs)
+
+
+class OneByOne:
+    """Rows of unequal length of a model that takes no padding, as TorchDecoding."""
+
+    def __init__(self, rows: list[TorchDecoding]):
+        self.rows = rows
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Scores of each row's next token, (rows, vocabulary)."""
+        return torch.cat([row.logits for row in self.rows])
+
+    def feed(self, tokens: torch.Tensor):
+        """Appends one token to each row, (rows,)."""
+        for row, token in zip(self.rows, tokens[:, None], strict=True):
+            row.feed(token)
+
+
+def causal_architecture(config, name: str):
+    """The class that continues texts with this configuration.
+
+    Raises:
+        UserError: it does not. transformers would load BERT, which then sees what it is to predict, and BART without its encoder.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = type(config)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{name}: {config.model_type} has an encoder and a decoder; tasks/summarize_t5 trains such models."
+        )
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name}: {config.model_type} is no causal language model, so it does not continue a text.")
+    return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+
+
+def carries_state(architecture, config) -> bool:
+    """Whether layers carry a state along the row, recurrent ones or convolutions, of which padding would become a part."""
+    text = config.get_text_config()
+    kinds = {
+        kind for name in ("layer_types", "layers_block_type", "block_types") for kind in getattr(text, name, None) or ()
+    }
+    return architecture._is_stateful or any("attention" not in kind or "linear" in kind for kind in kinds)
 
 
 def load_torch(folder: Path, task: str):

@@ -15,11 +15,10 @@ from transformers import (
     GenerationConfig,
     TrainingArguments,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from trl import SFTConfig
 
 from shared import UserError
-from shared.inference.torch_runner import keep_layout
+from shared.inference.torch_runner import carries_state, causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
 from shared.training.packed_attention import PACKED
 
@@ -152,26 +151,16 @@ def attention(source: Path, method: str) -> tuple[str, str]:
     loaded model.
     """
     config = AutoConfig.from_pretrained(source)
-    architecture, text = _architecture(config, source), config.get_text_config()
+    architecture, text = causal_architecture(config, source.name), config.get_text_config()
     cap = getattr(text, "attn_logit_softcapping", None)
-    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-    kinds |= {*(getattr(text, "block_types", None) or ())}
-    if not architecture._supports_sdpa or cap:
+    own = not architecture._supports_sdpa or cap
+    if carries_state(architecture, config):
+        return "eager" if own else "sdpa", "it has layers that carry a state along the row"
+    if own:
         return "eager", "its attention is its own (eager)"
     if not architecture._supports_attention_backend:
         return "sdpa", "its attention does not know where a conversation begins"
-    if architecture._is_stateful or any("attention" not in kind or "linear" in kind for kind in kinds):
-        return "sdpa", "it has layers that carry a state along the row"
     return ("sdpa", "virtual tokens stand before each") if method == "p_tuning" else (PACKED, "")
-
-
-def _architecture(config, source: Path):
-    try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise UserError(
-            f"{source.name}: {config.model_type} is no causal language model, so it does not chat."
-        ) from None
 
 
 def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bool = False, needs: int = 0):
@@ -186,7 +175,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         UserError: the rows hold ids beyond the embedding, and only an adapter would be trained.
     """
     config = AutoConfig.from_pretrained(source)
-    _architecture(config, source)
+    causal_architecture(config, source.name)
     size = config.get_text_config().vocab_size
     if needs > size and method != "full":
         raise UserError(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from shared import UserError
 from shared.training import scoring
 from shared.training.losses import finite, log_evaluation, step_mean
 
@@ -48,6 +49,8 @@ def token_losses(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.
     if getattr(prompt_learning, "is_prompt_learning", False):  # virtual tokens stand in front of every row
         keep = F.pad(keep, (prompt_learning.num_virtual_tokens, 0))
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits.float()
+    if logits.dim() == 3:  # xLSTM and others know no `logits_to_keep`
+        logits = logits[keep]
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets, conversation
 
 
@@ -55,13 +58,16 @@ def token_losses(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.
 def prove(model, rows: list[dict], collator: RowCollator, exact: bool) -> str:
     """Why the model must not be trained as it was loaded, "" where the longest rows score the same whether packed or alone.
 
-    The attention is tried too: the beginning of a row must score the same with the model's own, which leaves nothing out.
-    Where it does not, the model goes on with its own.
+    What follows a token must not change its loss. The attention is tried too: the beginning of a row must score the same with
+    the model's own, which leaves nothing out. Where it does not, the model goes on with its own.
 
     Args:
         rows: tokenized.
         collator: as it will be used; `padding_free` is switched off where packed rows differ.
         exact: whether it computes in fp32; half precision rounds.
+
+    Raises:
+        UserError: the model sees the tokens that it is to predict.
     """
     inner = getattr(model, "get_base_model", lambda: model)()
     was_training, alone = model.training, replace(collator, padding_free=False)
@@ -80,6 +86,13 @@ def prove(model, rows: list[dict], collator: RowCollator, exact: bool) -> str:
         apart = (ours - theirs).abs().mean().item()
         return f"{apart:.2g} nats a token" if not apart <= (1e-4 if exact else 2e-2) else ""
 
+    half = min(64, len(longest[0]["input_ids"]) // 2)
+    first = score(alone, longest[:1], half)
+    if apart := differ(first, score(alone, longest[:1], 2 * half)[: len(first)]):
+        raise UserError(
+            f"{inner.config.model_type}: losses of a row's first tokens depend on what follows them, by {apart}: it is no causal "
+            "language model, it sees the tokens that it is to predict."
+        )
     why, implementation = "", inner.config._attn_implementation
     if implementation != "eager" and inner._supports_attention_backend:
         ours = score(alone, longest[:1], 128)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from shared.inference.torch_runner import carries_state
+
 MOST, FEWEST = 128, 32  # new tokens of a sample reply
 
 
@@ -18,7 +20,7 @@ def room(chat, talks: list[dict]) -> int:
 
 @torch.no_grad()
 def reply(model, chat, conversations: list[dict], served: GenerationConfig, most: int = 64, greedy: bool = True):
-    """Replies, one batch for all prompts.
+    """Replies, one batch for all prompts where the model can.
 
     Args:
         chat: `chats.Chat`.
@@ -32,6 +34,9 @@ def reply(model, chat, conversations: list[dict], served: GenerationConfig, most
     if not conversations:
         return [], []
     ids = [chat.prompt_ids(talk) for talk in conversations]
+    if carries_state(model, model.config) and len({*map(len, ids)}) > 1:  # padding would change what they reply
+        alone = [reply(model, chat, [talk], served, most, greedy) for talk in conversations]
+        return [texts[0] for texts, _ in alone], [ended[0] for _, ended in alone]
     pad, longest = chat.tokenizer.pad_token_id, max(map(len, ids))
     batch = {
         "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=model.device),
@@ -95,3 +100,11 @@ def counts(texts: list[str], ended: list[bool], references: list[str], prefix: s
         / max(1, sum(len(r.split()) for r in references)),
     }
     return {f"{prefix}_{name}": round(value, 4) for name, value in found.items()}
+
+
+def in_words(trained: dict[str, float], base: dict[str, float]) -> str:
+    """What a verdict says of the replies, from both models' `counts`; nothing where there are none."""
+    if not trained:
+        return ""
+    ends, loop = ((base[f"base_replies_that_{does}"], trained[f"test_replies_that_{does}"]) for does in ("end", "loop"))
+    return f"Replies that end by themselves: {ends[0]:.0%} -> {ends[1]:.0%}; that loop: {loop[0]:.0%} -> {loop[1]:.0%}."

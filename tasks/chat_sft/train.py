@@ -101,7 +101,7 @@ def main(script_args, args, run_args) -> None:
     from datasets import Dataset
     from methods import add_adapter, attention, check_method, load_chat, load_model, save_merged, serve_as, usage
     from packing import PackedSFTTrainer, RowCollator, prove, score_rows, unigram_scores
-    from replies import sample
+    from replies import in_words, sample
     from transformers.trainer_utils import set_seed
 
     from shared.data.splits import first_rows
@@ -224,7 +224,7 @@ def main(script_args, args, run_args) -> None:
         samples=samples + others["samples"],
         test_rows=({"messages": plain_messages(row)} for row in splits["test"]["messages"]),
         preflight=facts,
-        line=" ".join([helped["line"], *others["lines"]]),
+        line=" ".join(filter(None, [helped["line"], in_words(counted, base_counted), *others["lines"]])),
         more_data=others["data"],
         training={"method": method, "data": cleaning, "rows": f"padded: {padded}" if padded else "packed"},
         library="peft" if adapted else "transformers",

@@ -3,9 +3,17 @@
 from collections.abc import Iterator
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from shared import UserError
+from shared.inference.torch_runner import causal_architecture
 from shared.publish.hub import pull
 from shared.training.packed_attention import PACKED
 
@@ -57,7 +65,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
     """A GPT-2 with random weights, or the model to continue from, in fp32. Dropout is off: a token is seen a few times only.
 
     Raises:
-        UserError: blocks longer than the model, or a tokenizer with more tokens than it has embeddings.
+        UserError: no causal language model, blocks longer than it reads, or more tokens than it has embeddings.
     """
     attention = PACKED if isolate else "sdpa"
     if model_name is None:
@@ -80,6 +88,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model.set_attn_implementation(attention)
         return model
     source = pull(model_name)
+    causal_architecture(AutoConfig.from_pretrained(source), model_name)
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
     )

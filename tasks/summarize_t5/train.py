@@ -55,13 +55,14 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     from articles import find_columns, text_of, to_pair
 
     from shared.data.cleaning import clean_dataset
+    from shared.data.columns import log_columns
     from shared.data.load import load_splits
     from shared.data.splits import split_dataset
 
     data = load_splits(run_args)
     first = next(iter(data.values()))
     document, summary = find_columns(run_args.dataset, first.column_names, run_args.columns, next(iter(first), None))
-    log.info("%s: %s is the document, %s the summary", run_args.dataset, document, summary)
+    log_columns(run_args.dataset, {"document": document, "summary": summary}, first.column_names)
     data = {name: rows.select_columns([document, summary]) for name, rows in data.items()}
     convert = partial(to_pair, document=document, summary=summary)
     cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)

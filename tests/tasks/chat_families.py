@@ -266,6 +266,7 @@ FAMILIES = {
         ["<end_of_sentence>", "<beginning_of_sentence>", "<pad>"],
         *("<beginning_of_sentence>", "<end_of_sentence>", "<pad>", MINIMAX),
     ),
+    "Mamba": ("mamba", OLD | {"state_size": 8}, IM, None, "<|im_end|>", "<|endoftext|>", CHATML),
     "Qwen3-Next": ("qwen3_next", SIZES | MOE | LINEAR | HYBRID, IM + TOOLS, None, "<|im_end|>", "<|endoftext|>", QWEN3),
     "Qwen 3.5": ("qwen3_5_text", SIZES | LINEAR | HYBRID, IM + TOOLS, None, "<|im_end|>", "<|endoftext|>", QWEN3),
 }

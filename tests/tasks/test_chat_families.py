@@ -12,10 +12,11 @@ import replies
 import torch
 from chat_families import FAMILIES, build
 from checkout import ROOT, train_script
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from trl import SFTConfig
 
 from shared import UserError
+from shared.inference.model import load
 from shared.training.arguments import parse
 from shared.training.packed_attention import PACKED
 
@@ -99,8 +100,32 @@ def test_family(name, rows, tmp_path):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
         alone = torch.nn.functional.cross_entropy(reference(ids).logits[0, :-1], labels[1:], reduction="none")
         assert torch.allclose(nll[number == i], alone[labels[1:] != -100], atol=2e-4)
+    texts = [talk("What number?" * n) for n in (1, 4, 2)]
+    together, _ = replies.reply(reference, chat, texts, served, 6)
+    assert together == [replies.reply(reference, chat, [text], served, 6)[0][0] for text in texts]
+    served_rows = [chat.prompt_ids(text) for text in texts]
+    model = load(source)
+    assert model.generate(served_rows, max_new_tokens=6) == [
+        model.generate([r], max_new_tokens=6)[0] for r in served_rows
+    ]
     shown = stop.replace("|", r"\|")
     LINES[name] = f"| {name} | yes | {'padded: ' + padded if padded else 'packed'} | `{shown}` |\n"
+
+
+@pytest.mark.parametrize("kind", ["bert", "bart", "xlnet"])
+def test_what_does_not_continue_a_text_is_refused(kind, rows, tmp_path):
+    """transformers loads each of them for it; BERT and XLNet would see what they are to predict."""
+    source = build("SmolLM2", tmp_path / "model")
+    tokenizer = methods.load_tokenizer(source)
+    sizes = {"d_model": 64, "d_inner": 64, "n_layer": 1, "n_head": 4, "decoder_layers": 1} | chat_families.OLD
+    config = CONFIG_MAPPING[kind](vocab_size=len(tokenizer), **sizes)
+    if kind == "bart":
+        config.save_pretrained(source)
+    else:
+        AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    with pytest.raises(UserError, match="no causal language model|has an encoder and a decoder") as stopped:
+        run(source, rows, tmp_path / "run")
+    assert str(stopped.value).count("\n") == 0
 
 
 @pytest.mark.parametrize(
@@ -219,7 +244,9 @@ def test_loops_and_ends_are_counted():
         "test_distinct_2": 0.75,
         "test_length_to_reference": 1.0,
     }
-    assert replies.counts([], [], [], "test") == {}
+    assert replies.counts([], [], [], "test") == {} and replies.in_words({}, {}) == ""
+    base = replies.counts(["a b c d " * 3, "c d"], [True, True], ["one", "two"], "base")
+    assert replies.in_words(found, base) == "Replies that end by themselves: 100% -> 50%; that loop: 50% -> 0%."
 
 
 def test_readme_has_the_table():

@@ -314,6 +314,7 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
         new = loaded["reply"][0, loaded["ids"].shape[1] :]
         assert hello == [chat.tokenizer.decode(new, skip_special_tokens=True).strip()]
     assert 0 <= results["test_replies_that_loop"] <= 1 and results["base_replies_that_end"] == 0
+    assert "Replies that end by themselves: 0% -> " in (run / "README.md").read_text()
     tokenizer = chat.tokenizer
     if method == "lora":
         ids = tokenizer("What colour has 5 35 65?", return_tensors="pt").input_ids

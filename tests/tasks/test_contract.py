@@ -487,6 +487,7 @@ def test_data_is_shown_before_it_is_trained(task, argv, tmp_path, caplog):
     said = caplog.text
     assert "rows.jsonl: read as jsonl, UTF-8, " in said and "read 61 = kept 60 + dropped 1 (" in said
     assert "1 of 61 rows (1.6%) dropped: " in said and "first row 61" in said
+    assert "columns read: " in said or "rows.jsonl is read as " in said
     shown = re.findall(r"training row \d, \[\[trained\]\] marked:\n(.*?)\n(?=INFO|$)", said, re.S)
     assert len(shown) == 3, said
     learnt = {

@@ -571,6 +571,25 @@ def test_held_out_documents_are_never_trained_on(corpus):
     assert list(found.texts()) == training
 
 
+def test_a_stream_of_own_files_is_shown_and_split_as_given(corpus, tmp_path, caplog):
+    caplog.set_level("INFO", "taskbook")
+    lines = corpus.read_text().splitlines()
+    parts = {"train": lines[:560], "val": lines[560:580], "test": lines[580:]}
+    for name, part in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+    files = {f"{kind}_file": tmp_path / f"{short}.jsonl" for kind, short in (("validation", "val"), ("test", "test"))}
+    options = files | {"streaming": True, "show_data": 2, "max_test_rows": 30, "max_validation_rows": 30}
+    with pytest.raises(SystemExit) as ended:
+        run_main(flags(tmp_path / "train.jsonl", tmp_path / "run", **options))
+    assert not ended.value.code and not (tmp_path / "run").exists()
+    assert "test documents 20" in caplog.text and caplog.text.count("[[trained]] marked") == 2
+    run_args = parse(pretrain.ScriptArguments, TRAINING, flags(tmp_path / "train.jsonl", tmp_path / "run", **files))[2]
+    found = documents.open_stream(run_args, {"test": None, "validation": None}, 3)
+    held_out = {"validation": parts["val"], "test": parts["test"]}
+    assert found.held_out == {name: [json.loads(line)["text"] for line in part] for name, part in held_out.items()}
+    assert len(list(found.texts())) == 560
+
+
 def test_dry_run_plans_and_writes_nothing(corpus, tmp_path):
     planned = command(*flags(corpus, tmp_path / "run"), "--dry_run")
     assert planned.returncode == 0, planned.stderr
