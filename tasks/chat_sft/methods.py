@@ -22,6 +22,7 @@ from shared import UserError
 from shared.inference.torch_runner import keep_layout
 from shared.publish.hub import check_peft, pull
 from shared.training.packed_attention import PACKED
+from shared.training.sharding import refuse_sharded
 
 # Of trl's own options: what this task does as they say, and what would be half done.
 OBEYED = {"max_length", "chat_template_path", "eos_token", "pad_token", "assistant_only_loss", "completion_only_loss"}
@@ -53,6 +54,8 @@ def check_method(script_args, args, resolved: dict) -> None:
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
     if script_args.load_in_4bit and script_args.method == "full":
         raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+    if script_args.load_in_4bit:
+        refuse_sharded(args, "--method qlora", "each GPU can hold 4-bit weights whole, take accelerate/multi_gpu.yaml")
     if script_args.method != "full":
         check_peft()
     if args.max_length is None or args.max_length < 2:
@@ -250,6 +253,11 @@ def add_adapter(model, script_args, args):
         target_modules="all-linear",
     )
     return get_peft_model(model, config)
+
+
+def base_of(model):
+    """The model under an adapter that is disabled. LoRA's stays around it: with FSDP only the outermost model gathers weights."""
+    return model.get_base_model() if model.active_peft_config.is_prompt_learning else model
 
 
 def save_merged(trainer, whole, tokenizer, served: GenerationConfig) -> None:

@@ -91,7 +91,7 @@ def main(script_args, args, run_args) -> None:
     from documents import load_documents, open_stream
     from gpt2_models import build_model, load_tokenizer, usage, write_samples
     from ngrams import ngram_scores
-    from trainer_gpt2 import CHUNK, PretrainTrainer, score_documents
+    from trainer_gpt2 import CHUNK, PretrainTrainer, check_options, score_documents
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
@@ -101,18 +101,16 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
+    check_options(script_args, args)
     args.remove_unused_columns = False  # blocks have just the columns that the loss needs
     length, streaming = script_args.block_length, script_args.streaming
     step_blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     needed = args.max_steps * step_blocks
-    if streaming and (needed <= 0 or args.dataloader_num_workers):
-        raise UserError(
-            "--streaming needs --max_steps, and leaves --dataloader_num_workers at 0: a stream has no known end."
-        )
 
     # Data
     most = {"validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
@@ -201,7 +199,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     score = partial(score_documents, documents=held_out["test"], length=length, end=end, args=args)
-    base = new_model().to(args.device).eval()
+    base = beside(trainer, new_model().eval())
     trained_rows = score(trainer.model, title="test, trained model")
     base_rows = score(base, title="test, untrained model")
     seen = blocks.first(min(needed, NGRAM_TOKENS // length)) if streaming else blocks.blocks
