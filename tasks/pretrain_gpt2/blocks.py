@@ -199,5 +199,5 @@ def document_positions(input_ids: torch.Tensor, end: int) -> tuple[torch.Tensor,
     starts = begins.flatten().nonzero().flatten()
     total = input_ids.numel()
     lengths = torch.diff(starts, append=starts.new_tensor([total]))
-    positions = torch.arange(total, device=starts.device) - torch.repeat_interleave(starts, lengths)
+    positions = torch.arange(total, device=starts.device) - torch.repeat_interleave(starts, lengths, output_size=total)
     return positions[None], torch.cat([starts, starts.new_tensor([total])])
