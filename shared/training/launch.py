@@ -6,6 +6,7 @@ Torch is not imported here before the configuration has been checked.
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -126,10 +127,10 @@ def setup(training_args, run_args) -> None:
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
-    step_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
+    share = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps, processes
     log.info(
-        "%s, %d process%s, %s, seed %d, %d rows a step",
-        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, step_rows),
+        "%s, %d process%s, %s, seed %d, %d rows a step (%d at once x %d accumulated x %d)",
+        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, math.prod(share), *share),
     )
     for line in run_args.set_aside:
         log.info("%s", line)

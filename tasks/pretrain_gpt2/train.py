@@ -89,7 +89,7 @@ def main(script_args, args, run_args) -> None:
 
     from blocks import Blocks, BlockStream, SaveStream, as_text, pack, read_state
     from documents import load_documents, open_stream
-    from gpt2_models import build_model, load_tokenizer, usage, write_samples
+    from gpt2_models import build_model, load_tokenizer, token_ids, usage, write_samples
     from ngrams import ngram_scores
     from trainer_gpt2 import CHUNK, PretrainTrainer, check_options, score_documents
     from transformers import default_data_collator
@@ -123,16 +123,13 @@ def main(script_args, args, run_args) -> None:
         texts = {name: list(first_rows(rows, limits[name])["text"]) for name, rows in splits.items()}
         sample = texts["train"]
     tokenizer = load_tokenizer(script_args.tokenizer or run_args.model_name_or_path, sample, script_args.vocab_size)
-    end = tokenizer.eos_token_id
-
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    end, encode = tokenizer.eos_token_id, partial(token_ids, tokenizer)
 
     held_out = {name: encode(texts[name]) for name in ("validation", "test")}
     if streaming:
         # fetched ahead: the batches of one step, and the one that the data loader holds
         keep = step_blocks + 2 * args.per_device_train_batch_size * args.world_size
-        blocks = BlockStream(corpus.rows, partial(corpus.encode, tokenizer), end, length, run_args.max_train_rows, keep)
+        blocks = BlockStream(corpus.rows, corpus.text, encode, end, length, run_args.max_train_rows, keep)
         facts = {"rows": needed, "tokens": needed * length, "training_documents": "a stream"}
         whole = None
     else:
