@@ -119,7 +119,7 @@ def setup(training_args, run_args) -> None:
     if processes > 1 and not torch.cuda.is_available():  # transformers 5.23 hands --ddp_timeout on for GPUs only
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training_args.ddp_timeout))
     if is_sharded(training_args):
-        if PartialState().distributed_type == DistributedType.MULTI_CPU or not (gpus() or processes > 1):
+        if PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
             raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
         # Else only the first process would have the weights, and all others would try and compare models without any
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

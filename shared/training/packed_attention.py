@@ -63,13 +63,15 @@ _use_gqa_in_sdpa = sdpa_attention.use_gqa_in_sdpa
 
 
 def take_grouped(attention_mask, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's attention is given the fewer key and value heads of grouped queries, or they are repeated before.
+    """Whether torch's attention is given the fewer key and value heads of grouped queries; else they are repeated before.
 
-    transformers 5.23 gives them whatever the GPU. Of its kernels FlashAttention alone takes them, in half precision from compute
+    transformers 5.24 gives them whatever the GPU. Of torch's kernels FlashAttention takes them, in half precision from compute
     capability 8.0 on: a T4, and fp32, would get the MATH kernel, which holds the squared length of the row for each head.
     """
+    device = key.device.type  # autocast casts inside of torch's attention: rotated keys still come in fp32
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
     gpu = _capability(key.device)
-    quadratic = gpu and (gpu < (8, 0) or key.dtype == torch.float32)
+    quadratic = gpu and (gpu < (8, 0) or dtype == torch.float32)
     return not quadratic and _use_gqa_in_sdpa(attention_mask, key, value)
 
 

@@ -54,8 +54,9 @@ def check_method(script_args, args, resolved: dict) -> None:
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
     if script_args.load_in_4bit and script_args.method == "full":
         raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
-    if script_args.load_in_4bit:
-        refuse_sharded(args, "--method qlora", "each GPU can hold 4-bit weights whole, take accelerate/multi_gpu.yaml")
+    if script_args.load_in_4bit or script_args.method == "p_tuning":
+        what = "--load_in_4bit" if script_args.method == "lora" else f"--method {script_args.method}"
+        refuse_sharded(args, what, "use --method lora, or accelerate/multi_gpu.yaml if the model fits into one GPU")
     if script_args.method != "full":
         check_peft()
     if args.max_length is None or args.max_length < 2:

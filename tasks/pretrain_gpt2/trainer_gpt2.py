@@ -115,9 +115,8 @@ class PretrainTrainer(Trainer):
         targets = inputs["shift_labels"].flatten()
         hidden = hidden_states(model, inputs["input_ids"], self.end)
         head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        with autocast(
-            hidden.device, self.args
-        ):  # accelerate's covers the model's forward only, and the head is a third of it
+        # accelerate's covers the model's forward only, and the head is a third of it
+        with autocast(hidden.device, self.args):
             total = loss_sum(hidden, head, targets)
         loss = step_mean(self, total, (targets != -100).sum(), num_items_in_batch)
         return finite(loss, lambda: f" at step {self.state.global_step + 1}")

@@ -20,12 +20,18 @@ def llama():
 @pytest.mark.parametrize("attend", [packed_attention, sdpa_attention_forward])
 @pytest.mark.parametrize(
     ("capability", "dtype", "heads"),
-    [((7, 5), torch.float16, 4), ((8, 0), torch.bfloat16, 2), ((8, 0), torch.float32, 4)],
+    [
+        ((7, 5), torch.float16, 4),
+        ((8, 0), torch.bfloat16, 2),
+        ((8, 0), torch.float32, 4),
+        ((8, 0), "autocast", 2),
+    ],
 )
 def test_grouped_heads_are_repeated_where_only_the_math_kernel_takes_them(
     attend, capability, dtype, heads, llama, monkeypatch
 ):
-    """SmolLM2 and Llama 3 on a T4 must not get the quadratic kernel, nor in fp32 on any other GPU."""
+    """SmolLM2 and Llama 3 on a T4 must not get the quadratic kernel, nor in fp32 on any other. Under autocast rotated keys come
+    in fp32, and are cast in torch's attention."""
     given = []
 
     def attention(query, key, value, enable_gqa=False, **kwargs):
@@ -34,8 +40,10 @@ def test_grouped_heads_are_repeated_where_only_the_math_kernel_takes_them(
 
     monkeypatch.setattr("shared.training.packed_attention._capability", lambda device: capability)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    query, key = (torch.empty(1, n, 8, 16, dtype=dtype) for n in (4, 2))
-    attend(llama.model.layers[0].self_attn, query, key, key, None)
+    mixed = dtype == "autocast"
+    query, key = (torch.empty(1, n, 8, 16, dtype=torch.float32 if mixed else dtype) for n in (4, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        attend(llama.model.layers[0].self_attn, query, key, key, None)
     assert given == [(heads, heads, heads == 2)]
 
 
