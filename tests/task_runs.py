@@ -122,14 +122,15 @@ def interrupt(script: Path, argv: list[str], run: Path, after: int, signum: int)
     return program.wait().returncode
 
 
-def in_two_processes(task: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """A task in two processes, with the environment that `accelerate launch` would give them; their outputs joined."""
+def in_two_processes(task: str, argv: list[str], sharded: bool = False) -> subprocess.CompletedProcess:
+    """A task in two processes, with the environment that `accelerate launch` would give them, and with half of the model in each
+    if `sharded`; their outputs joined."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     world = {**address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    script = ROOT / "tasks" / task / "train.py"
-    programs = [Program([script, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    start = [ROOT / "tests" / "sharded.py", task] if sharded else [ROOT / "tasks" / task / "train.py"]
+    programs = [Program([*start, *argv], ROOT, {**world, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
     done = [program.wait() for program in programs]
     code = next((process.returncode for process in done if process.returncode), 0)
     out, err = ("".join(getattr(process, name) for process in done) for name in ("stdout", "stderr"))
@@ -145,7 +146,9 @@ def without_dropout(model: Path, copy: Path) -> Path:
     return copy
 
 
-def assert_like_one(two: subprocess.CompletedProcess, one: subprocess.CompletedProcess, runs: Path) -> dict:
+def assert_like_one(
+    two: subprocess.CompletedProcess, one: subprocess.CompletedProcess, runs: Path, name: str = "two"
+) -> dict:
     """Two processes trained what one does at the same effective batch, wrote it once and showed each progress bar once.
 
     Losses agree to 1e-3 (gradients are summed in another order); what counts decisions (accuracy, F1, ROUGE, ...) may differ
@@ -154,7 +157,7 @@ def assert_like_one(two: subprocess.CompletedProcess, one: subprocess.CompletedP
 
     Args:
         two, one: how the programs ended, both with `--disable_tqdm=false`.
-        runs: holds their output folders, `two` and `one`.
+        runs: holds their output folders, `name` and `one`.
 
     Returns:
         The results of the two processes.
@@ -164,15 +167,15 @@ def assert_like_one(two: subprocess.CompletedProcess, one: subprocess.CompletedP
     assert two.stdout.count(" 2 processes, ") == two.stdout.count("preflight: ") == 1, two.stdout
     bars = [Counter(re.findall(r"([^\r\n|]*?):? +0%\|", ended.stderr)) for ended in (two, one)]
     assert bars[0] == bars[1] and bars[0][""], bars
-    found, expected = (json.loads((runs / name / "all_results.json").read_text()) for name in ("two", "one"))
+    found, expected = (json.loads((runs / each / "all_results.json").read_text()) for each in (name, "one"))
     assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.startswith(("test_", "base_", "baseline_")) and isinstance(value, (int, float, list)):
-            exact = "loss" in name or "perplexity" in name
-            share = 1 if "accuracy" in name else 100
-            assert found[name] == pytest.approx(value, rel=1e-3, abs=0 if exact else 0.02 * share), name
-    assert losses(runs / "two") == pytest.approx(losses(runs / "one"), rel=1e-3) and losses(runs / "two")
-    files = [sorted(path.name for path in (runs / name).iterdir()) for name in ("two", "one")]
+    for key, value in expected.items():
+        if key.startswith(("test_", "base_", "baseline_")) and isinstance(value, (int, float, list)):
+            exact = "loss" in key or "perplexity" in key
+            share = 1 if "accuracy" in key else 100
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=0 if exact else 0.02 * share), key
+    assert losses(runs / name) == pytest.approx(losses(runs / "one"), rel=1e-3) and losses(runs / name)
+    files = [sorted(path.name for path in (runs / each).iterdir()) for each in (name, "one")]
     assert files[0] == files[1]
     return found
 

@@ -171,6 +171,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.set_aside = [f"{line}: not used ({config})" for line in set_aside]
+    run_args.set_aside += _share_step(training_args, run_args.resolved, set(typed))
     run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
     )
@@ -187,6 +188,37 @@ def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) 
         for name, value in removed.items()
         if name not in typed
     ]
+
+
+MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+def _share_step(args, resolved: dict, typed: set[str]) -> list[str]:
+    """A recipe says how many rows a step has in one process: several share them. What is typed is meant for each process.
+
+    `resolved` says it for one process in any case, so that `run.yaml` repeats the run with any number of them.
+
+    Returns:
+        A line where a step cannot have just as many rows.
+    """
+    micro, accumulation, processes = getattr(args, MICRO), getattr(args, ACCUMULATION), args.world_size
+    if processes == 1:
+        return []
+    if {MICRO, ACCUMULATION} & typed:
+        resolved |= {MICRO: micro, ACCUMULATION: accumulation * processes}
+        return []
+    share = split_rows(micro * accumulation, micro, processes)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = share
+    rows = share[0] * share[1] * processes
+    if rows == micro * accumulation:
+        return []
+    return [f"{micro * accumulation} rows a step do not share out over {processes} processes: {rows} are taken"]
+
+
+def split_rows(rows: int, most: int, processes: int) -> tuple[int, int]:
+    """Micro-batch, at most `most` rows, and accumulation with which `processes` take `rows` rows a step, or nearly as many."""
+    choices = [(micro, max(1, round(rows / micro / processes))) for micro in range(most, 0, -1)]
+    return min(choices, key=lambda pair: abs(pair[0] * pair[1] * processes - rows))
 
 
 def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:

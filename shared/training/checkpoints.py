@@ -41,6 +41,7 @@ from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.out_of_memory import train_within_memory
 from shared.training.processes import on_main_process
+from shared.training.sharding import shard
 from shared.training.signals import StopOnSignal
 
 log = logging.getLogger("taskbook")
@@ -276,8 +277,13 @@ def train(trainer, checkpoint: Path | None):
         trainer.get_batch_samples = lambda *args: ([], None)
     # The curve of a loss begins where training does
     trainer.args.eval_on_start = checkpoint is None and trainer.args.eval_strategy != "no"
+    if trainer.is_fsdp_enabled:
+        shard(trainer, trainer.model)
     try:
-        return train_within_memory(trainer, checkpoint)
+        output = train_within_memory(trainer, checkpoint)
+        trainer.optimizer.state.clear()  # what is evaluated and compared next takes their place
+        trainer.model.zero_grad()
+        return output
     except Exception as error:
         if not _write_failed(error):
             raise

@@ -6,6 +6,7 @@ Torch is not imported here before the configuration has been checked.
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -93,6 +94,9 @@ def setup(training_args, run_args) -> None:
     import datasets
     import torch
     import transformers
+    from accelerate.state import DistributedType, PartialState
+
+    from shared.training.sharding import is_sharded
 
     rank = training_args.process_index
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -114,16 +118,19 @@ def setup(training_args, run_args) -> None:
         )
     if processes > 1 and not torch.cuda.is_available():  # transformers 5.23 hands --ddp_timeout on for GPUs only
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=training_args.ddp_timeout))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.cuda.is_available():
-        raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
+    if is_sharded(training_args):
+        if PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+            raise UserError("FSDP needs GPUs: without one accelerate does not shard. Use accelerate/cpu.yaml.")
+        # Else only the first process would have the weights, and all others would try and compare models without any
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if "ACCELERATE_MIXED_PRECISION" in os.environ and not torch.cuda.is_available():
         # accelerate launch gives each process a single thread, so that one process would leave the other cores idle
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
-    step_rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * processes
+    share = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps, processes
     log.info(
-        "%s, %d process%s, %s, seed %d, %d rows a step",
-        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, step_rows),
+        "%s, %d process%s, %s, seed %d, %d rows a step (%d at once x %d accumulated x %d)",
+        *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, math.prod(share), *share),
     )
     for line in run_args.set_aside:
         log.info("%s", line)

@@ -5,6 +5,7 @@ FlashAttention does this, but neither a T4 nor a CPU has it, and a block mask co
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,12 +25,19 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=No
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs = {name: kwargs[name] for name in ("dropout", "scaling") if name in kwargs}
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = _lengths(cu_seq_lens_q)
     parts = [
         sdpa_attention_forward(module, q, k, v, _window(q, sliding_window), **kwargs)[0]
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, dim=1), None
+
+
+def _lengths(starts: torch.Tensor) -> list[int]:
+    """Tokens of each text, read once a batch: on a GPU each reading waits for all that was started, and every layer asks."""
+    if not hasattr(starts, "lengths"):
+        starts.lengths = starts.diff().tolist()
+    return starts.lengths
 
 
 def _window(query: torch.Tensor, size: int | None) -> torch.Tensor | None:
@@ -51,5 +59,27 @@ def packed_mask(batch_size, q_length, kv_length, attention_mask=None, allow_is_c
     return sdpa_mask(batch_size, q_length, kv_length, **skip, **kwargs)
 
 
+_use_gqa_in_sdpa = sdpa_attention.use_gqa_in_sdpa
+
+
+def take_grouped(attention_mask, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's attention is given the fewer key and value heads of grouped queries; else they are repeated before.
+
+    transformers 5.24 gives them whatever the GPU. Of torch's kernels FlashAttention takes them, in half precision from compute
+    capability 8.0 on: a T4, and fp32, would get the MATH kernel, which holds the squared length of the row for each head.
+    """
+    device = key.device.type  # autocast casts inside of torch's attention: rotated keys still come in fp32
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key.dtype
+    gpu = _capability(key.device)
+    quadratic = gpu and (gpu < (8, 0) or dtype == torch.float32)
+    return not quadratic and _use_gqa_in_sdpa(attention_mask, key, value)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU of CUDA; None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+sdpa_attention.use_gqa_in_sdpa = take_grouped
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, packed_mask)

@@ -21,6 +21,7 @@ from shared import UserError
 from shared.inference.torch_runner import carries_state, causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
 from shared.training.packed_attention import PACKED
+from shared.training.sharding import refuse_sharded
 
 # Of trl's own options: what this task does as they say, and what would be half done.
 OBEYED = {"max_length", "chat_template_path", "eos_token", "pad_token", "assistant_only_loss", "completion_only_loss"}
@@ -52,6 +53,9 @@ def check_method(script_args, args, resolved: dict) -> None:
         raise UserError(f"--save_merged: {script_args.method} leaves no adapter that can be merged.")
     if script_args.load_in_4bit and script_args.method == "full":
         raise UserError("--load_in_4bit: weights in 4 bits cannot be trained. Choose --method qlora or p_tuning.")
+    if script_args.load_in_4bit or script_args.method == "p_tuning":
+        what = "--load_in_4bit" if script_args.method == "lora" else f"--method {script_args.method}"
+        refuse_sharded(args, what, "use --method lora, or accelerate/multi_gpu.yaml if the model fits into one GPU")
     if script_args.method != "full":
         check_peft()
     if args.max_length is None or args.max_length < 2:
@@ -239,6 +243,11 @@ def add_adapter(model, script_args, args):
         target_modules="all-linear",
     )
     return get_peft_model(model, config)
+
+
+def base_of(model):
+    """The model under an adapter that is disabled. LoRA's stays around it: with FSDP only the outermost model gathers weights."""
+    return model.get_base_model() if model.active_peft_config.is_prompt_learning else model
 
 
 def save_merged(trainer, whole, tokenizer, served: GenerationConfig) -> None:

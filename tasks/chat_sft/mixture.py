@@ -2,10 +2,8 @@
 
 from collections import Counter
 
-from accelerate.utils import gather_object
 from datasets import interleave_datasets
 from replies import reply
-from tqdm.auto import tqdm
 
 from shared import UserError, metrics
 from shared.data.cleaning import clean_dataset, clean_text, malformed
@@ -13,6 +11,7 @@ from shared.data.load import load_data
 from shared.data.splits import first_rows, split_dataset
 from shared.metrics.rouge.rouge import split_sentences
 from shared.publish.compare import did_it_help
+from shared.training.scoring import score_rows
 
 # How a task is put to the model, and what it says where a text holds no answer.
 SUMMARIZE = "Summarize this text in one or two sentences.\n\n{text}"
@@ -133,15 +132,12 @@ def answer(model, chat, tested: dict, served, args, title: str) -> dict[str, lis
     replies = {}
     for kind, rows in tested.items():
         prompts = [{"messages": messages[:-1]} for messages in rows["messages"]]
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]["messages"][0]["content"]))
-        mine, size, found = longest_first[args.process_index :: args.world_size], args.per_device_eval_batch_size, []
-        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        hidden = args.disable_tqdm or args.process_index > 0
-        for batch in tqdm(batches, desc=f"{kind}, {title}", disable=hidden, leave=False):
-            texts, _ = reply(model, chat, [prompts[i] for i in batch], served, MOST_NEW_TOKENS[kind])
-            found += zip(batch, texts, strict=True)
-        everyone = gather_object(found) if args.world_size > 1 else found
-        replies[kind] = [text for _, text in sorted(everyone)]
+        lengths = [len(prompt["messages"][0]["content"]) for prompt in prompts]
+
+        def write_batch(numbers: list[int], prompts=prompts, kind=kind) -> list[str]:
+            return reply(model, chat, [prompts[i] for i in numbers], served, MOST_NEW_TOKENS[kind])[0]
+
+        replies[kind] = score_rows(model, lengths, write_batch, args, f"{kind}, {title}")
     return replies
 
 

@@ -99,7 +99,17 @@ def main(script_args, args, run_args) -> None:
     import mixture
     from chats import plain_messages, preflight, sample_talks, show
     from datasets import Dataset
-    from methods import add_adapter, attention, check_method, load_chat, load_model, save_merged, serve_as, usage
+    from methods import (
+        add_adapter,
+        attention,
+        base_of,
+        check_method,
+        load_chat,
+        load_model,
+        save_merged,
+        serve_as,
+        usage,
+    )
     from packing import PackedSFTTrainer, RowCollator, prove, score_rows, unigram_scores
     from replies import in_words, sample
     from transformers.trainer_utils import set_seed
@@ -112,6 +122,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.packed_attention import PACKED
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
@@ -184,9 +195,7 @@ def main(script_args, args, run_args) -> None:
     trained_answers = mixture.answer(trainer.model, chat, asked, served, args, "trained model")
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
-        base = (
-            trainer.model.get_base_model() if adapted else load_model(source, "full", args, needs=needs).to(args.device)
-        )
+        base = base_of(trainer.model) if adapted else beside(trainer, load_model(source, "full", args, needs=needs))
         base.eval().set_attn_implementation(model.config._attn_implementation)
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before, before_greedy, base_counted = sample(base, chat, talks, served, "base", args.seed)

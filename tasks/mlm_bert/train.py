@@ -102,6 +102,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import marked, show_data
     from shared.training.signals import StopOnSignal
 
@@ -169,7 +170,7 @@ def main(script_args, args, run_args) -> None:
     asked = sample_prompts(splits["test"]["text"], tokenizer, args.seed)
     prompts = [prompt for prompt, _ in asked]
     after = fill_mask(trainer.model, tokenizer, prompts, args.device)
-    base = load_model(source, script_args.from_scratch, args.seed)[0].to(args.device)
+    base = beside(trainer, load_model(source, script_args.from_scratch, args.seed)[0])
     base_rows = score_documents(base, test, tokenizer, args, "test, untrained model")
     before = fill_mask(base, tokenizer, prompts, args.device)
     baseline = score_most_frequent(counts, test)

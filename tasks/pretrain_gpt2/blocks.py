@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from shared.training.show_data import marked
 
 NOTHING = -1  # fills the last block
 STREAM_STATE = "stream.json"
+LOT = 128, 500_000  # documents, or characters, that are tokenized together
+AHEAD = 8  # lots that are read, and given to the tokenizer, before they are needed
 HELD_OUT = 0.02  # share of a stream's documents for each of test and validation
 
 
@@ -89,7 +92,8 @@ class BlockStream(torch.utils.data.IterableDataset):
 
     Args:
         rows: `datasets.IterableDataset`.
-        encode: row -> token ids, or None for a row that is not trained on (unusable, or held out).
+        text: row -> its text, or None for a row that is not trained on (unusable, or held out).
+        encode: texts -> token ids of each. It works ahead, in a thread beside training, on all cores if it is a tokenizer.
         end, length: as for `Packer`.
         most: documents in one pass; all by default.
         keep: how many blocks the trainer may fetch ahead of the step that is saved.
@@ -97,8 +101,8 @@ class BlockStream(torch.utils.data.IterableDataset):
             without reading the corpus again.
     """
 
-    def __init__(self, rows, encode: Callable, end: int, length: int, most: int | None, keep: int, resume=None):
-        self.rows, self.encode, self.end, self.length, self.most = rows, encode, end, length, most
+    def __init__(self, rows, text, encode: Callable, end: int, length: int, most: int | None, keep: int, resume=None):
+        self.rows, self.text, self.encode, self.end, self.length, self.most = rows, text, encode, end, length, most
         self.resume, self.states = resume, deque(maxlen=keep)
 
     def __iter__(self) -> Iterator[dict]:
@@ -111,15 +115,13 @@ class BlockStream(torch.utils.data.IterableDataset):
         for current in range(state["pass"], 10**9):
             self.rows.set_epoch(current)
             begun = number
-            for row in self.rows:
-                ids = self.encode(row)
-                documents += ids is not None
-                for block in packer.add(ids) if ids is not None else ():
+            for ids, rows in self._documents():
+                documents += 1
+                for block in packer.add(ids):
                     number += 1
                     if number > state["skip"]:
                         yield example(block, self.end)
-                if ids is not None:
-                    self._remember(number, current, documents, packer)
+                self._remember(number, current, documents, packer, rows)
                 if documents == self.most:
                     break
             documents = 0
@@ -129,22 +131,45 @@ class BlockStream(torch.utils.data.IterableDataset):
                     yield example(block, self.end)
             if number == begun and not state["rows"]:
                 return  # nothing to train on: Trainer says so
-            self._remember(number, current + 1, 0, packer, fresh=True)
+            self._remember(number, current + 1, 0, packer, None)
+
+    def _documents(self) -> Iterator[tuple[list[int], dict]]:
+        """Token ids of each document of a pass, in their order, with the state of the rows after it."""
+
+        def lots():
+            texts, states = [], []
+            for row in self.rows:
+                if (text := self.text(row)) is not None:
+                    texts.append(text)
+                    states.append(self.rows.state_dict())
+                if len(texts) == LOT[0] or sum(map(len, texts)) >= LOT[1]:
+                    yield texts, states
+                    texts, states = [], []
+            yield texts, states
+
+        with ThreadPoolExecutor(1) as beside:
+            ahead = deque()
+            for texts, states in lots():
+                ahead.append((beside.submit(self.encode, texts), states))
+                if len(ahead) > AHEAD:
+                    encoded, states = ahead.popleft()
+                    yield from zip(encoded.result(), states, strict=True)
+            for encoded, states in ahead:
+                yield from zip(encoded.result(), states, strict=True)
 
     def first(self, count: int) -> np.ndarray:
         """The first blocks of the corpus, read again: (count, length + 1) of int32."""
-        again = BlockStream(self.rows, self.encode, self.end, self.length, self.most, 1)
+        again = BlockStream(self.rows, self.text, self.encode, self.end, self.length, self.most, 1)
         rows = [
             torch.cat([block["input_ids"][:1], block["shift_labels"].clamp(min=NOTHING)]).numpy()
             for block in islice(again, count)
         ]
         return np.stack(rows).astype(np.int32)
 
-    def _remember(self, number: int, current: int, documents: int, packer: Packer, fresh: bool = False) -> None:
+    def _remember(self, number: int, current: int, documents: int, packer: Packer, rows: dict | None) -> None:
         """One state for each number of blocks, the latest document boundary before the block after it."""
         if self.states and self.states[-1]["blocks"] == number:
             self.states.pop()
-        rows = None if fresh else self.rows.state_dict()
         self.states.append(
             {"blocks": number, "pass": current, "documents": documents, "carry": list(packer.carry), "rows": rows}
         )
@@ -199,5 +224,5 @@ def document_positions(input_ids: torch.Tensor, end: int) -> tuple[torch.Tensor,
     starts = begins.flatten().nonzero().flatten()
     total = input_ids.numel()
     lengths = torch.diff(starts, append=starts.new_tensor([total]))
-    positions = torch.arange(total, device=starts.device) - torch.repeat_interleave(starts, lengths)
+    positions = torch.arange(total, device=starts.device) - torch.repeat_interleave(starts, lengths, output_size=total)
     return positions[None], torch.cat([starts, starts.new_tensor([total])])

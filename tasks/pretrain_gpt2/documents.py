@@ -49,11 +49,6 @@ class Corpus:
             return None
         return found["text"]
 
-    def encode(self, tokenizer, row: dict) -> list[int] | None:
-        """Token ids of a training row, None if it is none."""
-        text = self.text(row)
-        return None if text is None else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
     def texts(self) -> Iterator[str]:
         """All training texts, from the beginning."""
         self.rows.load_state_dict(None)

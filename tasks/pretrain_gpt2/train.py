@@ -89,9 +89,9 @@ def main(script_args, args, run_args) -> None:
 
     from blocks import Blocks, BlockStream, SaveStream, as_text, pack, read_state
     from documents import load_documents, open_stream
-    from gpt2_models import build_model, load_tokenizer, usage, write_samples
+    from gpt2_models import build_model, load_tokenizer, token_ids, usage, write_samples
     from ngrams import ngram_scores
-    from trainer_gpt2 import CHUNK, PretrainTrainer, score_documents
+    from trainer_gpt2 import CHUNK, PretrainTrainer, check_options, score_documents
     from transformers import default_data_collator
     from transformers.trainer_utils import set_seed
 
@@ -101,18 +101,16 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
+    check_options(script_args, args)
     args.remove_unused_columns = False  # blocks have just the columns that the loss needs
     length, streaming = script_args.block_length, script_args.streaming
     step_blocks = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     needed = args.max_steps * step_blocks
-    if streaming and (needed <= 0 or args.dataloader_num_workers):
-        raise UserError(
-            "--streaming needs --max_steps, and leaves --dataloader_num_workers at 0: a stream has no known end."
-        )
 
     # Data
     most = {"validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
@@ -125,16 +123,13 @@ def main(script_args, args, run_args) -> None:
         texts = {name: list(first_rows(rows, limits[name])["text"]) for name, rows in splits.items()}
         sample = texts["train"]
     tokenizer = load_tokenizer(script_args.tokenizer or run_args.model_name_or_path, sample, script_args.vocab_size)
-    end = tokenizer.eos_token_id
-
-    def encode(texts):
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    end, encode = tokenizer.eos_token_id, partial(token_ids, tokenizer)
 
     held_out = {name: encode(texts[name]) for name in ("validation", "test")}
     if streaming:
         # fetched ahead: the batches of one step, and the one that the data loader holds
         keep = step_blocks + 2 * args.per_device_train_batch_size * args.world_size
-        blocks = BlockStream(corpus.rows, partial(corpus.encode, tokenizer), end, length, run_args.max_train_rows, keep)
+        blocks = BlockStream(corpus.rows, corpus.text, encode, end, length, run_args.max_train_rows, keep)
         facts = {"rows": needed, "tokens": needed * length, "training_documents": "a stream"}
         whole = None
     else:
@@ -201,7 +196,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     score = partial(score_documents, documents=held_out["test"], length=length, end=end, args=args)
-    base = new_model().to(args.device).eval()
+    base = beside(trainer, new_model().eval())
     trained_rows = score(trainer.model, title="test, trained model")
     base_rows = score(base, title="test, untrained model")
     seen = blocks.first(min(needed, NGRAM_TOKENS // length)) if streaming else blocks.blocks

@@ -13,9 +13,20 @@ from shared.training.hardware import matmul_flops
 from shared.training.losses import finite, log_evaluation, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import autocast, score_rows
+from shared.training.sharding import refuse_sharded
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)
+
+
+def check_options(script_args, args) -> None:
+    """Raises UserError where other options do not go with `--streaming` or `--optimizer muon`."""
+    if script_args.streaming and (args.max_steps <= 0 or args.dataloader_num_workers):
+        raise UserError(
+            "--streaming needs --max_steps, and leaves --dataloader_num_workers at 0: a stream has no known end."
+        )
+    if script_args.optimizer == "muon":
+        refuse_sharded(args, "--optimizer muon", "use --optimizer adamw")
 
 
 def hidden_states(model, input_ids: torch.Tensor, end: int) -> torch.Tensor:
@@ -87,8 +98,6 @@ class PretrainTrainer(Trainer):
     def create_optimizer(self, model=None):
         """AdamW with betas from the training arguments, Muon for the hidden matrices if asked."""
         if self.optimizer is None:
-            if self.muon and self.is_fsdp_enabled:
-                raise UserError("--optimizer muon needs whole matrices and FSDP shards them: use --optimizer adamw.")
             self.optimizer = MuonAdamW(
                 parameter_groups(self.model if model is None else model, self.muon, self.args.weight_decay),
                 lr=self.args.learning_rate,
@@ -106,9 +115,8 @@ class PretrainTrainer(Trainer):
         targets = inputs["shift_labels"].flatten()
         hidden = hidden_states(model, inputs["input_ids"], self.end)
         head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        with autocast(
-            hidden.device, self.args
-        ):  # accelerate's covers the model's forward only, and the head is a third of it
+        # accelerate's covers the model's forward only, and the head is a third of it
+        with autocast(hidden.device, self.args):
             total = loss_sum(hidden, head, targets)
         loss = step_mean(self, total, (targets != -100).sum(), num_items_in_batch)
         return finite(loss, lambda: f" at step {self.state.global_step + 1}")
@@ -177,8 +185,9 @@ def score_documents(model, documents: list[list[int]], length: int, end: int, ar
         inputs, targets = (
             torch.stack([p[key] for p in padded]).to(model.device) for key in ("input_ids", "shift_labels")
         )
-        head = model.get_output_embeddings().weight
-        parts = zip(hidden_states(model, inputs, end).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
+        hidden = hidden_states(model, inputs, end)
+        head = model.get_output_embeddings().weight  # after the forward pass: FSDP gathers it there
+        parts = zip(hidden.split(CHUNK), targets.flatten().split(CHUNK), strict=True)
         losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in parts]
         return torch.cat(losses).view(targets.shape).cpu().double().sum(1).tolist()
 

@@ -108,6 +108,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
@@ -189,7 +190,7 @@ def main(script_args, args, run_args) -> None:
         no_answer = {"no_answer_scores": found["no_answer"], "threshold": model.config.no_answer_threshold}
     tested, trained_scores = compute_metrics(rows["test"], texts, "test", **no_answer)
     set_seed(args.seed)  # the same new head as before training
-    base = reader.load_model(source, script_args.dropout, args.device).to(args.device)
+    base = beside(trainer, reader.load_model(source, script_args.dropout, args.device))
     _, base_texts, base_loss = answer(base, "test", "untrained model")
     base_metrics, base_scores = compute_metrics(rows["test"], base_texts, "base")
     guesses = {"position": features.most_frequent_place(rows["train"], rows["test"])}

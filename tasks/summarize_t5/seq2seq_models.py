@@ -22,6 +22,7 @@ from warm_start import bart_from_bert
 from shared import UserError
 from shared.training.losses import finite
 from shared.training.scoring import score_rows
+from shared.training.sharding import refuse_sharded
 
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5")
 
@@ -105,6 +106,7 @@ def load_model(source: Path | None, tokenizer, script_args, args):
     if model.config.decoder_start_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"{source}: its config names no decoder_start_token_id, or its tokenizer no padding token.")
     if args.fp16 and model.config.model_type in T5_FAMILY:
+        refuse_sharded(args, "--fp16 for a T5", "train without it, or take accelerate/multi_gpu.yaml")
         keep_feed_forward_in_fp32(model, args.device.type)
     if prefix_of(model):
         model.config.task_specific_params = {"summarization": {"prefix": prefix_of(model)}}

@@ -118,6 +118,7 @@ def main(script_args, args, run_args) -> None:
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
+    from shared.training.sharding import beside
     from shared.training.show_data import show_data
     from shared.training.signals import StopOnSignal
 
@@ -177,7 +178,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     documents, references = list(splits["test"]["document"]), list(splits["test"]["summaries"])
-    base = load_model(source, tokenizer, script_args, args).to(args.device)
+    base = beside(trainer, load_model(source, tokenizer, script_args, args))
     base.generation_config = model.generation_config
     outputs, losses = {}, {}
     for name, system in (("base", base), ("test", trainer.accelerator.unwrap_model(trainer.model))):
@@ -188,9 +189,8 @@ def main(script_args, args, run_args) -> None:
     metrics, rouge = {"test_rows": len(documents)}, {}
     for name, texts in outputs.items():
         found, rouge[name] = compute_metrics(texts, documents, references)
-        keep = (
-            ("summary_words", "novel_bigrams") if name == "reference" else found
-        )  # its ROUGE with itself says nothing
+        # The ROUGE of the references with themselves says nothing
+        keep = ("summary_words", "novel_bigrams") if name == "reference" else found
         metrics |= {f"{name}_{key}": found[key] for key in keep}
     for name, scores in losses.items():
         perplexity = shared_metrics.load("perplexity").compute(

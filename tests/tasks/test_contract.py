@@ -135,13 +135,16 @@ def weights(run) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
-    """8 x 1 = 2 x 4 = two processes of 4: loss, gradient norm, weights. 3 test rows in 2 processes. The run is shorter than
-    `logging_steps` and is not evaluated, and has a loss and a card all the same."""
+    """8 x 1 = 2 x 4 = two processes of 4 = two with half of the model each (FSDP): loss, gradient norm, weights. 3 test rows in 2
+    processes. The run is shorter than `logging_steps` and is not evaluated, and has a loss and a card all the same."""
     script = ROOT / "tasks" / task / "train.py"
     bars = {"disable_tqdm": False}
     one = task_runs.command(script, *argv(task, tmp_path / "one", **bars))
-    two = task_runs.in_two_processes(task, argv(task, tmp_path / "two", per_device_train_batch_size=4, **bars))
-    task_runs.assert_like_one(two, one, tmp_path)
+    for name in ("two", "sharded"):
+        flags = argv(task, tmp_path / name, per_device_train_batch_size=4, **bars)
+        two = task_runs.in_two_processes(task, flags, name == "sharded")
+        task_runs.assert_like_one(two, one, tmp_path, name)
+        assert name == "two" or "holds 0.5" in two.stdout
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     many = task_runs.command(script, *argv(task, tmp_path / "many", **split))
     assert many.returncode == 0, many.stderr[-3000:]
@@ -155,7 +158,7 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
     assert compared.returncode == 0 and "| one" in compared.stdout and "paired test over" in compared.stdout, compared
     history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [2] and (tmp_path / "one" / "README.md").exists()
-    for name in ("many", "two"):
+    for name in ("many", "two", "sharded"):
         other = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         for key in ("loss", "grad_norm"):
             assert other[0][key] == pytest.approx(history[0][key], rel=2e-4), (name, key)

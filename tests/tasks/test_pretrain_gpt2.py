@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from functools import partial
 
@@ -111,7 +112,9 @@ def test_no_token_is_lost_and_each_is_predicted_once(length):
 def stream_of(documents, **options):
     rows = datasets.Dataset.from_dict({"ids": documents}).to_iterable_dataset(num_shards=3)
     options = {"most": None, "keep": 8} | options
-    return blocks.BlockStream(rows, lambda row: list(row["ids"]), END, 16, **options)
+    return blocks.BlockStream(
+        rows, lambda row: row["ids"], lambda documents: list(map(list, documents)), END, 16, **options
+    )
 
 
 def take(stream, count):
@@ -144,7 +147,7 @@ def test_a_stream_goes_on_at_any_block(stopped):
     state = json.loads(json.dumps(stream.state_at(stopped)))
     read = []
     again = stream_of(documents, resume=state)
-    again.encode = lambda row: read.append(1) or list(row["ids"])
+    again.encode = lambda documents: read.append(1) or list(map(list, documents))
     assert take(again, 280)[stopped:] == whole[stopped:280]
     if stopped == 77:
         read.clear()
@@ -152,6 +155,25 @@ def test_a_stream_goes_on_at_any_block(stopped):
         assert not read
     later = json.loads(json.dumps(again.state_at(278)))
     assert take(stream_of(documents, resume=later), 300)[278:] == whole[278:]
+
+
+def test_lots_are_encoded_ahead_beside_training_and_in_order(monkeypatch):
+    """And a stream that is left ends its thread; an error of the tokenizer arrives."""
+    monkeypatch.setattr(blocks, "LOT", (3, 10**9))
+    documents, lots = some_documents(), []
+    whole, stream = take(stream_of(documents), 40), stream_of(documents)
+    stream.encode = lambda texts: lots.append((threading.current_thread().name, len(texts))) or list(map(list, texts))
+    running = iter(stream)
+    first = next(running)
+    assert (first["input_ids"].tolist(), first["shift_labels"].tolist()) == whole[0]
+    running.close()
+    assert {name for name, _ in lots} == {lots[0][0]} != {threading.current_thread().name}
+    assert len(lots) > 1 and all(size == 3 for _, size in lots)
+    assert lots[0][0] not in {thread.name for thread in threading.enumerate()}
+    assert take(stream_of(documents), 40) == whole
+    stream.encode = lambda texts: 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        next(iter(stream))
 
 
 def test_sides_depend_on_the_text_alone():
@@ -173,7 +195,7 @@ def test_a_stream_is_not_held_in_memory(tmp_path):
         "import datasets, blocks, documents\n"
         "from shared.training.arguments import RunArguments\n"
         "corpus = documents.open_stream(RunArguments(dataset=sys.argv[1]), {'test': 5, 'validation': 5}, 1)\n"
-        "stream = blocks.BlockStream(corpus.rows, lambda row: [len(row['text'])] * 16, 0, 16, None, 8)\n"
+        "stream = blocks.BlockStream(corpus.rows, corpus.text, lambda texts: [[len(t)] * 16 for t in texts], 0, 16, None, 8)\n"
         "count = 0\n"
         "for block in stream:\n"
         "    count += 1\n"

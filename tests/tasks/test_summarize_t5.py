@@ -305,7 +305,7 @@ def test_fp16_overflows_plainly_and_not_with_fp32_feed_forward(small, activation
 def test_fp16_runs_of_a_t5_are_protected_and_of_bart_need_not_be(small):
     """`load_model` itself does it, so that no recipe can forget it."""
     script_args = Namespace(max_source_length=64, max_target_length=12, scratch_width=64)
-    args = Namespace(fp16=True, seed=1, generation_num_beams=1, device=torch.device("cpu"))
+    args = Namespace(fp16=True, fsdp=None, seed=1, generation_num_beams=1, device=torch.device("cpu"))
     for name in ("t5", "bart"):
         tokenizer = AutoTokenizer.from_pretrained(small / name)
         model = seq2seq_models.load_model(str(small / name), tokenizer, script_args, args)

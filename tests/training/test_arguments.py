@@ -72,3 +72,41 @@ def test_what_belongs_to_something_is_an_option():
         names = {f.name for cls in (script, RunArguments) for f in fields(cls)}
         belongs = getattr(script, "BELONGS_TO", {}) | RunArguments.BELONGS_TO
         assert belongs.keys() <= names and set(belongs.values()) <= names
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "share"),
+    [
+        ("pretrain_gpt2/configs/t4.yaml", 1, (8, 64)),
+        ("pretrain_gpt2/configs/t4.yaml", 8, (8, 8)),
+        ("chat_sft/configs/t4.yaml", 8, (4, 1)),
+        ("classify_bert/configs/laptop.yaml", 2, (8, 1)),
+        ("classify_bert/configs/laptop.yaml", 3, (5, 1)),  # 15 rows instead of 16
+        ("classify_bert/configs/laptop.yaml", 32, (1, 1)),
+    ],
+)
+def test_a_step_of_a_recipe_has_as_many_rows_in_several_processes(config, processes, share, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.world_size", processes)
+    path, task = ROOT / "tasks" / config, config.split("/")[0]
+    recipe = yaml.safe_load(path.read_text())
+    rows = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
+    script, training = train_script(task).ScriptArguments, CHAT if task == "chat_sft" else TRAINING
+    _, args, run_args = parse(script, training, [f"--config={path}", "--fp16=false"])
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == share
+    taken = share[0] * share[1] * processes
+    said = [line for line in run_args.set_aside if "do not share out" in line]
+    assert said == (
+        [] if taken == rows else [f"{rows} rows a step do not share out over {processes} processes: {taken} are taken"]
+    )
+    assert run_args.resolved["per_device_train_batch_size"] == recipe["per_device_train_batch_size"]
+
+
+def test_what_is_typed_is_meant_for_each_process_and_run_yaml_repeats_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.world_size", 4)
+    script, config = train_script("pretrain_gpt2").ScriptArguments, ROOT / "tasks/pretrain_gpt2/configs/t4.yaml"
+    typed = [f"--config={config}", "--fp16=false", "--per_device_train_batch_size=16"]
+    _, args, run_args = parse(script, TRAINING, typed)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (16, 64)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_args.resolved))
+    _, again, _ = parse(script, TRAINING, [f"--config={tmp_path / 'run.yaml'}"])
+    assert (again.per_device_train_batch_size, again.gradient_accumulation_steps) == (16, 64)

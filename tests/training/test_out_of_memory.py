@@ -182,3 +182,10 @@ def test_a_scoring_function_is_repeated_with_smaller_batches():
     args.per_device_eval_batch_size, args.world_size = 12, 2
     with pytest.raises(UserError, match="process 0 of 2.*--per_device_eval_batch_size 6;"):
         score("m", args)
+
+
+def test_after_training_only_the_weights_are_left(tmp_path):
+    """Of what training takes, 16 bytes a parameter: a second model of 4 to compare with has room, then."""
+    trainer = trained(tmp_path, max_steps=2)
+    assert not trainer.optimizer.state and all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -82,15 +82,6 @@ def test_a_recipe_for_a_t4_is_run_in_fp32_by_one_word():
     assert not args.fp16 and not args.bf16
 
 
-def test_sharding_without_a_gpu_is_refused(monkeypatch, tmp_path):
-    """accelerate would silently hold the whole model in each process."""
-    script = train_script("summarize_t5").ScriptArguments
-    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP needs GPUs"):
-        setup(args, run_args)
-
-
 def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):
     """macOS as far as it can be faked: cores are not told by process, and Apple's GPU is a device without CUDA."""
     monkeypatch.delattr(os, "sched_getaffinity")
