@@ -27,6 +27,7 @@ CONFIGURATIONS = (
     "chat_sft --method full",
     "chat_sft --per_device_train_batch_size 1 --gradient_accumulation_steps 8",
     "chat_sft --gradient_checkpointing true",
+    "dpo_chat",
 )
 
 

@@ -224,6 +224,21 @@ def no_robots(name: str, count: int) -> list[dict]:
     return [row | {"category": "Chat"} for row in rows]
 
 
+def preferences(name: str, count: int) -> list[dict]:
+    """As ultrafeedback_binarized: a prompt, and two whole conversations with their scores."""
+    rows = []
+    for number, talk in enumerate(talks(name, count)):
+        asked, other = talk[0], {"content": f"I do not know number {number}, ask somebody else.", "role": "assistant"}
+        row = {
+            "prompt": asked["content"],
+            "prompt_id": f"{number:064x}",
+            "chosen": talk[:2],
+            "rejected": [asked, other],
+        }
+        rows.append(row | {"messages": talk[:2], "score_chosen": 8.0, "score_rejected": 3.0})
+    return rows
+
+
 def chats(name: str, count: int, source: bool) -> list[dict]:
     rows = []
     for number, messages in enumerate(talks(name, count)):
@@ -332,6 +347,16 @@ def seed_datasets(hub, folder: Path) -> None:
         "HuggingFaceH4/no_robots": (
             "cc-by-nc-4.0",
             {("default", "data"): splits(no_robots, "train", "test")},
+            None,
+        ),
+        "HuggingFaceH4/ultrafeedback_binarized": (
+            "mit",
+            {
+                ("default", "data"): {
+                    **{f"{split}_prefs": preferences(split, ROWS[split]) for split in ("train", "test")},
+                    "train_gen": preferences("gen", 40),
+                }
+            },
             None,
         ),
         "stanfordnlp/imdb": (

@@ -31,7 +31,8 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
         *("torch", "datasets", "peft", "evaluate", "matplotlib.pyplot", "transformers.models.auto.modeling_auto"),
-        *("transformers.trainer_seq2seq", "transformers.pipelines", "trl.trainer.sft_trainer"),
+        *("transformers.trainer_seq2seq", "transformers.pipelines"),
+        *("trl.trainer.sft_trainer", "trl.trainer.dpo_trainer"),
     ]
 )
 

@@ -111,6 +111,22 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
             words += ["--model_name_or_path", str(tiny / "llama")]
         words += ["--dataset", str(data)] if "--dataset" not in words else []
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    if "tasks/dpo_chat/train.py" in words:
+        rows = [{"question": f"Colour of {i}, {i * 7}?", "good": f"{i} red", "bad": f"{i} green"} for i in range(60)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        if "--dataset" in words:
+            words[words.index("--dataset") + 1] = str(tmp_path / "pairs.jsonl")
+        else:
+            words += ["--dataset", str(tmp_path / "pairs.jsonl")]
+            words += ["--columns", "prompt=question", "chosen=good", "rejected=bad"]
+        words += [
+            "--model_name_or_path",
+            str(tiny / "llama"),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--max_steps",
+            "1",
+        ]
     if "tasks/pretrain_gpt2/train.py" in words:
         if "--dataset" in words:
             words[words.index("--dataset") + 1] = str(data)

@@ -19,6 +19,8 @@ ALSO_CALLED = {
     "answers": ("answer", "a", "response", "answer_text"),
     "prompt": ("question", "instruction", "query", "input", "request", "user", "q"),
     "completion": ("answer", "response", "reply", "output", "assistant", "chosen", "a"),
+    "chosen": ("preferred", "better", "good", "accepted", "positive"),
+    "rejected": ("dispreferred", "worse", "bad", "negative"),
 }
 LONG = ("text", "document", "context")
 

@@ -1,4 +1,4 @@
-"""Text is data: it never becomes a control token, whatever it spells. Used by tasks/chat_sft and by deploy.
+"""Text is data: it never becomes a control token, whatever it spells. Used by the chat tasks and by deploy.
 
 A tokenizer finds its control tokens by their spelling, so `<|im_end|>` in a text would end the turn that holds it. Here each
 control token gets a secret name, new with every start: only what the chat template wrote is given these names, and a

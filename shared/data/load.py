@@ -52,7 +52,7 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
 def _common_columns(splits: dict) -> dict:
     """Splits that come from files of their own, with the columns that all of them have."""
     names = {split: getattr(rows, "column_names", None) for split, rows in splits.items()}
-    if any(columns is None for columns in names.values()):
+    if "train" not in names or any(columns is None for columns in names.values()):
         return splits
     common = [column for column in names.get("train", []) if all(column in columns for columns in names.values())]
     for split, columns in names.items():

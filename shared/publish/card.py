@@ -35,6 +35,7 @@ METRICS = {
     "no_answer_f1": ("f1", "F1 of questions without an answer"),
     "best_exact_match": ("exact_match", "Exact match at the best threshold for these rows"),
     "best_f1": ("f1", "F1 at the best threshold for these rows"),
+    "margin": ("margin", "Margin of chosen over rejected replies (nats per token)"),
 }
 NOT_METRICS = ("_ci95", "_threshold", "_rows", "_tokens", "_samples", "_runtime", "_seconds", "_per_second", "_time")
 

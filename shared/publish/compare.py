@@ -40,7 +40,8 @@ def did_it_help(
     tested, verdict = "loss" if metric == "perplexity" else metric, _verdict(found, higher)
     low, high = (short_number(end, found["difference_ci95"]) for end in found["difference_ci95"])
     before_value, after = value(base), value(trained)
-    change = f"{(after / before_value - 1) * 100:+.1f} %, " if before_value else ""
+    # A share of a margin, which may be of either sign, says nothing
+    change = f"{(after / before_value - 1) * 100:+.1f} %, " if before_value and metric != "margin" else ""
     why = ""
     if verdict == "Not clearly":
         why = (

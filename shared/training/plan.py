@@ -201,6 +201,7 @@ def print_plan(
     longest_target: int = 0,
     positions_at_once: int | None = None,
     in_4bit: bool = False,
+    pairs: bool = False,
     smaller: str = "a smaller model",
     **_,
 ) -> None:
@@ -213,6 +214,8 @@ def print_plan(
         supervised_share: share of the positions whose logits are computed; 0 where there is no vocabulary.
         positions_at_once: how many of them exist at the same time, where the loss is computed in pieces.
         in_4bit: see `estimate`.
+        pairs: a row is a pair of texts (DPO), `longest_row` the longer of them and `tokens` those of both; a frozen reference
+            reads them once more, half of the work of a step that trains an adapter.
         smaller: what else needs less memory in this task, in words.
     """
     here = run_args.hardware == "this"
@@ -230,6 +233,7 @@ def print_plan(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    texts = 2 if pairs else 1
     per_step = micro * accumulated * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_step * args.num_train_epochs)
 
@@ -238,7 +242,7 @@ def print_plan(
             model.gradient_checkpointing_enable({"use_reentrant": False})
         kept = math.ceil(supervised_share * longest_row)
         kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
-        found = estimate(model, batch, longest_row, kept, device.precision, longest_target, in_4bit)
+        found = estimate(model, batch * texts, longest_row, kept, device.precision, longest_target, in_4bit)
         if on_cpu:
             found["peak"] += held + BUFFERS + (GAPS - 1) * (found["peak"] - found["weights"])
         return found
@@ -250,7 +254,8 @@ def print_plan(
     if positions_at_once:  # the memory is that of one piece, the work that of all
         kept = math.ceil(supervised_share * longest_row)
         flops = estimate(model, micro, longest_row, kept, device.precision, longest_target, in_4bit)["flops"]
-    mean_length = tokens / rows / (longest_row + longest_target)
+    mean_length = tokens / rows / texts / (longest_row + longest_target)
+    flops *= 1.5 if pairs else 1
     reached = (UTILISATION if here else OF_DATA_SHEET) * device.flops
     seconds = steps * accumulated * flops * min(1, mean_length) / reached
     disk = 12 * trained * ((args.save_total_limit or 3) + 1)

@@ -32,7 +32,7 @@ from shared.training.identity import fingerprint, run_identity
 
 PLAIN = "transformers.training_args:TrainingArguments"
 TRAINING = dict.fromkeys(("pretrain_gpt2", "mlm_bert", "classify_bert", "qa_squad"), PLAIN)
-TRAINING |= {"chat_sft": "trl.trainer.sft_config:SFTConfig"}
+TRAINING |= {"chat_sft": "trl.trainer.sft_config:SFTConfig", "dpo_chat": "trl.trainer.dpo_config:DPOConfig"}
 TRAINING |= {"summarize_t5": "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"}
 TASKS = sorted(TRAINING)
 SETTINGS = {
@@ -41,6 +41,7 @@ SETTINGS = {
     "classify_bert": {"max_length": 32, "min_label_rows": 2},
     "qa_squad": {"max_length": 48, "doc_stride": 8, "dropout": 0.0},
     "chat_sft": {"max_length": 256},
+    "dpo_chat": {"max_length": 256},
     "summarize_t5": {"max_source_length": 48, "max_target_length": 8},
 }
 
@@ -58,6 +59,11 @@ def make_rows(task: str, count: int, changed: bool = False) -> list[dict]:
             {
                 "chat_sft": {"question": text, "answer": f"{colour} {words(draw, 1, 12)}"},
                 "classify_bert": {"text": text, "label": colour},
+                "dpo_chat": {
+                    "prompt": text,
+                    "chosen": f"{colour} {words(draw, 1, 12)}",
+                    "rejected": words(draw, 1, 12),
+                },
                 "mlm_bert": {"text": text},
                 "pretrain_gpt2": {"text": text},
                 "qa_squad": {"context": f"{text} red green", "question": f"Which is {i}?", "answers": f"{i * 7919}"},
@@ -86,7 +92,7 @@ def models(tmp_path_factory, tiny, tiny_bert):
         part.save_pretrained(folder / "dropping_t5")
     t5 = task_runs.without_dropout(folder / "dropping_t5", folder / "t5")
     bert = task_runs.without_dropout(tiny_bert, folder / "bert")
-    return {"chat_sft": tiny / "llama", "summarize_t5": t5} | dict.fromkeys(
+    return {"chat_sft": tiny / "llama", "dpo_chat": tiny / "llama", "summarize_t5": t5} | dict.fromkeys(
         ("mlm_bert", "classify_bert", "qa_squad"), bert
     )
 
@@ -495,6 +501,7 @@ def test_data_is_shown_before_it_is_trained(task, argv, tmp_path, caplog):
     assert len(shown) == 3, said
     learnt = {
         "chat_sft": r"\[\[(red|green) .*<\|im_end\|>\n?\]\]",
+        "dpo_chat": r"assistant\n\[\[(red|green) .*<\|im_end\|>\]\]\nrejected: \[\[.*<\|im_end\|>\]\]$",
         "classify_bert": r"number .*\n-> \[\[(red|green)\]\]$",
         "mlm_bert": r"\[\[.*\]\]",
         "pretrain_gpt2": r"^[^\[]+\[\[.*\]\]$",

@@ -25,6 +25,7 @@ RECIPES = sorted(
 CUT = {
     "chat_sft": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 12, "per_device_eval_batch_size": 12},
     "classify_bert": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 10, "max_length": 64},
+    "dpo_chat": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 10, "max_length": 256},
     "mlm_bert": {"max_train_rows": 40, "max_validation_rows": 4, "max_test_rows": 5, "max_length": 64},
     "pretrain_gpt2": {"max_train_rows": 60, "max_validation_rows": 4, "max_test_rows": 12, "block_length": 128}
     | {"size": "nano", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
@@ -37,6 +38,7 @@ ON_THE_CARD = {
     "tasks/classify_bert/configs/t4.yaml": ["no label 40", "neg, pos"],
     "tasks/mlm_bert/configs/t4.yaml": ["read 50 = kept 50", "15% of the words"],
     "tasks/summarize_t5/configs/t4.yaml": ["license: apache-2.0"],
+    "tasks/dpo_chat/configs/t4.yaml": ["license: apache-2.0", "Chosen reply preferred"],
     "tasks/chat_sft/configs/t4_llama2_qlora.yaml": ["license: llama2", "load_in_4bit=True"],
     "tasks/chat_sft/configs/t4_llama2_p_tuning.yaml": ["license: llama2", "load_in_4bit=True"],
 }

@@ -10,8 +10,8 @@ from shared.training.arguments import RunArguments, parse
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tasks/*/configs/*.yaml"))
 TRAINING = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
-CHAT = "trl.trainer.sft_config:SFTConfig"
-MADE_FOR_THE_DATA = {"columns", "dataset_config", "label_until", "min_label_rows"}
+OWN = {"chat_sft": "trl.trainer.sft_config:SFTConfig", "dpo_chat": "trl.trainer.dpo_config:DPOConfig"}
+MADE_FOR_THE_DATA = {"rejected", "columns", "dataset_config", "label_until", "min_label_rows"}
 
 
 def parsed(config: str, *argv: str) -> tuple[dict, list[str]]:
@@ -19,7 +19,7 @@ def parsed(config: str, *argv: str) -> tuple[dict, list[str]]:
     task = config.split("/")[1]
     script, _, run_args = parse(
         train_script(task).ScriptArguments,
-        CHAT if task == "chat_sft" else TRAINING,
+        OWN.get(task, TRAINING),
         [f"--config={ROOT / config}", "--fp16=false", *argv],
     )
     both = {f.name: getattr(args, f.name) for args in (script, run_args) for f in fields(args)}
