@@ -30,9 +30,7 @@ class ScriptArguments:
             "tokens in front of the prompt (p_tuning)."
         },
     )
-    lora_r: int = field(
-        default=16, metadata={"help": "Rank of the LoRA matrices: more learns more and takes more memory."}
-    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices: more learns more and takes more."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the inputs of the LoRA matrices."})
     load_in_4bit: bool = field(
@@ -52,10 +50,7 @@ class ScriptArguments:
         default_factory=list, metadata={"help": "Shares of the training rows: of --dataset, then of each of --mixture."}
     )
     roles: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Who is who, where names do not tell: `user=customer assistant=agent`, the names as in the data."
-        },
+        default_factory=list, metadata={"help": "Who is who where names do not tell: user=customer assistant=agent."}
     )
     save_merged: bool = field(default=False, metadata={"help": "Also write merged/, the adapter merged into its base."})
 
@@ -83,9 +78,7 @@ def compute_metrics(rows: dict[str, list[float]], prefix: str) -> dict:
     """Loss, perplexity and token accuracy over all trained tokens of a split, with 95 % bootstrap intervals over rows."""
     from shared import metrics
 
-    found = metrics.load("perplexity").compute(
-        predictions=rows["nll"], references=[int(count) for count in rows["tokens"]]
-    )
+    found = metrics.load("perplexity").compute(predictions=rows["nll"], references=list(map(int, rows["tokens"])))
     found["accuracy"] = sum(rows["correct"]) / sum(rows["tokens"])
     found["accuracy_ci95"] = metrics.ci95(metrics.bootstrap_ratio(rows["correct"], rows["tokens"]))
     return {f"{prefix}_{name}": value for name, value in found.items()}
@@ -96,20 +89,11 @@ def main(script_args, args, run_args) -> None:
     # Setup
     from contextlib import nullcontext
 
+    import methods
     import mixture
     from chats import plain_messages, preflight, sample_talks, show
     from datasets import Dataset
-    from methods import (
-        add_adapter,
-        attention,
-        base_of,
-        check_method,
-        load_chat,
-        load_model,
-        save_merged,
-        serve_as,
-        usage,
-    )
+    from methods import add_adapter, attention, check_method, load_chat, load_model, serve_as
     from packing import PackedSFTTrainer, RowCollator, prove, score_rows, unigram_scores
     from replies import in_words, sample
     from transformers.trainer_utils import set_seed
@@ -195,7 +179,11 @@ def main(script_args, args, run_args) -> None:
     trained_answers = mixture.answer(trainer.model, chat, asked, served, args, "trained model")
     adapted = method != "full"
     with trainer.model.disable_adapter() if adapted else nullcontext():
-        base = base_of(trainer.model) if adapted else beside(trainer, load_model(source, "full", args, needs=needs))
+        base = (
+            methods.base_of(trainer.model)
+            if adapted
+            else beside(trainer, load_model(source, "full", args, needs=needs))
+        )
         base.eval().set_attn_implementation(model.config._attn_implementation)
         base_rows = score_rows(base, tokenized["test"], collator, args, "test, base model")
         before, before_greedy, base_counted = sample(base, chat, talks, served, "base", args.seed)
@@ -224,7 +212,9 @@ def main(script_args, args, run_args) -> None:
     if adapted and args.should_save:
         served.save_pretrained(args.output_dir)  # an adapter is saved without it
     if script_args.save_merged:
-        save_merged(trainer, load_model(source, "full", args), tokenizer, served)  # never 4-bit: it would round twice
+        methods.save_merged(
+            trainer, load_model(source, "full", args), tokenizer, served
+        )  # never 4-bit: it would round twice
     finish(
         trainer,
         args,
@@ -238,7 +228,9 @@ def main(script_args, args, run_args) -> None:
         training={"method": method, "data": cleaning, "rows": f"padded: {padded}" if padded else "packed"},
         library="peft" if adapted else "transformers",
         pipeline="text-generation",
-        usage=usage(args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method, script_args.load_in_4bit),
+        usage=methods.usage(
+            args.hub_model_id or f"outputs/{Path(args.output_dir).name}", method, script_args.load_in_4bit
+        ),
         limits="Replies can be wrong or offensive: the model is small and imitates its data. Perplexity says how well it "
         "predicts such conversations, not how useful its replies are.",
     )

@@ -193,9 +193,8 @@ def main(script_args, args, run_args) -> None:
         keep = ("summary_words", "novel_bigrams") if name == "reference" else found
         metrics |= {f"{name}_{key}": found[key] for key in keep}
     for name, scores in losses.items():
-        perplexity = shared_metrics.load("perplexity").compute(
-            predictions=scores["nll"], references=[int(count) for count in scores["tokens"]]
-        )
+        tokens = list(map(int, scores["tokens"]))
+        perplexity = shared_metrics.load("perplexity").compute(predictions=scores["nll"], references=tokens)
         metrics |= {f"{name}_{key}": value for key, value in perplexity.items()}
     baselines = {f"Lead-{n}": rouge[f"baseline_lead{n}"] for n in (1, 3)}
     helped = compare.did_it_help(rouge["base"], rouge["test"], "rougeL", baselines)

@@ -90,8 +90,8 @@ def test_a_step_of_a_recipe_has_as_many_rows_in_several_processes(config, proces
     path, task = ROOT / "tasks" / config, config.split("/")[0]
     recipe = yaml.safe_load(path.read_text())
     rows = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
-    script, training = train_script(task).ScriptArguments, CHAT if task == "chat_sft" else TRAINING
-    _, args, run_args = parse(script, training, [f"--config={path}", "--fp16=false"])
+    script = train_script(task).ScriptArguments
+    _, args, run_args = parse(script, OWN.get(task, TRAINING), [f"--config={path}", "--fp16=false"])
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == share
     taken = share[0] * share[1] * processes
     said = [line for line in run_args.set_aside if "do not share out" in line]
