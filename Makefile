@@ -18,7 +18,7 @@ setup: .venv/.installed ## build .venv with everything that training and tests n
 	  echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another one: make setup PYTHON=python3.12" >&2; exit 2; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time takes a few minutes."
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 # --quiet: an error is our one line, without a traceback of the launcher below it. What follows it are the launcher's defaults,
