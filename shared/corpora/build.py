@@ -35,8 +35,10 @@ from shared.corpora.crawl import crawl
 from shared.corpora.readers import documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.cleaning import CleaningReport, clean_rows, document_cleaner, languages, repetitive, words_between
+from shared.data.encodings import old_vietnamese, to_unicode
 from shared.data.near_duplicates import NearDuplicates, signature
 
+log = logging.getLogger("taskbook")
 BATCH = 500_000  # characters sent to another process at once
 
 
@@ -61,6 +63,8 @@ def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple
             return "bad: wikitext cannot be parsed"
         if not text:
             return "no text in the page"
+    if isinstance(text, str) and (old := _old(text[:2000])):
+        text = to_unicode(text, old)
     filters = [words_between(fewest), repetitive, *([languages(*codes)] if codes else [])]
     clean = document_cleaner(filters=filters)({"text": text})
     if isinstance(clean, str):
@@ -68,6 +72,20 @@ def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple
     digest = hashlib.sha256(clean["text"].encode("utf8")).hexdigest()
     clean |= {"source": str(row["source"]), "title": str(title or ""), "license": str(terms or ""), "sha256": digest}
     return clean, signature(clean["text"])
+
+
+def _old(sample: str) -> str | None:
+    """`old_vietnamese` of a document, asked only where marks are as frequent as in Vietnamese: it takes a millisecond."""
+    if len(sample.encode("utf8", "replace")) < 1.08 * len(sample):
+        return None
+    if old := old_vietnamese(sample):
+        _said(old)
+    return old
+
+
+@functools.cache
+def _said(old: str) -> None:
+    log.warning("documents in %s, Vietnamese of before Unicode, are converted", old)
 
 
 def _batches(rows: Iterable[dict | str]) -> Iterator[list]:

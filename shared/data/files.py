@@ -6,15 +6,22 @@ Cells of .csv, .tsv and .xlsx are text as written: `None`, `NA` and `007` are wo
 
 import codecs
 import csv
+import functools
 import gzip
 import io
 import json
+import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from shared import UserError
+from shared.data.encodings import SAMPLE, likely_encoding, old_vietnamese, to_unicode, unix_name
+
+log = logging.getLogger("taskbook")
 
 PIECE = 400_000  # characters: a longer line of a .txt becomes several texts, each well below cleaning.LONGEST
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
@@ -28,15 +35,21 @@ def kind_of(path: Path) -> str:
     return (suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1]) if suffixes else ""
 
 
-def read_rows(path: str | Path) -> Iterator[dict]:
+def read_rows(path: str | Path, guess: bool = False) -> Iterator[dict]:
     """Streams the rows of a file.
+
+    Args:
+        guess: a .csv or .tsv that is not UTF-8 is read in its likeliest encoding, which is logged, instead of refused.
 
     Raises:
         UserError: with the line or row, and the remedy.
     """
     path = Path(path)
     try:
-        yield from READERS[kind_of(path)](path)
+        old = sniffed(path)[1]
+        read = READERS[kind_of(path)]
+        for row in _table(path, guess) if read is _table else read(path):
+            yield _each_text(row, functools.partial(to_unicode, old=old)) if old else row
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(path, error)) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -47,28 +60,78 @@ def read_json(path: Path):
     """The whole of a .json file, or None where it is none as a whole: lines of JSON, or damaged.
 
     Raises:
-        UserError: neither UTF-8 nor UTF-16.
+        UserError: no encoding that is read.
     """
+    try:
+        content, old = _whole_json(path), sniffed(path)[1]
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(path, error)) from error
+    return _each_text(content, functools.partial(to_unicode, old=old)) if old else content
+
+
+def _whole_json(path: Path):
     try:
         with open_text(path) as file:
             return json.load(file, parse_constant=_no_number)
-    except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(path, error)) from error
+    except UnicodeDecodeError:
+        raise
     except ValueError:
         return None
 
 
-def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file, gzipped or not, as characters: UTF-8, or UTF-16 and 32 where its first bytes say so."""
-    stream = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
-    head = stream.read(4096)
-    stream.seek(0)
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and len(head) > 3:
-        zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
+def _opened(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
+
+
+def open_text(path: Path, newline: str | None = None, guess: bool = False) -> io.TextIOWrapper:
+    """A file, gzipped or not, as characters: UTF-8, or UTF-16 and 32 where its first bytes say so.
+
+    Old Vietnamese comes as the Western letters that stand for it: `read_rows` converts it.
+
+    Args:
+        guess: another encoding than these is guessed and logged, and what does not fit it replaced; else reading it fails.
+    """
+    encoding, old, likely = sniffed(path)
+    if guess and (old or likely):
+        log.info("%s: read as %s", path, old or likely)
+    if guess and likely:
+        return io.TextIOWrapper(_opened(path), likely, "replace", newline)
+    return io.TextIOWrapper(_opened(path), encoding, "replace" if guess else "strict", newline)
+
+
+def sniffed(path: Path) -> tuple[str, str | None, str | None]:
+    """A file's encoding, the old Vietnamese one of its text (`encodings.OLD`), and if it is none that is read its likely one."""
+    state = os.stat(path)
+    return _sniff(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(64)
+def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | None]:
+    if kind_of(path) == ".xlsx":
+        return (
+            "utf-8",
+            old_vietnamese("\n".join(cell for row in islice(_excel(path), 1000) for cell in row.values() if cell)),
+            None,
+        )
+    with _opened(path) as file:
+        head = file.read(SAMPLE)
+    if marked := next((name for mark, name in MARKS.items() if head.startswith(mark)), None):
+        return marked, None, None
+    if kind_of(path) == ".parquet":
+        return "utf-8", None, None
+    if len(head) > 3:
+        first = head[:4096]
+        zeros = [first[i::2].count(0) / len(first[i::2]) for i in (0, 1)]
         if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
-            encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-    return io.TextIOWrapper(stream, encoding, newline=newline)
+            return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", None, None
+    try:  # incremental: the sample may end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SAMPLE)
+        escapes = r"\\u00([0-9a-fA-F]{2})"  # in JSON a letter may be ASCII
+        return "utf-8", old_vietnamese(re.sub(escapes, lambda found: chr(int(found[1], 16)), text)), None
+    except UnicodeDecodeError:
+        if old := old_vietnamese(head.decode("latin-1")):
+            return "latin-1", old, None
+        return "utf-8", None, likely_encoding(head)
 
 
 def describe(path: Path) -> str:
@@ -77,9 +140,12 @@ def describe(path: Path) -> str:
     if kind in (".csv", ".tsv"):
         with open_text(path, newline="") as file:
             said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
-    if kind not in (".xlsx", ".parquet"):
-        with open_text(path) as file:
-            said.append(file.encoding.upper().replace("-SIG", " with a mark"))
+    encoding, old, _ = sniffed(path)
+    if kind != ".parquet" and (old or kind != ".xlsx"):
+        name = encoding.upper().replace("-SIG", " with a mark")
+        if old:
+            name = f"{old}{' in UTF-8' if encoding == 'utf-8' and kind != '.xlsx' else ''} (Vietnamese before Unicode, converted)"
+        said.append(name)
     return ", ".join([kind.removeprefix("."), *said, f"{path.stat().st_size:,} bytes"])
 
 
@@ -93,19 +159,22 @@ def _separator(path: Path, first: str) -> tuple[str, bool]:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    place = ""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+    """What to do with a file that is not in the encoding it was taken for: where, how the line reads in the likeliest one."""
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf8")
             except UnicodeDecodeError as found:
-                place = f"line {number}: not UTF-8 (byte 0x{line[found.start]:02x})"
+                place, start = number, found.start
                 break
-    if not place:
-        return f"{path}: its first bytes say {error.encoding}, but it is not: {error.reason}."
+        else:
+            return f"{path}: its first bytes say {error.encoding}, but it is not: {error.reason}."
+        likely = sniffed(path)[2] or likely_encoding(line + file.read(SAMPLE))
+    first = max(0, start - 30)
+    reads, name = " ".join(line[first : start + 30].decode(likely, "replace").split()), unix_name(likely)
     return (
-        f"{path}, {place}. Convert it from the encoding it was saved in, for example "
-        f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{kind_of(path)}"
+        f"{path}, line {place}: not UTF-8 (byte 0x{line[start]:02x}). As {name}, the likeliest, it reads {reads!r}. If that is "
+        f"right, convert it: iconv -f {name} -t UTF-8 {path.name} > utf8{kind_of(path)}"
     )
 
 
@@ -113,13 +182,20 @@ def _no_number(_name: str) -> None:
     """NaN and Infinity, which Python writes though JSON has none: a missing value."""
 
 
-def _whole(value):
-    """A value of JSON without halves of characters ("\\ud83d" alone), which no file can hold: U+FFFD stands for them."""
+def _each_text(value, function: Callable[[str], str]):
+    """A value of JSON with a function applied to each of its texts, names included."""
     if isinstance(value, str):
-        return SURROGATE.sub("\ufffd", value) if SURROGATE.search(value) else value
+        return function(value)
     if isinstance(value, list):
-        return [_whole(part) for part in value]
-    return {_whole(key): _whole(part) for key, part in value.items()} if isinstance(value, dict) else value
+        return [_each_text(part, function) for part in value]
+    if isinstance(value, dict):
+        return {_each_text(key, function): _each_text(part, function) for key, part in value.items()}
+    return value
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters ("\\ud83d" alone), which no file can hold: U+FFFD stands for them."""
+    return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
@@ -134,11 +210,11 @@ def _json_lines(path: Path) -> Iterator[dict]:
                 raise UserError(f"{path}, line {number}: not JSON: {str(error)[:120]}.{cut}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}.")
-            yield _whole(row) if "\\u" in line else row
+            yield _each_text(row, _whole) if "\\u" in line else row
 
 
 def _json(path: Path) -> Iterator[dict]:
-    content = read_json(path)
+    content = _whole_json(path)
     if content is None:
         yield from _json_lines(path)
         return
@@ -153,13 +229,13 @@ def _json(path: Path) -> Iterator[dict]:
     for number, row in enumerate(content, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object {{...}}, found {type(row).__name__}.")
-        yield _whole(row)
+        yield _each_text(row, _whole)
 
 
-def _table(path: Path) -> Iterator[dict]:
+def _table(path: Path, guess: bool = False) -> Iterator[dict]:
     """Comma, semicolon, tab or bar between cells: whichever makes a header of several columns."""
     csv.field_size_limit(1 << 30)
-    with open_text(path, newline="") as file:
+    with open_text(path, newline="", guess=guess) as file:
         lines, seen = iter(file), []
 
         def kept():
