@@ -3,7 +3,6 @@
 import bz2
 import codecs
 import contextlib
-import gzip
 import json
 import logging
 import re
@@ -116,10 +115,6 @@ def _parts(chunks: Iterable[str], name: str, title: str) -> Iterator[dict]:
         yield {"text": text, "source": f"{name}#{number}" if number > 1 else name, "title": title}
 
 
-def _opened(file: Path):
-    return gzip.open(file) if file.suffix == ".gz" else open(file, "rb")
-
-
 def _characters(file: Path) -> Iterator[str]:
     """A file in pieces."""
     old = files.sniffed(file)[1]
@@ -133,7 +128,7 @@ def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
 
 
 def _html(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
-    with _opened(file) as stream:
+    with files.open_bytes(file) as stream:
         data = stream.read(LARGEST + 1)
     yield f"over {LARGEST:,} bytes" if len(data) > LARGEST else {"html": decode(data), "source": name}
 
@@ -151,7 +146,7 @@ def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
             bare += not text.strip() and _holds_pictures(page)
             yield text + "\n\n"
 
-    with _opened(file) as stream:
+    with files.open_bytes(file) as stream:
         try:
             reader = PdfReader(stream)
             if reader.is_encrypted and not reader.decrypt(""):
@@ -210,7 +205,7 @@ def _cells(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
 def _parquet(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
     import pyarrow.parquet
 
-    with _opened(file) as stream:
+    with files.open_bytes(file) as stream:
         table = pyarrow.parquet.ParquetFile(stream)
         wanted = [name for name in table.schema_arrow.names if name in _wanted(columns)] or None
         batches = table.iter_batches(64, columns=wanted)
@@ -243,7 +238,7 @@ def _table(rows: Iterable[dict | str], name: str, columns: dict, terms: str = ""
 
 
 def _xml(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
-    with _opened(file) as stream:
+    with files.open_bytes(file) as stream:
         yield from _dump(stream, name)
 
 

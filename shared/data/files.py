@@ -26,6 +26,17 @@ log = logging.getLogger("taskbook")
 PIECE = 400_000  # characters: a longer line of a .txt becomes several texts, each well below cleaning.LONGEST
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's mark begins with UTF-16's
+OTHER_KINDS = {  # by their first bytes, and what to do with them
+    b"PK\x03\x04": "a zip archive or an Office document: unpack it, or name it .xlsx if it is Excel's",
+    b"\xd0\xcf\x11\xe0": "an old Office document: save it as .xlsx or .csv (UTF-8)",
+    b"PAR1": "Parquet: name it .parquet",
+    b"%PDF": "a PDF: python -m shared.corpora reads those",
+    b"SQLite format 3": "an SQLite database: export the table as .csv",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`",
+    b"BZh": "bzip2: unpack it",
+    b"\xfd7zXZ": "xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "zstandard: unpack it",
+}
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -79,8 +90,11 @@ def _whole_json(path: Path):
         return None
 
 
-def _opened(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    """A file as bytes, unpacked where it is gzip's, whatever its name says."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")  # noqa: SIM115
 
 
 def open_text(path: Path, newline: str | None = None, guess: bool = False) -> io.TextIOWrapper:
@@ -95,8 +109,8 @@ def open_text(path: Path, newline: str | None = None, guess: bool = False) -> io
     if guess and (old or likely):
         log.info("%s: read as %s", path, old or likely)
     if guess and likely:
-        return io.TextIOWrapper(_opened(path), likely, "replace", newline)
-    return io.TextIOWrapper(_opened(path), encoding, "replace" if guess else "strict", newline)
+        return io.TextIOWrapper(open_bytes(path), likely, "replace", newline)
+    return io.TextIOWrapper(open_bytes(path), encoding, "replace" if guess else "strict", newline)
 
 
 def sniffed(path: Path) -> tuple[str, str | None, str | None]:
@@ -113,8 +127,12 @@ def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | Non
             old_vietnamese("\n".join(cell for row in islice(_excel(path), 1000) for cell in row.values() if cell)),
             None,
         )
-    with _opened(path) as file:
+    with open_bytes(path) as file:
         head = file.read(SAMPLE)
+    if kind_of(path) != ".parquet" and (
+        found := next((name for mark, name in OTHER_KINDS.items() if head.startswith(mark)), None)
+    ):
+        raise UserError(f"{path}: its content is {found}.")
     if marked := next((name for mark, name in MARKS.items() if head.startswith(mark)), None):
         return marked, None, None
     if kind_of(path) == ".parquet":
@@ -160,7 +178,7 @@ def _separator(path: Path, first: str) -> tuple[str, bool]:
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """What to do with a file that is not in the encoding it was taken for: where, how the line reads in the likeliest one."""
-    with _opened(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf8")
@@ -170,6 +188,8 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
         else:
             return f"{path}: its first bytes say {error.encoding}, but it is not: {error.reason}."
         likely = sniffed(path)[2] or likely_encoding(line + file.read(SAMPLE))
+    if sum(byte < 9 or 13 < byte < 32 for byte in line) > 0.05 * len(line):
+        return f"{path}: not a text but binary data (line {place}). Save it as one of {' '.join(READERS)}."
     first = max(0, start - 30)
     reads, name = " ".join(line[first : start + 30].decode(likely, "replace").split()), unix_name(likely)
     return (
@@ -198,6 +218,9 @@ def _whole(text: str) -> str:
     return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
 
 
+ONE_DOCUMENT = " It looks like one JSON document, not one a line: name it .json."
+
+
 def _json_lines(path: Path) -> Iterator[dict]:
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
@@ -206,10 +229,15 @@ def _json_lines(path: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line, parse_constant=_no_number)
             except (ValueError, RecursionError) as error:
-                cut = " The file ends there: it may have been cut." if next(lines, None) is None else ""
-                raise UserError(f"{path}, line {number}: not JSON: {str(error)[:120]}.{cut}") from error
+                hint = " The file ends there: it may have been cut." if next(lines, None) is None else ""
+                if number == 1 and _whole_json(path) is not None or line in ("{", "["):
+                    hint = ONE_DOCUMENT
+                elif re.match(r"\{'\w+': ", line):
+                    hint = " It is Python's repr: write each row with json.dumps."
+                raise UserError(f"{path}, line {number}: not JSON: {str(error)[:120]}.{hint}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}.")
+                hint = ONE_DOCUMENT if isinstance(row, list) else ""
+                raise UserError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}.{hint}")
             yield _each_text(row, _whole) if "\\u" in line else row
 
 
@@ -218,11 +246,8 @@ def _json(path: Path) -> Iterator[dict]:
     if content is None:
         yield from _json_lines(path)
         return
-    if isinstance(content, dict) and len(lists := [v for v in content.values() if isinstance(v, list)]) == len(content):
-        if len(content) == 1 and all(isinstance(row, dict) for row in lists[0]):
-            content = lists[0]  # {"data": [...]}
-        elif len({len(values) for values in lists}) == 1 and not any(isinstance(v, dict) for v in lists[0]):
-            content = [dict(zip(content, values, strict=True)) for values in zip(*lists, strict=True)]
+    if isinstance(content, dict):
+        content = _rows_of(content)
     content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}.")
@@ -230,6 +255,35 @@ def _json(path: Path) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object {{...}}, found {type(row).__name__}.")
         yield _each_text(row, _whole)
+
+
+def _rows_of(content: dict):
+    """The rows of an object that holds a table: `{"data": [...]}`, or as pandas writes one (orient columns, index, split)."""
+    values = list(content.values())
+    for name in ("data", "rows", "examples", "records"):
+        rest = [value for key, value in content.items() if key != name]
+        rows = content.get(name)
+        if (
+            isinstance(rows, list)
+            and rows
+            and isinstance(rows[0], dict)
+            and not any(isinstance(v, list | dict) for v in rest)
+        ):
+            return rows
+    if set(content) == {"columns", "index", "data"}:
+        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+    if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
+        if len(values) == 1 and all(isinstance(row, dict) for row in values[0]):
+            return values[0]
+        if not any(isinstance(cell, dict) for cell in values[0]):
+            return [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
+    if values and all(isinstance(value, dict) and value for value in values):
+        if all(key.isdecimal() for key in content):
+            return values
+        numbers = values[0].keys()
+        if all(key.isdecimal() for key in numbers) and all(value.keys() == numbers for value in values):
+            return [{name: content[name][number] for name in content} for number in numbers]
+    return content
 
 
 def _table(path: Path, guess: bool = False) -> Iterator[dict]:
@@ -246,8 +300,10 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
         first = next(lines, "")
         separator, declared = _separator(path, first)
         first = next(lines, "") if declared else first
-        reader = csv.reader(kept(), delimiter=separator)
-        header = next(csv.reader([first], delimiter=separator), [])
+        # `text, "label"`: without this the quotation marks would be part of the cell
+        blanks = {"delimiter": separator, "skipinitialspace": separator != "\t" and f"{separator} " in first}
+        reader = csv.reader(kept(), **blanks)
+        header = next(csv.reader([first], **blanks), [])
         if not header:
             raise UserError(f"{path}: no header in its first line: expected the names of the columns.")
         header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
@@ -255,10 +311,15 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
             raise UserError(f"{path}: two columns are named {doubles[0]}. Rename one in the first line.")
         number = 2
         for cells in reader:
-            if len(seen) > 1:
+            if len(seen) > 1 or '\\"' in seen[0]:
                 try:
-                    list(csv.reader(seen, delimiter=separator, strict=True))
+                    list(csv.reader(seen, **blanks, strict=True))
                 except csv.Error as error:
+                    if '\\"' in seen[0]:
+                        raise UserError(
+                            f"{path}, line {number}: a quotation mark within a cell stands behind a backslash ({error}). "
+                            'Write it twice ("") instead.'
+                        ) from error
                     raise UserError(
                         f"{path}, line {number}: a quotation mark opens a cell and swallows {len(seen) - 1:,} further lines "
                         f"({error}). Close it, or write it twice where it is part of the text."
@@ -303,7 +364,7 @@ def _parquet(path: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        with open_bytes(path) as file:
             for batch in pa.parquet.ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:

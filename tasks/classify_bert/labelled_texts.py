@@ -6,6 +6,9 @@ import unicodedata
 from shared import UserError, one_spelling
 from shared.data.cleaning import clean_text, malformed
 
+# Of labels, as a table writes it: `['a', 'b']`, `[0, 1]`, `{"a": 1}`
+LIST = re.compile(r"""\s*(?:\[\s*["'].*["']\s*\]|\[(?:\s*\d+\s*,)+\s*\d+\s*\]|\{\s*["'].*:.*\})\s*""", re.S)
+
 
 def hides_labels(splits) -> bool:
     """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else.
@@ -31,7 +34,7 @@ def to_row(
     text, label = row[places["text"]], row[places["label"]]
     if reason := malformed(text):
         return f"bad: {reason}"
-    if isinstance(label, list | dict):
+    if isinstance(label, list | dict) or isinstance(label, str) and LIST.fullmatch(label):
         raise UserError(
             f"the label of {text[:40]!r} is {str(label)[:60]}: this task gives each text one class. Write one, as text or number."
         )

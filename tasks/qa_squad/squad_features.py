@@ -75,6 +75,7 @@ def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
         start: its place as the file gives it: characters, or the units of UTF-16 (JavaScript, Java, most annotation tools) or
             UTF-8. Where the answer stands at none of these, it is the nearest to it; without a place, the only one.
     """
+    text = text if text in context else text.strip()  # annotated with a blank that the context does not have
     spans = [(found.start(1), found.end(1)) for found in re.finditer(f"(?=({re.escape(text)}))", context)]
     if not spans:  # in another spelling: `a` + U+0301 for `á`, `hoà` for `hòa`
         letters = regex.findall(r"\X", context)
