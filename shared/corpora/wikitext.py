@@ -96,7 +96,8 @@ def wiki_text(wikitext: str, media: Iterable[str] = ()) -> str:
         if not choices or "-{" not in wikitext:
             break
     sections, in_table = [["", ""]], False
-    for node in mwparserfromhell.parse(wikitext).nodes:
+    # Quotes are read as text: one without its end would swallow the end of the link or table that it stands in
+    for node in mwparserfromhell.parse(wikitext, skip_style_tags=True).nodes:
         if isinstance(node, mwparserfromhell.nodes.Heading):
             sections.append([_plain(node.title.nodes, media).strip(), ""])
             continue
@@ -151,7 +152,7 @@ def _seen(link, media: frozenset[str]) -> str:
     ):
         return ""
     if label is None:
-        return title
+        return _plain(link.title.nodes, media).strip().removeprefix(":")
     if not link.title.strip().startswith(":") and "|" in "".join(map(str, label.filter_text(recursive=False))):
         return ""  # only files take several options
     shown = _plain(label.nodes, media)

@@ -47,6 +47,8 @@ VIETNAMESE = ("Tập tin", "Thể loại")  # as a dump of that wiki names them
         ("a <small>b\nc <div class=x>d <ref name=y>e", "a b\nc\nd e"),
         ("a</div>b</ref>c</SMALL> <span style='x'>d", "a\nbc d"),
         ("if (a < b) and c > d; 5<6>4", "if (a < b) and c > d; 5<6>4"),
+        ("a [[File:x.svg|thumb|b: '''c''<br />d]] [[OS&nbsp;X]]", "a  OS\xa0X"),
+        ("a\n{| class=x\n|-\n| b\n|align=right| '''{{bar|1}}\n|-\n| c || ''d\n|}\ne", "a\n\ne"),
         ("{| class=wikitable\n|-\n| a || b\ntext after", "text after"),
         ("a ]] b }} c {{x|", "a  b  c"),
         ("a<!-- never closed", "a"),
