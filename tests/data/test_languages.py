@@ -183,3 +183,19 @@ def test_answers_of_a_vietnamese_question_stand_where_they_say(tmp_path):
             )
             start, said = found["answers"]["answer_start"][0], found["answers"]["text"][0]
             assert text[start : start + len(said)] == said and one_spelling(said) == one_spelling(answer)
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_tokenizer_that_drops_marks_is_named(strips, tmp_path, caplog):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    from shared.inference.positions import check_length
+
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "ma": 1, "má": 2, "mà": 3}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=strips)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    BertConfig().save_pretrained(tmp_path)
+    caplog.set_level("INFO", "taskbook")
+    check_length(128, tmp_path, PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"))
+    assert ("má as ma" in caplog.text) == strips
