@@ -21,6 +21,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ from shared.data.encodings import old_vietnamese, to_unicode
 from shared.data.near_duplicates import NearDuplicates, signature
 
 log = logging.getLogger("taskbook")
+TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
 BATCH = 500_000  # characters sent to another process at once
 
 
@@ -50,7 +52,10 @@ def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple
     if row.get("html"):
         from trafilatura import bare_extraction
 
-        page = bare_extraction(row["html"], url=row["source"], with_metadata=True, include_comments=False)
+        html = row["html"]  # converted first: of TCVN3 the extraction would drop a letter, the soft hyphen
+        if not html.isascii() and (old := _old(" ".join(TAGS.sub(" ", html).split())[:5000])):
+            html = to_unicode(html, old)
+        page = bare_extraction(html, url=row["source"], with_metadata=True, include_comments=False)
         if page is None or not page.text:
             return "no text in the page"
         text, title, terms = page.text, page.title, page.license

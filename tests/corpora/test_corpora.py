@@ -26,11 +26,12 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora.build import BATCH, build, ordered_map
+from shared.corpora.build import BATCH, build, ordered_map, prepare
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.cleaning import LONGEST, CleaningReport, language
+from shared.data.encodings import OLD
 from shared.data.files import PIECE, pieces
 from shared.data.near_duplicates import shingles
 
@@ -847,6 +848,27 @@ def test_texts_in_other_encodings_are_read_and_said(name, encoding, text, tmp_pa
     (tmp_path / name).write_bytes(rows[name].encode(encoding))
     assert [row["text"].strip() for row in documents(str(tmp_path / name))] == [text * 8]
     assert "read as" in caplog.text
+
+
+def test_old_vietnamese_among_documents_is_converted(tmp_path, caplog):
+    def old(name: str) -> str:
+        return LONG_VIETNAMESE.translate(
+            {ord(new): code for code, new in OLD[name].items() if code < 256 and len(new) == 1}
+        )
+
+    tcvn, viscii = old("TCVN3"), old("VISCII")
+    assert tcvn != LONG_VIETNAMESE != viscii
+    (tmp_path / "a.txt").write_bytes(tcvn.encode("latin-1"))
+    page = html("Trang", 1, head='<meta charset="windows-1252">', text=tcvn)
+    (tmp_path / "b.html").write_bytes(page.encode("latin-1"))
+    (tmp_path / "c.html").write_bytes(
+        html("Trang", 1, head='<meta charset="x-user-defined">', text=viscii).encode("latin-1")
+    )
+    rows = [{"text": tcvn}, {"text": LONG_VIETNAMESE}, {"text": prose(1, 80) + " café, où êtes-vous né à l'été"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of several kinds in one file
+    found = [prepare(row, 10, ())[0]["text"].removeprefix("Trang\n") for row in documents(str(tmp_path))]
+    assert found[:5] == [LONG_VIETNAMESE] * 5 and found[5] == rows[2]["text"]
+    assert "documents in TCVN3" in caplog.text
 
 
 # The web, as it is.
