@@ -55,6 +55,8 @@ def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple
         html = row["html"]  # converted first: of TCVN3 the extraction would drop a letter, the soft hyphen
         if not html.isascii() and (old := _old(" ".join(TAGS.sub(" ", html).split())[:5000])):
             html = to_unicode(html, old)
+        if "<html" not in html[:5000].lower():  # a part of a page: trafilatura takes it for none
+            html = f"<html><body>{html}</body></html>"
         page = bare_extraction(html, url=row["source"], with_metadata=True, include_comments=False)
         if page is None or not page.text:
             return "no text in the page"

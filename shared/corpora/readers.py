@@ -244,22 +244,26 @@ def _xml(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
 
 def _dump(stream, name: str) -> Iterator[dict | str]:
     """The articles of a MediaWiki dump, in the text of the page's last revision in it."""
-    root, site, terms, media = None, "", "", []
+    root, site, terms, media, others = None, "", "", [], set()
     for event, element in ElementTree.iterparse(stream, events=("start", "end")):
         tag = element.tag.rpartition("}")[2]
         if event == "start":
+            if root is None and tag != "mediawiki":
+                yield "bad: not a MediaWiki dump"
+                return
             root = element if root is None else root
         elif tag == "base":
-            site = element.text.rpartition("/")[0]
+            site = (element.text or "").rpartition("/")[0]
             terms = "cc-by-sa-4.0" if re.search(r"//[\w-]+\.(wikipedia|wiktionary|wikibooks)\.org/", site) else ""
-        elif tag == "namespace" and element.get("key") in ("6", "14"):  # files and categories in this language
-            media.append(element.text)
+        elif tag == "namespace" and element.text:
+            others.add(element.text)
+            media += [element.text] * (element.get("key") in ("6", "14"))  # files and categories in this language
         elif tag == "page":
             title = element.findtext("{*}title")
             texts = element.findall("{*}revision/{*}text")
             if element.find("{*}redirect") is not None:
                 yield "redirect"
-            elif element.findtext("{*}ns") != "0":
+            elif element.findtext("{*}ns", "1" if (title or "").partition(":")[0] in others else "0") != "0":
                 yield "not an article"
             else:
                 source = f"{site}/{quote(title.replace(' ', '_'))}" if site else f"{name}#{title}"

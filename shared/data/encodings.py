@@ -113,9 +113,11 @@ def likely_encoding(data: bytes) -> str:
         other = set(data.decode("cp1250", "replace")) - set(western)
         hungarian = other and other <= set("őűŐŰ") and len(special) > 40 and _guess(data) in ("cp1250", "iso8859-2")
         return "cp1250" if hungarian else "cp1252"
-    return _guess(data) or "cp1252"
+    return len(special) > 5 and _guess(data) or "cp1252"
 
 
+# Of mainframes and the like: to charset_normalizer they are as likely as any
+RARE = ["cp037", "cp273", "cp424", "cp500", "cp875", "cp1006", "cp1026", "cp1140", "hp_roman8", "kz1048", "ptcp154"]
 WESTERN = frozenset("àâäáãåæçèéêëìíîïñòóôöõøœùúûüÿßÀÂÄÁÃÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖÕØŒÙÚÛÜ«»’‘“”„–—…€£§°¿¡ºª·´\xa0")
 
 
@@ -125,7 +127,7 @@ def _guess(data: bytes) -> str | None:
 
     from charset_normalizer import from_bytes
 
-    best = from_bytes(data).best()
+    best = from_bytes(data, cp_exclusion=RARE).best()
     name = codecs.lookup(best.encoding).name if best else None
     return {"euc_jis_2004": "euc_jp", "euc_jisx0213": "euc_jp", "shift_jis_2004": "cp932"}.get(name, name)
 

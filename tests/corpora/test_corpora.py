@@ -871,6 +871,35 @@ def test_old_vietnamese_among_documents_is_converted(tmp_path, caplog):
     assert "documents in TCVN3" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("rss.xml", "<rss><item>hello</item></rss>", "bad: not a MediaWiki dump"),
+        (
+            "bare.xml",
+            "<mediawiki><siteinfo><base></base><namespaces><namespace key='6'/><namespace key='1'>Talk</namespace></namespaces>"
+            f"</siteinfo><page><title>A</title><revision><text>{prose(1)}</text></revision></page></mediawiki>",
+            prose(1),
+        ),
+        (
+            "talk.xml",
+            "<mediawiki><siteinfo><namespaces><namespace key='1'>Talk</namespace></namespaces></siteinfo>"
+            f"<page><title>Talk:A</title><revision><text>{prose(1)}</text></revision></page></mediawiki>",
+            "not an article",
+        ),
+        ("part.html", f"<article><p>{prose(1)}</p></article>", prose(1)),
+        ("bytes.csv", b"text,x\n" + prose(1).encode() + b",\xff\n", prose(1)),
+    ],
+)
+def test_odd_files_are_read_or_named(name, content, found, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (row,) = documents(str(tmp_path / name))
+    row = prepare(row, 10, ())
+    assert (row if isinstance(row, str) else row[0]["text"]) == found.removeprefix(
+        "bad: " if isinstance(row, tuple) else ""
+    )
+
+
 # The web, as it is.
 
 
