@@ -66,7 +66,7 @@ def find_columns(
         source: name of the data, for the error. row: an example, for its hint.
 
     Raises:
-        UserError: as `read_mapping`, or a needed column is missing: found / expected / how to map.
+        UserError: as `read_mapping`, or a column inside another, or a needed one is missing: found / expected / how to map.
     """
     mapped = read_mapping(mapping, [*needed, *optional], columns)
     if inside := [column for column in mapped.values() if column not in columns]:
