@@ -21,6 +21,9 @@ AGENT = "lm-taskbook"
 TRIES, HOPS = 3, 5
 ANSWER, WHOLE = 20.0, 60.0  # seconds without a byte, seconds for a page
 LONGEST_WAIT = 120.0  # seconds, however long a server asks to wait
+LONGEST_DELAY = 60.0  # seconds between requests that a site may ask for; 100 pages take 100 minutes then
+NO_FOLLOWING = {"nofollow", "none"}  # of robots, in a page or its X-Robots-Tag
+SOON = 30  # seconds after which a page may pass its reader on to another and still be no page of its own
 NOT_PAGES = re.compile(r"(image|video|audio|font)/|application/(pdf|zip|x-tar|x-7z|java-archive|octet-stream)")
 
 
@@ -44,21 +47,50 @@ def _normal(url: str, base: str = "") -> str | None:
     return url if urlsplit(url).path else f"{url}/"
 
 
-def _links(html: str, url: str) -> list[str]:
-    """Pages of the same site that a page links to, in its order; none where the page asks not to follow them."""
+def _tree(html: str):
+    """The page as lxml reads it, None where it does not."""
     import lxml.etree
     import lxml.html
 
     try:
-        tree = lxml.html.document_fromstring(
+        return lxml.html.document_fromstring(
             html.encode("utf8", "replace"), parser=lxml.html.HTMLParser(encoding="utf8")
         )
     except (lxml.etree.LxmlError, ValueError):
+        return None
+
+
+def _words(value: str | None) -> set[str]:
+    """The words of an attribute such as rel, or of robots' content, in lower case."""
+    return set(re.split(r"[\s,;]+", (value or "").lower()))
+
+
+def _base(tree, url: str) -> str:
+    return _normal(next(iter(tree.xpath("//base/@href")), ""), url) or url
+
+
+def _refresh(html: str, url: str) -> str | None:
+    """Where `<meta http-equiv="refresh">` passes the reader on to, if soon: many a start page holds nothing else."""
+    tree = _tree(html) if re.search(r"http-equiv\s*=\s*[\"']?\s*refresh", html, re.I) else None
+    for meta in [] if tree is None else tree.xpath("//meta[@http-equiv][@content][not(ancestor::noscript)]"):
+        # As browsers read it: seconds, a separator, `url=` or not, quotes or not
+        content = re.fullmatch(
+            r"""\s*(\d*)[\d.]*(?:\s*[;,]\s*|\s+)(?:url\s*=\s*)?(["']?)(.+?)\2\s*""", meta.get("content"), re.I | re.S
+        )
+        if meta.get("http-equiv").strip().lower() == "refresh" and content and int(content[1] or 0) <= SOON:
+            return _normal(content[3], _base(tree, url))
+    return None
+
+
+def _links(html: str, url: str) -> list[str]:
+    """Pages of the same site that a page links to, in its order; none where the page asks not to follow them."""
+    if (tree := _tree(html)) is None:
         return []
-    if tree.xpath("//meta[translate(@name, 'ROBTS', 'robts')='robots'][contains(@content, 'nofollow')]"):
-        return []
-    base = _normal(next(iter(tree.xpath("//base/@href")), ""), url) or url
-    found = (_normal(link, base) for link in tree.xpath("//a[not(contains(@rel, 'nofollow'))]/@href"))
+    for meta in tree.xpath("//meta[@name]"):
+        if meta.get("name").strip().lower() in ("robots", AGENT) and _words(meta.get("content")) & NO_FOLLOWING:
+            return []
+    base = _base(tree, url)
+    found = (_normal(a.get("href"), base) for a in tree.xpath("//a[@href]") if "nofollow" not in _words(a.get("rel")))
     kind = functools.cache(lambda link: mimetypes.guess_type(urlsplit(link).path)[0] or "")
     return [
         link for link in dict.fromkeys(found) if link and _site(link) == _site(url) and not NOT_PAGES.match(kind(link))
@@ -87,23 +119,38 @@ class _Browser:
                     f"{self.site}: robots.txt cannot be read ({reason}), so no page is. Try again later."
                 ) from None
         self.rules = Protego.parse(text)
-        self.delay = max(delay, self.rules.crawl_delay(AGENT) or 0)
+        rate = self.rules.request_rate(AGENT)
+        asked = max(self.rules.crawl_delay(AGENT) or 0, rate.seconds / rate.requests if rate and rate.requests else 0)
+        if asked > LONGEST_DELAY:
+            raise UserError(
+                f"{self.site}: robots.txt asks for {asked:,.0f} seconds between requests (Crawl-delay); over "
+                f"{LONGEST_DELAY:.0f} no crawl is begun. Ask the site for a copy of its texts."
+            )
+        if asked > delay:
+            log.info("%s: robots.txt asks for %g seconds between requests", self.site, asked)
+        self.delay = max(delay, asked)
 
-    def get(self, url: str) -> tuple[str, str, str]:
-        """(final URL, characters, content type) of a page, after redirects within the site.
+    def get(self, url: str) -> tuple[str, str, str, bool]:
+        """(final URL, characters, content type, whether links may be followed) of a page, after redirects within the site.
 
         Raises:
             _PassedOver: with the reason.
         """
+        seen = set()
         for _ in range(HOPS):
+            seen.add(url)
             if not self.rules.can_fetch(url, AGENT):
                 raise _PassedOver("robots.txt")
             status, headers, data = self._request(url)
             if status not in (301, 302, 303, 307, 308):
                 kind, _, parameters = headers.get("Content-Type", "text/html").partition(";")
-                charset = re.search(r"""charset=["']?([\w-]+)""", parameters, re.I)
-                return url, decode(data, charset and charset[1]), kind.strip().lower()
-            target = _normal(headers.get("Location", ""), url)
+                kind, charset = kind.strip().lower(), re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", parameters, re.I)
+                text = decode(data, charset and charset[1])
+                target = _refresh(text, url) if kind != "text/plain" else None
+                if target is None or target in seen or _site(target) != self.site or len(seen) == HOPS:
+                    return url, text, kind, not _words(headers.get("X-Robots-Tag")) & NO_FOLLOWING
+            else:
+                target = _normal(headers.get("Location", ""), url)
             if not target or _site(target) != self.site:
                 raise _PassedOver("redirect off the site")
             url = target
@@ -171,7 +218,7 @@ def crawl(
         delay: seconds between requests; a longer Crawl-delay in robots.txt counts.
 
     Raises:
-        UserError: no valid address, or a site whose robots.txt cannot be read.
+        UserError: no valid address, or a site whose robots.txt cannot be read, or asks for more than LONGEST_DELAY.
     """
     url = _normal(start)
     if not url:
@@ -226,8 +273,8 @@ def crawl(
 def _visit(browser: _Browser, url: str) -> tuple[str, str | None, str | None, bytes | None, list[str]]:
     """Outcome, final URL, content type, compressed characters and links of a page."""
     try:
-        final, text, kind = browser.get(url)
+        final, text, kind, follow = browser.get(url)
     except _PassedOver as reason:
         return str(reason), None, None, None, []
-    links = _links(text, final) if kind != "text/plain" else []
+    links = _links(text, final) if follow and kind != "text/plain" else []
     return "ok", final, kind, zlib.compress(text.encode("utf8", "surrogatepass")), links

@@ -1,11 +1,8 @@
 """The documents of files, folders, dumps, Hub data sets and `docs:` names, as a stream. Called by build.py."""
 
 import bz2
+import codecs
 import contextlib
-import csv
-import functools
-import gzip
-import io
 import json
 import logging
 import re
@@ -16,7 +13,8 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from shared import UserError
-from shared.data.files import pieces
+from shared.data import files
+from shared.data.encodings import likely_encoding, old_vietnamese, to_unicode
 from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")
@@ -86,24 +84,45 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
 
 
 def _local(path: Path, columns: dict) -> Iterator[dict | str]:
-    """The documents of a file, or of all files below a folder that are of a kind that is read, in the order of names."""
-    single = path.is_file()
-    if single and not _reader(path):
-        raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
-    for file in [path] if single else sorted(path.rglob("*")):
-        name = file.relative_to(path.parent if path.name else path.resolve()).as_posix()
-        if not file.is_file() or any(part.startswith(".") for part in Path(name).parts[not single :]):
-            continue
-        if not (read := _reader(file)):
-            yield "another kind of file"
-            continue
-        try:
-            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-                yield from read(stream, name, columns)
-        # A damaged file may hold good documents before the damage, and others follow it.
-        except (OSError, EOFError, ValueError, zlib.error, csv.Error, ElementTree.ParseError) as error:
-            log.warning("%s: damaged, the rest of it is passed over: %s", file, error)
-            yield "bad: damaged file"
+    for file, name in local_files(path):
+        yield from read_file(file, name, columns, alone=path.is_file())
+
+
+def local_files(path: Path) -> Iterator[tuple[Path, str]]:
+    """A file, or all files below a folder but hidden ones, in the order of names; each with its name from the folder on.
+
+    Raises:
+        UserError: a single file of a kind that is not read.
+    """
+    if path.is_file():
+        if not _reader(path):
+            raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
+        yield path, path.name
+        return
+    path = path.absolute()  # "." has a name then
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path.parent)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts[1:]):
+            yield file, name.as_posix()
+
+
+def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iterator[dict | str]:
+    """The documents of a file, see `documents`; a str where it is of another kind, or from where it is damaged.
+
+    Raises:
+        UserError: a table without the column of the text; with `alone` also what else is wrong with a table, and where.
+    """
+    if not (read := _reader(file)):
+        yield "another kind of file"
+        return
+    try:
+        yield from read(file, name, columns)
+    # A damaged file may hold good documents before the damage, and others follow it.
+    except (OSError, EOFError, ValueError, zlib.error, ElementTree.ParseError) as error:
+        if alone and isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        log.warning("%s: damaged, the rest of it is passed over: %s", file, error)
+        yield "bad: damaged file"
 
 
 def _reader(path: Path) -> Callable | None:
@@ -111,74 +130,106 @@ def _reader(path: Path) -> Callable | None:
     return next((read for ending, read in READERS.items() if name.lower().endswith(ending)), None)
 
 
-def _text_stream(stream, newline: str | None = None) -> io.TextIOWrapper:
-    """Characters of a binary stream: UTF-8, or what a byte order mark or the first 64 kB look like."""
-    from trafilatura.utils import detect_encoding
-
-    head = stream.read(1 << 16)
-    stream.seek(0)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    else:
-        # Without the last line, which may end inside a character
-        guesses = detect_encoding(head if len(head) < 1 << 16 else head[: head.rfind(b"\n") + 1] or head[:-3])
-        encoding = "utf-8-sig" if guesses[:1] in ([], ["utf-8"]) else guesses[0]
-    return io.TextIOWrapper(stream, encoding, errors="replace", newline=newline)
-
-
 def _parts(chunks: Iterable[str], name: str, title: str) -> Iterator[dict]:
-    for number, text in enumerate(pieces(chunks), 1):
+    for number, text in enumerate(files.pieces(chunks), 1):
         yield {"text": text, "source": f"{name}#{number}" if number > 1 else name, "title": title}
 
 
-def _txt(stream, name: str, columns: dict) -> Iterator[dict]:
-    text = _text_stream(stream)
-    return _parts(iter(functools.partial(text.read, 1 << 16), ""), name, Path(name).name)
+def _characters(file: Path) -> Iterator[str]:
+    """A file in pieces."""
+    old = files.sniffed(file)[1]
+    with files.open_text(file, guess=True) as text:
+        while chunk := text.read(1 << 16):
+            yield to_unicode(chunk, old) if old else chunk
 
 
-def _html(stream, name: str, columns: dict) -> Iterator[dict | str]:
-    data = stream.read(LARGEST + 1)
+def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
+    return _parts(_characters(file), name, Path(name).name)
+
+
+def _html(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    with files.open_bytes(file) as stream:
+        data = stream.read(LARGEST + 1)
     yield f"over {LARGEST:,} bytes" if len(data) > LARGEST else {"html": decode(data), "source": name}
 
 
-def _pdf(stream, name: str, columns: dict) -> Iterator[dict | str]:
+def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
     from pypdf import PdfReader
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity of every file
+    bare = 0
+
+    def texts(pages):
+        nonlocal bare
+        for page in pages:
+            text = page.extract_text()
+            bare += not text.strip() and _holds_pictures(page)
+            yield text + "\n\n"
+
+    with files.open_bytes(file) as stream:
+        try:
+            reader = PdfReader(stream)
+            if reader.is_encrypted and not reader.decrypt(""):
+                yield "PDF with a password"
+                return
+            title = (reader.metadata.title if reader.metadata else None) or Path(name).name
+            some = False
+            for part in _parts(texts(reader.pages), name, title):
+                some = some or bool(part["text"].strip())
+                if some:
+                    yield part
+            if bare and some:
+                log.warning("%s: %d of %d pages are pictures without text (scanned?)", file, bare, len(reader.pages))
+            elif not some:
+                yield "scanned PDF, pictures without text (needs OCR)" if bare else "PDF without text"
+        except Exception as error:  # on damaged files pypdf raises nearly everything
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _holds_pictures(page) -> bool:
     try:
-        reader = PdfReader(stream)
-        if reader.is_encrypted and not reader.decrypt(""):
-            yield "encrypted PDF"
-            return
-        title = (reader.metadata.title if reader.metadata else None) or Path(name).name
-        yield from _parts((page.extract_text() + "\n\n" for page in reader.pages), name, title)
-    except Exception as error:  # on damaged files pypdf raises nearly everything
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        parts = page["/Resources"]["/XObject"].values()
+    except KeyError:
+        return False
+    return any(part.get_object().get("/Subtype") in ("/Image", "/Form") for part in parts)
 
 
-def _jsonl(stream, name: str, columns: dict) -> Iterator[dict | str]:
+def _jsonl(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    """Unlike `files.read_rows` it passes over lines that are no objects: collections of the web have some."""
+
     def rows():
-        for line in _text_stream(stream, newline="\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) else "bad: not a JSON object"
+        with files.open_text(file, newline="\n", guess=True) as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line.removeprefix("\ufeff")) if line.strip() else None
+                except (ValueError, RecursionError):
+                    row = "no object"
+                if row is not None:
+                    yield row if isinstance(row, dict) else "bad: not a JSON object"
 
     return _table(rows(), name, columns)
 
 
-def _csv(stream, name: str, columns: dict) -> Iterator[dict | str]:
-    csv.field_size_limit(1 << 30)
-    return _table(csv.DictReader(_text_stream(stream, newline="")), name, columns)
+def _cells(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    """A table as the tasks read it; where they stop, so do the documents of this file."""
+
+    def rows():
+        try:
+            yield from files.read_rows(file, guess=True)
+        except UserError as error:
+            raise ValueError(error) from error
+
+    return _table(rows(), name, columns)
 
 
-def _parquet(stream, name: str, columns: dict) -> Iterator[dict | str]:
+def _parquet(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(stream)
-    wanted = [name for name in file.schema_arrow.names if name in _wanted(columns)] or None
-    return _table((row for batch in file.iter_batches(64, columns=wanted) for row in batch.to_pylist()), name, columns)
+    with files.open_bytes(file) as stream:
+        table = pyarrow.parquet.ParquetFile(stream)
+        wanted = [name for name in table.schema_arrow.names if name in _wanted(columns)] or None
+        batches = table.iter_batches(64, columns=wanted)
+        yield from _table((row for batch in batches for row in batch.to_pylist()), name, columns)
 
 
 def _wanted(columns: dict) -> set[str]:
@@ -206,24 +257,33 @@ def _table(rows: Iterable[dict | str], name: str, columns: dict, terms: str = ""
         }
 
 
-def _dump(stream, name: str, columns: dict) -> Iterator[dict | str]:
+def _xml(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    with files.open_bytes(file) as stream:
+        yield from _dump(stream, name)
+
+
+def _dump(stream, name: str) -> Iterator[dict | str]:
     """The articles of a MediaWiki dump, in the text of the page's last revision in it."""
-    root, site, terms, media = None, "", "", ["file", "image", "category"]
+    root, site, terms, media, others = None, "", "", [], set()
     for event, element in ElementTree.iterparse(stream, events=("start", "end")):
         tag = element.tag.rpartition("}")[2]
         if event == "start":
+            if root is None and tag != "mediawiki":
+                yield "bad: not a MediaWiki dump"
+                return
             root = element if root is None else root
         elif tag == "base":
-            site = element.text.rpartition("/")[0]
+            site = (element.text or "").rpartition("/")[0]
             terms = "cc-by-sa-4.0" if re.search(r"//[\w-]+\.(wikipedia|wiktionary|wikibooks)\.org/", site) else ""
-        elif tag == "namespace" and element.get("key") in ("6", "14"):  # files and categories in this language
-            media.append(element.text.casefold())
+        elif tag == "namespace" and element.text:
+            others.add(element.text)
+            media += [element.text] * (element.get("key") in ("6", "14"))  # files and categories in this language
         elif tag == "page":
             title = element.findtext("{*}title")
             texts = element.findall("{*}revision/{*}text")
             if element.find("{*}redirect") is not None:
                 yield "redirect"
-            elif element.findtext("{*}ns") != "0":
+            elif element.findtext("{*}ns", "1" if (title or "").partition(":")[0] in others else "0") != "0":
                 yield "not an article"
             else:
                 source = f"{site}/{quote(title.replace(' ', '_'))}" if site else f"{name}#{title}"
@@ -232,9 +292,9 @@ def _dump(stream, name: str, columns: dict) -> Iterator[dict | str]:
             root.clear()  # or every page read so far would stay in memory
 
 
-def _dump_bz2(stream, name: str, columns: dict) -> Iterator[dict | str]:
-    with bz2.open(stream) as xml:
-        yield from _dump(xml, name, columns)
+def _xml_bz2(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    with bz2.open(file) as stream:
+        yield from _dump(stream, name)
 
 
 READERS = {
@@ -244,19 +304,41 @@ READERS = {
     ".htm": _html,
     ".pdf": _pdf,
     ".jsonl": _jsonl,
-    ".csv": _csv,
+    ".json": _cells,
+    ".csv": _cells,
+    ".tsv": _cells,
+    ".xlsx": _cells,
     ".parquet": _parquet,
-    ".xml.bz2": _dump_bz2,
-    ".xml": _dump,
+    ".xml.bz2": _xml_bz2,
+    ".xml": _xml,
 }
 
 
-def decode(data: bytes, declared: str | None = None) -> str:
-    """The characters of a page: UTF-8 if it is, then the charset that header or page declare, then the likeliest one."""
-    from trafilatura.utils import decode_file
+# What browsers read under a narrower name (encoding.spec.whatwg.org): pages use the whole of the wider one
+WIDER = {
+    **{"big5": "big5hkscs", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"},
+    **{"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "tis-620": "cp874"},
+    **{"iso2022_jp": "iso2022_jp_ext"},
+}
+BROWSERS = {"windows-31j": "cp932", "windows-874": "cp874", "windows-949": "cp949"}  # names that Python does not know
 
-    meta = re.search(rb"""<meta[^>]+charset=["']?([\w-]+)""", data[:4096], re.I)
-    for charset in ("utf-8-sig", declared, meta and meta[1].decode()):
-        with contextlib.suppress(LookupError, UnicodeDecodeError, TypeError):
-            return data.decode(charset)
-    return decode_file(data)
+
+def decode(data: bytes, declared: str | None = None) -> str:
+    """The characters of a page: as its mark says, UTF-8 if it is, then the charset that header or page declare, then the
+    likeliest one."""
+    meta = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", data[:4096], re.I)
+    xml = re.match(rb"""\s*<\?xml[^>]+encoding\s*=\s*["']([\w.:-]+)""", data[:200])
+    charsets = ["utf-8-sig", declared, *(found[1].decode() for found in (meta, xml) if found)]
+    if mark := next((name for mark, name in files.MARKS.items() if data.startswith(mark)), None):
+        charsets.insert(0, mark)
+    elif b"\x1b$" in data or b"\x1b(" in data:  # ISO-2022-JP is made of ASCII's bytes, and so UTF-8 too
+        charsets.append(charsets.pop(0))
+        charsets.append("iso2022_jp_ext")
+    for charset in filter(None, charsets):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            charset = charset.lower()
+            name = codecs.lookup(BROWSERS.get(charset, charset.removeprefix("x-"))).name
+            return data.decode(WIDER.get(name, name))
+    if old_vietnamese(western := data.decode("latin-1")):
+        return western  # `build.prepare` converts it
+    return data.decode(likely_encoding(data), "replace")

@@ -168,10 +168,16 @@ def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: Cl
 
     A reason that begins with `bad: ` says that the row is malformed; see `CleaningReport.check`. In a second line it may say
     where and with which value, for `CleaningReport.examples`.
+
+    Raises:
+        UserError: as `convert`, with the number of the row.
     """
     for row in rows:
         report.read += 1
-        result = convert(row)
+        try:
+            result = convert(row)
+        except UserError as error:
+            raise UserError(f"row {report.read:,}: {error}") from error
         if isinstance(result, str):
             reason, _, value = result.removeprefix("bad: ").partition("\n")
             report.bad += result.startswith("bad: ")

@@ -66,9 +66,14 @@ def find_columns(
         source: name of the data, for the error. row: an example, for its hint.
 
     Raises:
-        UserError: as `read_mapping`, or a needed column is missing: found / expected / how to map.
+        UserError: as `read_mapping`, or a column inside another, or a needed one is missing: found / expected / how to map.
     """
     mapped = read_mapping(mapping, [*needed, *optional], columns)
+    if inside := [column for column in mapped.values() if column not in columns]:
+        raise UserError(
+            f"--columns: {inside[0]} lies inside the column {inside[0].split('.')[0]}, and this task reads whole columns. "
+            "Give it one of its own."
+        )
     found = {name: name for name in (*needed, *optional) if name in columns and name not in mapped} | mapped
     if not set(needed) <= set(found):
         raise missing(source, needed, columns, row=row)
@@ -103,8 +108,9 @@ def missing(
             guess = max(texts, key=lambda column: len(texts[column]))
         guessed[name] = guess or "..."
     asked = " ".join(f"{name}={column}" for name, column in guessed.items() if name != column)
+    found = ", ".join(columns[:20]) + (f" and {len(columns) - 20:,} more" if len(columns) > 20 else "")
     return UserError(
-        f"{source}: found the columns {', '.join(columns)}; expected {expected or ' and '.join(needed)}. "
+        f"{source}: found the columns {found}; expected {expected or ' and '.join(needed)}. "
         f"Map yours: --columns {asked}"
     )
 

@@ -6,19 +6,37 @@ Cells of .csv, .tsv and .xlsx are text as written: `None`, `NA` and `007` are wo
 
 import codecs
 import csv
+import functools
 import gzip
 import io
 import json
+import logging
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from shared import UserError
+from shared.data.encodings import SAMPLE, likely_encoding, old_vietnamese, to_unicode, unix_name
+
+log = logging.getLogger("taskbook")
 
 PIECE = 400_000  # characters: a longer line of a .txt becomes several texts, each well below cleaning.LONGEST
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's mark begins with UTF-16's
+OTHER_KINDS = {  # by their first bytes, and what to do with them
+    b"PK\x03\x04": "a zip archive or an Office document: unpack it, or name it .xlsx if it is Excel's",
+    b"\xd0\xcf\x11\xe0": "an old Office document: save it as .xlsx or .csv (UTF-8)",
+    b"PAR1": "Parquet: name it .parquet",
+    b"%PDF": "a PDF: python -m shared.corpora reads those",
+    b"SQLite format 3": "an SQLite database: export the table as .csv",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`",
+    b"BZh": "bzip2: unpack it",
+    b"\xfd7zXZ": "xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "zstandard: unpack it",
+}
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -28,15 +46,21 @@ def kind_of(path: Path) -> str:
     return (suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1]) if suffixes else ""
 
 
-def read_rows(path: str | Path) -> Iterator[dict]:
+def read_rows(path: str | Path, guess: bool = False) -> Iterator[dict]:
     """Streams the rows of a file.
+
+    Args:
+        guess: a .csv or .tsv that is not UTF-8 is read in its likeliest encoding, which is logged, instead of refused.
 
     Raises:
         UserError: with the line or row, and the remedy.
     """
     path = Path(path)
     try:
-        yield from READERS[kind_of(path)](path)
+        old = sniffed(path)[1]
+        read = READERS[kind_of(path)]
+        for row in _table(path, guess) if read is _table else read(path):
+            yield _each_text(row, functools.partial(to_unicode, old=old)) if old else row
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(path, error)) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -47,28 +71,85 @@ def read_json(path: Path):
     """The whole of a .json file, or None where it is none as a whole: lines of JSON, or damaged.
 
     Raises:
-        UserError: neither UTF-8 nor UTF-16.
+        UserError: no encoding that is read.
     """
+    try:
+        content, old = _whole_json(path), sniffed(path)[1]
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(path, error)) from error
+    return _each_text(content, functools.partial(to_unicode, old=old)) if old else content
+
+
+def _whole_json(path: Path):
     try:
         with open_text(path) as file:
             return json.load(file, parse_constant=_no_number)
-    except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(path, error)) from error
+    except UnicodeDecodeError:
+        raise
     except ValueError:
         return None
 
 
-def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    """A file, gzipped or not, as characters: UTF-8, or UTF-16 and 32 where its first bytes say so."""
-    stream = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
-    head = stream.read(4096)
-    stream.seek(0)
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and len(head) > 3:
-        zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
+def open_bytes(path: Path) -> io.BufferedIOBase:
+    """A file as bytes, unpacked where it is gzip's, whatever its name says."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")  # noqa: SIM115
+
+
+def open_text(path: Path, newline: str | None = None, guess: bool = False) -> io.TextIOWrapper:
+    """A file, gzipped or not, as characters: UTF-8, or UTF-16 and 32 where its first bytes say so.
+
+    Old Vietnamese comes as the Western letters that stand for it: `read_rows` converts it.
+
+    Args:
+        guess: another encoding than these is guessed and logged, and what does not fit it replaced; else reading it fails.
+    """
+    encoding, old, likely = sniffed(path)
+    if guess and (old or likely):
+        log.info("%s: read as %s", path, old or likely)
+    if guess and likely:
+        return io.TextIOWrapper(open_bytes(path), likely, "replace", newline)
+    return io.TextIOWrapper(open_bytes(path), encoding, "replace" if guess else "strict", newline)
+
+
+def sniffed(path: Path) -> tuple[str, str | None, str | None]:
+    """A file's encoding, the old Vietnamese one of its text (`encodings.OLD`), and if it is none that is read its likely one."""
+    state = os.stat(path)
+    return _sniff(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(64)
+def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | None]:
+    if kind_of(path) == ".xlsx":
+        return (
+            "utf-8",
+            old_vietnamese("\n".join(cell for row in islice(_excel(path), 1000) for cell in row.values() if cell)),
+            None,
+        )
+    with open_bytes(path) as file:
+        head = file.read(SAMPLE)
+    if kind_of(path) != ".parquet" and (
+        found := next((name for mark, name in OTHER_KINDS.items() if head.startswith(mark)), None)
+    ):
+        raise UserError(f"{path}: its content is {found}.")
+    if marked := next((name for mark, name in MARKS.items() if head.startswith(mark)), None):
+        return marked, None, None
+    if kind_of(path) == ".parquet":
+        return "utf-8", None, None
+    if len(head) > 3:
+        first = head[:4096]
+        zeros = [first[i::2].count(0) / len(first[i::2]) for i in (0, 1)]
         if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
-            encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-    return io.TextIOWrapper(stream, encoding, newline=newline)
+            return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", None, None
+    try:  # incremental: the sample may end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SAMPLE)
+        escapes = r"\\u00([0-9a-fA-F]{2})"  # in JSON a letter may be ASCII
+        return "utf-8", old_vietnamese(re.sub(escapes, lambda found: chr(int(found[1], 16)), text)), None
+    except UnicodeDecodeError:
+        if old := old_vietnamese(head.decode("latin-1")):
+            return "latin-1", old, None
+        return "utf-8", None, likely_encoding(head)
 
 
 def describe(path: Path) -> str:
@@ -77,9 +158,12 @@ def describe(path: Path) -> str:
     if kind in (".csv", ".tsv"):
         with open_text(path, newline="") as file:
             said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
-    if kind not in (".xlsx", ".parquet"):
-        with open_text(path) as file:
-            said.append(file.encoding.upper().replace("-SIG", " with a mark"))
+    encoding, old, _ = sniffed(path)
+    if kind != ".parquet" and (old or kind != ".xlsx"):
+        name = encoding.upper().replace("-SIG", " with a mark")
+        if old:
+            name = f"{old}{' in UTF-8' if encoding == 'utf-8' and kind != '.xlsx' else ''} (Vietnamese before Unicode, converted)"
+        said.append(name)
     return ", ".join([kind.removeprefix("."), *said, f"{path.stat().st_size:,} bytes"])
 
 
@@ -93,19 +177,24 @@ def _separator(path: Path, first: str) -> tuple[str, bool]:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
-    place = ""
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+    """What to do with a file that is not in the encoding it was taken for: where, how the line reads in the likeliest one."""
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf8")
             except UnicodeDecodeError as found:
-                place = f"line {number}: not UTF-8 (byte 0x{line[found.start]:02x})"
+                place, start = number, found.start
                 break
-    if not place:
-        return f"{path}: its first bytes say {error.encoding}, but it is not: {error.reason}."
+        else:
+            return f"{path}: its first bytes say {error.encoding}, but it is not: {error.reason}."
+        likely = sniffed(path)[2] or likely_encoding(line + file.read(SAMPLE))
+    if sum(byte < 9 or 13 < byte < 32 for byte in line) > 0.05 * len(line):
+        return f"{path}: not a text but binary data (line {place}). Save it as one of {' '.join(READERS)}."
+    first = max(0, start - 30)
+    reads, name = " ".join(line[first : start + 30].decode(likely, "replace").split()), unix_name(likely)
     return (
-        f"{path}, {place}. Convert it from the encoding it was saved in, for example "
-        f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8{kind_of(path)}"
+        f"{path}, line {place}: not UTF-8 (byte 0x{line[start]:02x}). As {name}, the likeliest, it reads {reads!r}. If that is "
+        f"right, convert it: iconv -f {name} -t UTF-8 {path.name} > utf8{kind_of(path)}"
     )
 
 
@@ -113,13 +202,23 @@ def _no_number(_name: str) -> None:
     """NaN and Infinity, which Python writes though JSON has none: a missing value."""
 
 
-def _whole(value):
-    """A value of JSON without halves of characters ("\\ud83d" alone), which no file can hold: U+FFFD stands for them."""
+def _each_text(value, function: Callable[[str], str]):
+    """A value of JSON with a function applied to each of its texts, names included."""
     if isinstance(value, str):
-        return SURROGATE.sub("\ufffd", value) if SURROGATE.search(value) else value
+        return function(value)
     if isinstance(value, list):
-        return [_whole(part) for part in value]
-    return {_whole(key): _whole(part) for key, part in value.items()} if isinstance(value, dict) else value
+        return [_each_text(part, function) for part in value]
+    if isinstance(value, dict):
+        return {_each_text(key, function): _each_text(part, function) for key, part in value.items()}
+    return value
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters ("\\ud83d" alone), which no file can hold: U+FFFD stands for them."""
+    return SURROGATE.sub("\ufffd", text) if SURROGATE.search(text) else text
+
+
+ONE_DOCUMENT = " It looks like one JSON document, not one a line: name it .json."
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
@@ -130,36 +229,67 @@ def _json_lines(path: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line, parse_constant=_no_number)
             except (ValueError, RecursionError) as error:
-                cut = " The file ends there: it may have been cut." if next(lines, None) is None else ""
-                raise UserError(f"{path}, line {number}: not JSON: {str(error)[:120]}.{cut}") from error
+                hint = " The file ends there: it may have been cut." if next(lines, None) is None else ""
+                if number == 1 and _whole_json(path) is not None or line in ("{", "["):
+                    hint = ONE_DOCUMENT
+                elif re.match(r"\{'\w+': ", line):
+                    hint = " It is Python's repr: write each row with json.dumps."
+                raise UserError(f"{path}, line {number}: not JSON: {str(error)[:120]}.{hint}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}.")
-            yield _whole(row) if "\\u" in line else row
+                hint = ONE_DOCUMENT if isinstance(row, list) else ""
+                raise UserError(f"{path}, line {number}: expected an object {{...}}, found {type(row).__name__}.{hint}")
+            yield _each_text(row, _whole) if "\\u" in line else row
 
 
 def _json(path: Path) -> Iterator[dict]:
-    content = read_json(path)
+    content = _whole_json(path)
     if content is None:
         yield from _json_lines(path)
         return
-    if isinstance(content, dict) and len(lists := [v for v in content.values() if isinstance(v, list)]) == len(content):
-        if len(content) == 1 and all(isinstance(row, dict) for row in lists[0]):
-            content = lists[0]  # {"data": [...]}
-        elif len({len(values) for values in lists}) == 1 and not any(isinstance(v, dict) for v in lists[0]):
-            content = [dict(zip(content, values, strict=True)) for values in zip(*lists, strict=True)]
+    if isinstance(content, dict):
+        content = _rows_of(content)
     content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}.")
     for number, row in enumerate(content, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object {{...}}, found {type(row).__name__}.")
-        yield _whole(row)
+        yield _each_text(row, _whole)
 
 
-def _table(path: Path) -> Iterator[dict]:
+def _rows_of(content: dict):
+    """The rows of an object that holds a table: `{"data": [...]}`, or as pandas writes one (orient columns, index, split)."""
+    values = list(content.values())
+    for name in ("data", "rows", "examples", "records"):
+        rest = [value for key, value in content.items() if key != name]
+        rows = content.get(name)
+        if (
+            isinstance(rows, list)
+            and rows
+            and isinstance(rows[0], dict)
+            and not any(isinstance(v, list | dict) for v in rest)
+        ):
+            return rows
+    if set(content) == {"columns", "index", "data"}:
+        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
+    if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
+        if len(values) == 1 and all(isinstance(row, dict) for row in values[0]):
+            return values[0]
+        if not any(isinstance(cell, dict) for cell in values[0]):
+            return [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
+    if values and all(isinstance(value, dict) and value for value in values):
+        if all(key.isdecimal() for key in content):
+            return values
+        numbers = values[0].keys()
+        if all(key.isdecimal() for key in numbers) and all(value.keys() == numbers for value in values):
+            return [{name: content[name][number] for name in content} for number in numbers]
+    return content
+
+
+def _table(path: Path, guess: bool = False) -> Iterator[dict]:
     """Comma, semicolon, tab or bar between cells: whichever makes a header of several columns."""
     csv.field_size_limit(1 << 30)
-    with open_text(path, newline="") as file:
+    with open_text(path, newline="", guess=guess) as file:
         lines, seen = iter(file), []
 
         def kept():
@@ -170,8 +300,10 @@ def _table(path: Path) -> Iterator[dict]:
         first = next(lines, "")
         separator, declared = _separator(path, first)
         first = next(lines, "") if declared else first
-        reader = csv.reader(kept(), delimiter=separator)
-        header = next(csv.reader([first], delimiter=separator), [])
+        # `text, "label"`: without this the quotation marks would be part of the cell
+        blanks = {"delimiter": separator, "skipinitialspace": separator != "\t" and f"{separator} " in first}
+        reader = csv.reader(kept(), **blanks)
+        header = next(csv.reader([first], **blanks), [])
         if not header:
             raise UserError(f"{path}: no header in its first line: expected the names of the columns.")
         header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
@@ -179,10 +311,15 @@ def _table(path: Path) -> Iterator[dict]:
             raise UserError(f"{path}: two columns are named {doubles[0]}. Rename one in the first line.")
         number = 2
         for cells in reader:
-            if len(seen) > 1:
+            if len(seen) > 1 or '\\"' in seen[0]:
                 try:
-                    list(csv.reader(seen, delimiter=separator, strict=True))
+                    list(csv.reader(seen, **blanks, strict=True))
                 except csv.Error as error:
+                    if '\\"' in seen[0]:
+                        raise UserError(
+                            f"{path}, line {number}: a quotation mark within a cell stands behind a backslash ({error}). "
+                            'Write it twice ("") instead.'
+                        ) from error
                     raise UserError(
                         f"{path}, line {number}: a quotation mark opens a cell and swallows {len(seen) - 1:,} further lines "
                         f"({error}). Close it, or write it twice where it is part of the text."
@@ -227,7 +364,7 @@ def _parquet(path: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        with open_bytes(path) as file:
             for batch in pa.parquet.ParquetFile(file).iter_batches(1000):
                 yield from batch.to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:

@@ -207,8 +207,14 @@ def _refusals_of_the_hub(name: str):
 def _splits(path: Path) -> dict | None:
     """Rows by split where a .json holds `{"train": [...], "test": [...]}`."""
     content = read_json(path) if kind_of(path) == ".json" else None
-    named = isinstance(content, dict) and "train" in content and set(content) <= {"train", "validation", "test"}
-    return content if named and all(isinstance(rows, list) for rows in content.values()) else None
+    if not isinstance(content, dict) or "train" not in content:
+        return None
+    splits = {
+        {"valid": "validation", "val": "validation", "dev": "validation"}.get(name, name): content[name]
+        for name in content
+    }
+    named = set(splits) <= {"train", "validation", "test"} and len(splits) == len(content)
+    return splits if named and all(isinstance(rows, list) for rows in splits.values()) else None
 
 
 def _read_file(path: Path):
@@ -273,7 +279,18 @@ def _from_list(rows: list, path: Path):
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a list of objects {{...}}.")
     names = dict.fromkeys(name for row in rows for name in row)
-    return datasets.Dataset.from_dict({name: _of_one_type([row.get(name) for row in rows]) for name in names})
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    for name, values in columns.items():
+        nested = sum(isinstance(value, list | dict) for value in values)
+        if 0 < nested < sum(value is not None for value in values):
+            log.warning(
+                "%s: column %s: %d of %d values are lists or objects, read as JSON text",
+                path,
+                name,
+                nested,
+                len(values),
+            )
+    return datasets.Dataset.from_dict({name: _of_one_type(values) for name, values in columns.items()})
 
 
 def _of_one_type(values: list) -> list:
@@ -291,4 +308,7 @@ def _of_one_type(values: list) -> list:
 
 
 def _excel_hint(path: Path) -> str:
-    return " Save it as .xlsx or .csv (UTF-8)." if kind_of(path) in (".xls", ".ods", ".numbers") else ""
+    return {
+        **dict.fromkeys((".xls", ".ods", ".numbers"), " Save it as .xlsx or .csv (UTF-8)."),
+        **dict.fromkeys((".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".tar", ".tgz"), " Unpack it."),
+    }.get(kind_of(path), "")

@@ -1,11 +1,11 @@
 """Texts that say nearly the same: MinHash with banding, in 216 bytes a text. Used by splits, corpora and docs."""
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from shared import one_spelling
 from shared.data.cleaning import NO_BLANKS, CleaningReport, clean_rows
 
 # Where a script puts no blanks between words every character counts as one.
@@ -14,7 +14,7 @@ WORD = re.compile(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+")
 
 def shingles(text: str) -> list[str]:
     """The word 5-grams of a text in lower case without punctuation; all its words where it has fewer than five."""
-    words = WORD.findall(unicodedata.normalize("NFC", text.casefold())) or [ascii(text.strip())]
+    words = WORD.findall(one_spelling(text.casefold())) or [ascii(text.strip())]
     if len(words) < 5:
         return [" ".join(words)]
     return [*map(" ".join, zip(words, words[1:], words[2:], words[3:], words[4:], strict=False))]

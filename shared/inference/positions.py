@@ -1,10 +1,13 @@
 """How many tokens an encoder reads. Called by tasks that take one, and by model.py."""
 
+import logging
 from pathlib import Path
 
 import torch
 
 from shared import UserError
+
+log = logging.getLogger("taskbook")
 
 
 def longest_input(config, tokenizer) -> int | None:
@@ -27,7 +30,7 @@ def longest_input(config, tokenizer) -> int | None:
 
 
 def check_length(max_length: int, source: Path, tokenizer) -> None:
-    """For encoders that a task trains.
+    """For encoders that a task trains; says what else of a text they do not read.
 
     Raises:
         UserError: the model in the folder `source` reads fewer tokens than `max_length`.
@@ -37,3 +40,8 @@ def check_length(max_length: int, source: Path, tokenizer) -> None:
     longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
     if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
+    words = tokenizer.tokenize("ma ma")
+    if tokenizer.tokenize("má mà") == words and tokenizer.unk_token not in words:
+        log.info(
+            "the tokenizer reads letters without their marks, má as ma: not for Vietnamese, where they make other words"
+        )

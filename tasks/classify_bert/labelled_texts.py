@@ -1,9 +1,13 @@
 """Rows of any table as texts with labels. Used by train.py."""
 
 import re
+import unicodedata
 
-from shared import UserError
+from shared import UserError, one_spelling
 from shared.data.cleaning import clean_text, malformed
+
+# Of labels, as a table writes it: `['a', 'b']`, `[0, 1]`, `{"a": 1}`
+LIST = re.compile(r"""\s*(?:\[\s*["'].*["']\s*\]|\[(?:\s*\d+\s*,)+\s*\d+\s*\]|\{\s*["'].*:.*\})\s*""", re.S)
 
 
 def hides_labels(splits) -> bool:
@@ -30,7 +34,7 @@ def to_row(
     text, label = row[places["text"]], row[places["label"]]
     if reason := malformed(text):
         return f"bad: {reason}"
-    if isinstance(label, list | dict):
+    if isinstance(label, list | dict) or isinstance(label, str) and LIST.fullmatch(label):
         raise UserError(
             f"the label of {text[:40]!r} is {str(label)[:60]}: this task gives each text one class. Write one, as text or number."
         )
@@ -38,16 +42,19 @@ def to_row(
         return "no label"
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
         label = int(label)
-    label = names[label] if names else str(label).strip()
+    label = names[label] if names else unicodedata.normalize("NFC", str(label)).strip()
     label = label.partition(until)[0].strip() if until else label
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
 
 
 def likely_one(labels) -> str:
-    """Which labels differ in case alone, or in blanks and hyphens between letters: "BILLING" beside "billing"; empty if none."""
+    """Which labels differ in case alone ("BILLING" beside "billing"), in blanks and hyphens between letters, or in the place of a
+    Vietnamese tone; empty if none."""
     alike = {}
     for label in sorted(labels):
-        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", label.casefold()) or label, []).append(label)
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", one_spelling(label.casefold())) or label, []).append(
+            label
+        )
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 

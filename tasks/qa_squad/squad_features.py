@@ -16,7 +16,7 @@ import numpy as np
 import regex
 from datasets import Dataset
 
-from shared import UserError
+from shared import UserError, one_spelling
 from shared.data.cleaning import malformed
 from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
@@ -75,14 +75,15 @@ def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
         start: its place as the file gives it: characters, or the units of UTF-16 (JavaScript, Java, most annotation tools) or
             UTF-8. Where the answer stands at none of these, it is the nearest to it; without a place, the only one.
     """
+    text = text if text in context else text.strip()  # annotated with a blank that the context does not have
     spans = [(found.start(1), found.end(1)) for found in re.finditer(f"(?=({re.escape(text)}))", context)]
-    if not spans:  # one composed, the other not: `a` + U+0301 for `á`
+    if not spans:  # in another spelling: `a` + U+0301 for `á`, `hoà` for `hòa`
         letters = regex.findall(r"\X", context)
         composed = [unicodedata.normalize("NFC", letter) for letter in letters]
         begins = list(accumulate(map(len, composed), initial=0))
         original = dict(zip(begins, accumulate(map(len, letters), initial=0), strict=True))
-        plain = re.escape(unicodedata.normalize("NFC", text))
-        found = [(hit.start(1), hit.end(1)) for hit in re.finditer(f"(?=({plain}))", "".join(composed))]
+        plain = re.escape(one_spelling(text))
+        found = [(hit.start(1), hit.end(1)) for hit in re.finditer(f"(?=({plain}))", one_spelling("".join(composed)))]
         spans = [(original[a], original[b]) for a, b in found if a in original and b in original]
     start = int(start) if str(start).removesuffix(".0").isdecimal() else None
     if len(spans) < 2 or start is None:

@@ -1,11 +1,9 @@
 """Rows of any summarization data set -> documents with their summaries -> token ids; pieces, lead sentences, padding. Pure
 functions, used by train.py."""
 
-import unicodedata
-
 import numpy as np
 
-from shared import UserError
+from shared import UserError, one_spelling
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
 from shared.metrics.rouge.rouge import WORD, split_sentences
@@ -198,4 +196,4 @@ def novel_bigrams(summary: str, document: str) -> tuple[int, int]:
 
 
 def _words(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFC", text.lower()))
+    return WORD.findall(one_spelling(text.lower()))

@@ -26,11 +26,12 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora.build import BATCH, build, ordered_map
+from shared.corpora.build import BATCH, build, ordered_map, prepare
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.cleaning import LONGEST, CleaningReport, language
+from shared.data.encodings import OLD
 from shared.data.files import PIECE, pieces
 from shared.data.near_duplicates import shingles
 
@@ -446,11 +447,11 @@ def test_a_dump_gives_the_prose_of_its_articles(tmp_path):
 @pytest.mark.parametrize(
     ("wikitext", "text"),
     [
-        ("a [[b|c]] [[d (e)|]] [[:Category:F]]", "a c  Category:F"),
+        ("a [[b|c]] [[d (e)|]] [[:Category:F]]", "a c d Category:F"),
         ("[[File:a.jpg]]x[[Category:Y]]", "x"),
         ("a<ref>b</ref> <nowiki>[[c]]</nowiki> <math>x^2</math>", "a [[c]] x^2"),
         ("== Empty ==\n\n== Full ==\ntext", "Full\n\ntext"),
-        ("{{a|{{b|[[c]]}}", "{{a|"),
+        ("{{a|{{b|[[c]]}}", ""),
         ("<gallery>\nFile:a.jpg|caption\n</gallery>b", "b"),
     ],
 )
@@ -528,7 +529,7 @@ def test_a_folder_of_every_kind(tmp_path):
         "missing": 1,
         "another kind of file": 1,
         "damaged file": 3,
-        "encrypted PDF": 1,
+        "PDF with a password": 1,
     }
     assert by_source["mine/a.txt"]["text"].startswith(VIETNAMESE) and by_source["mine/a.txt"]["title"] == "a.txt"
     assert "café" in by_source["mine/c.html"]["text"] and by_source["mine/c.html"]["title"] == "Page"
@@ -758,11 +759,247 @@ def test_the_words_of_these_tests_differ():
 @pytest.mark.parametrize("algorithm", ["RC4-128", "AES-128", "AES-256"])
 @pytest.mark.parametrize("password", ["", "secret"])
 def test_an_encrypted_pdf_is_read_where_it_needs_no_password(algorithm, password, tmp_path):
-    from pypdf import PdfWriter
+    from pypdf import PdfReader, PdfWriter
 
-    writer = PdfWriter()
-    writer.add_blank_page(100, 100)
+    pdf(tmp_path / "plain.pdf", prose(1))
+    writer = PdfWriter(PdfReader(tmp_path / "plain.pdf"))
     writer.encrypt(user_password=password, owner_password="owner", algorithm=algorithm)
     writer.write(tmp_path / "a.pdf")
     found = list(documents(str(tmp_path / "a.pdf")))
-    assert (found == ["encrypted PDF"]) if password else (len(found) == 1 and isinstance(found[0], dict))
+    if password:
+        assert found == ["PDF with a password"]
+    else:
+        assert " ".join(found[0]["text"].split()) == prose(1)
+
+
+def test_a_pdf_without_text_is_named(tmp_path, caplog):
+    import numpy as np
+    from matplotlib.figure import Figure
+    from pypdf import PdfReader, PdfWriter
+
+    scan = Figure(figsize=(4, 4))
+    scan.figimage(np.random.default_rng(0).random((200, 200)))
+    scan.savefig(tmp_path / "scan.pdf")
+    writer = PdfWriter()
+    writer.add_blank_page(100, 100)
+    writer.write(tmp_path / "blank.pdf")
+    assert list(documents(str(tmp_path / "scan.pdf"))) == ["scanned PDF, pictures without text (needs OCR)"]
+    assert list(documents(str(tmp_path / "blank.pdf"))) == ["PDF without text"]
+    pdf(tmp_path / "text.pdf", prose(1))
+    both = PdfWriter()
+    for part in ("text.pdf", "scan.pdf"):
+        both.append(PdfReader(tmp_path / part))
+    both.write(tmp_path / "both.pdf")
+    assert len(list(documents(str(tmp_path / "both.pdf")))) == 1 and "1 of 2 pages are pictures" in caplog.text
+
+
+# Tables and texts as people have them.
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("semi.csv", "title;text\nMột;{0}\nHai;{1}\n"),
+        ("tab.tsv", "title\ttext\nMột\t{0}\nHai\t{1}\n"),
+        ("list.json", '[{{"title": "Một", "text": "{0}"}}, {{"title": "Hai", "text": "{1}"}}]'),
+        ("data.json", '{{"data": [{{"title": "Một", "text": "{0}"}}, {{"title": "Hai", "text": "{1}"}}]}}'),
+        ("blank.jsonl", '\ufeff{{"title": "Một", "text": "{0}"}}\n\n{{"title": "Hai", "text": "{1}"}}'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_table_in_many_dresses(name, content, encoding, tmp_path):
+    (tmp_path / name).write_text(content.format(prose(1), prose(2)), encoding=encoding)
+    rows = list(documents(str(tmp_path / name)))
+    assert [(row["title"], row["text"]) for row in rows] == [("Một", prose(1)), ("Hai", prose(2))]
+
+
+def test_a_quotation_mark_that_swallows_rows_is_named(tmp_path, caplog):
+    lines = [f"{i},{prose(i)}" for i in range(30)]
+    lines[3] = '3,"' + prose(3)
+    (tmp_path / "open.csv").write_text("\n".join(["title,text", *lines]))
+    with pytest.raises(UserError, match="line 5: a quotation mark opens a cell and swallows 26 further lines"):
+        list(documents(str(tmp_path / "open.csv")))
+    (tmp_path / "z.txt").write_text(prose(40))  # in a folder the others are read
+    rows = list(documents(str(tmp_path)))
+    assert [row if isinstance(row, str) else row["title"] for row in rows] == [
+        "0",
+        "1",
+        "2",
+        "bad: damaged file",
+        "z.txt",
+    ]
+    assert "line 5: a quotation mark" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "Die Straße führt über größere Brücken, und schöne Häuser stehen an ihr."),
+        ("cp1251", "Москва является столицей и крупнейшим городом страны, в ней много парков и театров."),
+        ("koi8-r", "Москва является столицей и крупнейшим городом страны, в ней много парков и театров."),
+        ("cp932", "東京は日本の首都であり、世界でも最大級の都市の一つです。春には桜が咲きます。"),
+        ("gb18030", "北京是中华人民共和国的首都，也是全国的政治和文化中心，历史悠久。"),
+    ],
+)
+def test_texts_in_other_encodings_are_read_and_said(name, encoding, text, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = {"a.csv": f'title,text\nx,"{text * 8}"\n', "a.jsonl": f'{{"text": "{text * 8}"}}\n', "a.txt": text * 8}
+    (tmp_path / name).write_bytes(rows[name].encode(encoding))
+    assert [row["text"].strip() for row in documents(str(tmp_path / name))] == [text * 8]
+    assert "read as" in caplog.text
+
+
+def test_old_vietnamese_among_documents_is_converted(tmp_path, caplog):
+    def old(name: str) -> str:
+        return LONG_VIETNAMESE.translate(
+            {ord(new): code for code, new in OLD[name].items() if code < 256 and len(new) == 1}
+        )
+
+    tcvn, viscii = old("TCVN3"), old("VISCII")
+    assert tcvn != LONG_VIETNAMESE != viscii
+    (tmp_path / "a.txt").write_bytes(tcvn.encode("latin-1"))
+    page = html("Trang", 1, head='<meta charset="windows-1252">', text=tcvn)
+    (tmp_path / "b.html").write_bytes(page.encode("latin-1"))
+    (tmp_path / "c.html").write_bytes(
+        html("Trang", 1, head='<meta charset="x-user-defined">', text=viscii).encode("latin-1")
+    )
+    rows = [{"text": tcvn}, {"text": LONG_VIETNAMESE}, {"text": prose(1, 80) + " café, où êtes-vous né à l'été"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of several kinds in one file
+    found = [prepare(row, 10, ())[0]["text"].removeprefix("Trang\n") for row in documents(str(tmp_path))]
+    assert found[:5] == [LONG_VIETNAMESE] * 5 and found[5] == rows[2]["text"]
+    assert "documents in TCVN3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("rss.xml", "<rss><item>hello</item></rss>", "bad: not a MediaWiki dump"),
+        (
+            "bare.xml",
+            "<mediawiki><siteinfo><base></base><namespaces><namespace key='6'/><namespace key='1'>Talk</namespace></namespaces>"
+            f"</siteinfo><page><title>A</title><revision><text>{prose(1)}</text></revision></page></mediawiki>",
+            prose(1),
+        ),
+        (
+            "talk.xml",
+            "<mediawiki><siteinfo><namespaces><namespace key='1'>Talk</namespace></namespaces></siteinfo>"
+            f"<page><title>Talk:A</title><revision><text>{prose(1)}</text></revision></page></mediawiki>",
+            "not an article",
+        ),
+        ("part.html", f"<article><p>{prose(1)}</p></article>", prose(1)),
+        ("bytes.csv", b"text,x\n" + prose(1).encode() + b",\xff\n", prose(1)),
+    ],
+)
+def test_odd_files_are_read_or_named(name, content, found, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (row,) = documents(str(tmp_path / name))
+    row = prepare(row, 10, ())
+    assert (row if isinstance(row, str) else row[0]["text"]) == found.removeprefix(
+        "bad: " if isinstance(row, tuple) else ""
+    )
+
+
+# The web, as it is.
+
+
+@pytest.mark.parametrize(
+    ("head", "links", "followed"),
+    [
+        ('<meta name="ROBOTS" content="NOARCHIVE, NOFOLLOW">', '<a href="/x">x</a>', []),
+        ('<meta name="robots" content="none">', '<a href="/x">x</a>', []),
+        ('<META NAME="Robots" CONTENT="None">', '<a href="/x">x</a>', []),
+        ('<meta name="lm-taskbook" content="nofollow">', '<a href="/x">x</a>', []),
+        ('<meta name="googlebot" content="nofollow">', '<a href="/x">x</a>', ["/x"]),
+        ('<meta name="robots" content="noindex">', '<a href="/x">x</a>', ["/x"]),
+        (
+            "",
+            '<a rel="NOFOLLOW" href="/x">x</a><A HREF="/y" REL="noopener NoFollow">y</A><a rel="next" href="/z">z</a>',
+            ["/z"],
+        ),
+        ("", '<a rel="x-nofollow-y" href="/x">x</a>', ["/x"]),
+        ("", '<a href="http://site.example:80/x">x</a><a href="https://www.site.example:443/y">y</a>', ["/x", "/y"]),
+        ("", '<a href="http://site.example:8080/x">another site</a>', []),
+    ],
+)
+def test_links_are_followed_where_they_may_be(head, links, followed):
+    page = f"<html><head>{head}</head><body>{links}</body></html>"
+    assert [link.partition("example")[2] for link in web._links(page, "http://site.example/")] == followed
+
+
+def test_a_header_may_forbid_following(server, tmp_path):
+    page = html("Start", 1, "/x")
+    server.pages |= {"/": lambda h: answer(h, page, X_Robots_Tag="noarchive, NoFollow"), "/x": html("X", 2)}
+    assert set(fetched(server.url, tmp_path / "state", depth=1)[0]) == {"/"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["0; url=/real", "0;URL='/real'", '5, url = "/real"', "0;/real", "0 url=http://{host}:{port}/real", "1.5;url=real"],
+)
+def test_a_page_that_passes_on_is_followed_within_the_site(content, server, tmp_path):
+    content = content.format(host="127.0.0.1", port=server.http.server_port)
+    server.pages |= {
+        "/": f"<html><head><META HTTP-EQUIV=Refresh CONTENT='{content}'></head></html>".replace(
+            "='0;URL='/real''", "=\"0;URL='/real'\""
+        ),
+        "/real": html("Real", 1, "/more"),
+        "/more": html("More", 2),
+    }
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert set(pages) == {"/real", "/more"} and not reasons
+
+
+def test_pages_that_pass_on_to_others_sites_themselves_or_much_later_are_pages(server, tmp_path):
+    def refresh(content):
+        return f'<meta http-equiv="refresh" content="{content}">'
+
+    server.pages |= {
+        "/": html("Start", 1, "/away", "/self", "/late", "/a", "/script"),
+        "/away": html("Away", 2, head=refresh("0;url=http://elsewhere.example/")),
+        "/self": html("Self", 3, head=refresh("10")),
+        "/late": html("Late", 4, head=refresh("600;url=/b")),
+        "/a": html("A", 5, head=refresh("0;url=/b")),
+        "/b": html("B", 6, head=refresh("0;url=/a")),
+        "/script": html("Script", 7, head=f"<noscript>{refresh('0;url=/gone')}</noscript>"),
+    }
+    pages, reasons = fetched(server.url, tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/away", "/self", "/late", "/b", "/script"} and not reasons
+
+
+@pytest.mark.parametrize("rule", ["Crawl-delay: 3600", "Request-rate: 1/3600s"])
+def test_a_site_that_wants_an_hour_between_requests_is_refused_at_once(rule, server, tmp_path):
+    server.pages |= {"/robots.txt": f"User-agent: *\n{rule}\n", "/": html("Start", 1)}
+    with pytest.raises(UserError, match=r"robots.txt asks for 3,600 seconds between requests"):
+        fetched(server.url, tmp_path / "state")
+    assert server.asked == ["/robots.txt"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared", "text"),
+    [
+        ("iso2022_jp", "ISO-2022-JP", "東京は日本の首都であり、世界でも最大級の都市です。"),
+        ("iso2022_jp", "iso-2022-jp", "ひらがなとカタカナ"),
+        ("big5hkscs", "Big5-HKSCS", "香港嘅茶餐廳好好食，我哋今日去飲茶，啲嘢好正㗎。"),
+        ("big5hkscs", "big5", "我哋喺度食嘢，佢哋唔知，啱啱嚟咗。"),
+        ("cp932", "Shift_JIS", "①②③の髙島屋と﨑山さん"),
+        ("cp932", "x-sjis", "東京は日本の首都です"),
+        ("cp932", "windows-31j", "東京は日本の首都です"),
+        ("gb18030", "gb2312", "朱镕基和㐂字都在这里"),
+        ("cp949", "euc-kr", "똠방각하 펲시콜라 한국어"),
+        ("cp1252", "iso-8859-1", "“Größe” – 5 €"),
+        ("cp874", "windows-874", "ภาษาไทย “เขียน”"),
+        ("cp874", "tis-620", "ภาษาไทยเป็นภาษา"),
+        ("utf-16", "utf-8", "Việt Nam đất nước con người"),
+        ("koi8-u", "koi8-u", "Київ є столицею України"),
+    ],
+)
+@pytest.mark.parametrize("where", ["header", "meta", "http-equiv"])
+def test_a_declared_charset_is_read(encoding, declared, text, where):
+    head = {
+        "header": "",
+        "meta": f'<meta charset="{declared}">',
+        "http-equiv": f"<META http-equiv=Content-Type content='text/html; charset={declared}'>",
+    }[where]
+    page = f"<html><head>{head}</head><body>{text}</body></html>"
+    assert decode(page.encode(encoding), declared if where == "header" else None) == page

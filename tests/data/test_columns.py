@@ -3,7 +3,7 @@
 import pytest
 
 from shared import UserError
-from shared.data.columns import find_columns, missing
+from shared.data.columns import find_columns, missing, read_mapping
 
 TABLE = ["ticket_id", "utterance", "stars", "status"]
 
@@ -11,7 +11,12 @@ TABLE = ["ticket_id", "utterance", "stars", "status"]
 def test_the_mapping_comes_first_then_the_name():
     found = find_columns("mine", [*TABLE, "text"], ["label=stars"], ("text", "label"), ("status",))
     assert found == {"text": "text", "label": "stars", "status": "status"}
-    assert find_columns("mine", ["instances"], ["text=instances.0.input"], ["text"]) == {"text": "instances.0.input"}
+    inside = ["text=instances.0.input"]
+    assert read_mapping(inside, ["text"], ["instances"]) == {"text": "instances.0.input"}
+    with pytest.raises(
+        UserError, match="lies inside the column instances"
+    ):  # the tasks that call it cannot look inside
+        find_columns("mine", ["instances"], inside, ["text"])
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,18 @@ CSV = 'text,label\nvé một,a\n"two, too",b\n'
         ("lines.json", lines(ROWS).encode()),
         ("list.json", json.dumps(ROWS, indent=1).encode()),
         ("data.json", json.dumps({"data": ROWS}).encode()),
+        ("version.json", json.dumps({"version": "1.0", "data": ROWS}).encode()),
+        ("index.json", json.dumps({str(i): row for i, row in enumerate(ROWS)}).encode()),
+        ("pandas.json", json.dumps({n: {str(i): row[n] for i, row in enumerate(ROWS)} for n in ROWS[0]}).encode()),
+        (
+            "split.json",
+            json.dumps(
+                {"columns": list(ROWS[0]), "index": [0, 1], "data": [list(row.values()) for row in ROWS]}
+            ).encode(),
+        ),
+        ("initial.csv", 'text, label\nvé một, "a"\n"two, too", "b"\n'.encode()),
+        ("cr.csv", CSV.replace("\n", "\r").encode()),
+        ("gzip_by_content.csv", packed(CSV.encode())),
         ("columns.json", json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode()),
     ],
 )
@@ -97,11 +109,12 @@ def test_excel(tmp_path):
     ]
 
 
-def test_splits_of_one_json_are_splits(tmp_path):
-    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
+@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("dev", "validation")])
+def test_splits_of_one_json_are_splits(name, split, tmp_path):
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, name: ROWS[:1]}))
     for load in (load_data, load_stream):
         found = load(str(tmp_path / "splits.json"))
-        assert {name: len(list(rows)) for name, rows in found.items()} == {"train": 2, "test": 1}
+        assert {name: len(list(rows)) for name, rows in found.items()} == {"train": 2, split: 1}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,20 @@ def test_lines_of_a_text_are_rows_and_a_very_long_one_is_cut(tmp_path):
         ("scalar.jsonl", b'{"a": 1}\n3\n', ["line 2: expected an object {...}, found int"]),
         ("scalar.json", b"[1, 2]", ["row 1: expected an object {...}, found int"]),
         ("cut.csv.gz", packed(b"text,label\n" + b"abc,defgh\n" * 5000)[:-20], ["cannot be read"]),
+        (
+            "backslash.csv",
+            b'text,label\nplain,a\n"a \\"quoted\\" word","b"\n',
+            ["line 3: a quotation mark within a cell stands behind a backslash", 'Write it twice ("")'],
+        ),
+        ("array.jsonl", json.dumps(ROWS).encode(), ["line 1: expected an object {...}, found list", "name it .json"]),
+        ("pretty.jsonl", json.dumps(ROWS, indent=1).encode(), ["line 1: not JSON", "name it .json"]),
+        ("repr.jsonl", b"{'text': 'a', 'label': 'b'}\n" * 3, ["line 1: not JSON", "Python's repr", "json.dumps"]),
+        ("packed.csv", b"PK\x03\x04" + bytes(99), ["a zip archive or an Office document", "unpack it"]),
+        ("workbook.csv", b"\xd0\xcf\x11\xe0" + bytes(99), ["an old Office document"]),
+        ("columns.csv", b"PAR1" + bytes(99), ["name it .parquet"]),
+        ("paper.txt", b"%PDF-1.7\n\xff", ["python -m shared.corpora"]),
+        ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["git lfs pull"]),
+        ("binary.txt", bytes(range(256)) * 300, ["not a text but binary data"]),
         ("no.xlsx", b"text,label\n", ["not an Excel workbook", "Save it as .csv in UTF-8"]),
     ],
 )
@@ -169,6 +196,7 @@ def test_what_cannot_be_read_is_named_with_its_place(name, content, words, tmp_p
         ("a.parquet", "a whole Parquet|cannot be read"),
         ("none.jsonl", "holds no row"),
         ("old.xls", "cannot read .xls;.*Save it as .xlsx or .csv"),
+        ("a.csv.zip", "cannot read .zip;.*Unpack it"),
     ],
 )
 def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
@@ -237,7 +265,9 @@ def test_labels_that_are_kept_secret_are_none(tmp_path):
     ("labels", "said"),
     [
         ([["a", "b"], ["c"]] * 75, "is ['a', 'b']: this task gives each text one class"),
-        ([{"a": 1}, {"a": 2}] * 75, "this task gives each text one class"),
+        ([{"a": 1}, {"a": 2}] * 75, "row 1: the label of 'w0"),
+        (["['a', 'b']", "['a']"] * 75, "this task gives each text one class"),
+        (["[0, 1]", "[1, 1]"] * 75, "this task gives each text one class"),
         ([i / 7 + 0.01 for i in range(150)], "quantities, not classes. This task does no regression"),
     ],
 )
@@ -246,6 +276,18 @@ def test_what_is_no_class_is_refused_by_name(labels, said, tmp_path):
     with pytest.raises(UserError) as stopped:
         classify(tmp_path / "a.jsonl")
     assert said in str(stopped.value)
+
+
+def test_a_column_within_a_column_is_refused_where_it_is_not_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines({"data": {"text": words(i), "label": "a"}} for i in range(30)))
+    with pytest.raises(UserError, match=r"data\.text lies inside the column data, and this task reads whole columns"):
+        classify(tmp_path / "a.jsonl", "--columns", "text=data.text", "label=data.label")
+
+
+def test_lists_among_texts_are_said(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(lines([{"text": ["a"]}, {"text": "b"}, {"text": None}]))
+    assert [row["text"] for row in load_data(str(tmp_path / "a.jsonl"))["train"]] == ['["a"]', "b", None]
+    assert "column text: 1 of 3 values are lists or objects" in caplog.text
 
 
 def test_binary_and_list_columns_stop_in_one_line(tmp_path):

@@ -1,7 +1,6 @@
 """Corpus BLEU-4 by sacrebleu, with its signature: `shared.metrics.load("bleu")`."""
 
 import re
-import unicodedata
 from itertools import zip_longest
 
 import datasets
@@ -9,6 +8,7 @@ import evaluate
 import numpy as np
 from sacrebleu.metrics import BLEU
 
+from shared import one_spelling  # From: -e .
 from shared.metrics import as_lists, ci95, resampled_counts  # From: -e .
 
 SCRIPTS = {
@@ -25,7 +25,8 @@ Args:
 Returns:
     bleu: BLEU-4 of the whole corpus in points, 0 to 100: n-grams are summed over rows, so it is no mean over rows.
     bleu_ci95: [low, high], 95 % bootstrap interval over rows (Koehn 2004).
-    signature: sacrebleu's, which makes the number comparable; it names the tokenizer (`tokenizer_for`).
+    signature: sacrebleu's, which makes the number comparable; it names the tokenizer (`tokenizer_for`), and
+        ends with `spelling:one` where `shared.one_spelling` changed a text, so that sacrebleu alone would give another number.
 
 Raises:
     UserError: no row, or a row without a reference.
@@ -65,9 +66,10 @@ class Bleu(evaluate.Metric):
         super().add_batch(predictions=predictions, references=as_lists(references))
 
     def _compute(self, predictions, references):
-        # Vietnamese comes in two spellings that look the same, composed and not
-        predictions = [unicodedata.normalize("NFC", text) for text in predictions]
-        references = [[unicodedata.normalize("NFC", text) for text in row] for row in references]
+        # Vietnamese comes in several spellings: letters composed or not, `hoà` or `hòa`
+        given = predictions, references
+        predictions = [one_spelling(text) for text in predictions]
+        references = [[one_spelling(text) for text in row] for row in references]
         tokenizer = tokenizer_for(text for row in references for text in row)
         corpus = BLEU(tokenize=tokenizer)
         # sacrebleu wants a list per reference number, with None where a row has fewer.
@@ -78,7 +80,8 @@ class Bleu(evaluate.Metric):
             statistics[row] = [found.sys_len, found.ref_len, *found.counts, *found.totals]
         # sacrebleu's own bootstrap holds resamples x rows in memory; counts of drawn rows give the same sums.
         draws = [_bleu(counts @ statistics) for counts in resampled_counts(len(predictions))]
-        return {"bleu": score.score, "bleu_ci95": ci95(draws), "signature": str(corpus.get_signature())}
+        spelling = "" if given == (predictions, references) else "|spelling:one"
+        return {"bleu": score.score, "bleu_ci95": ci95(draws), "signature": f"{corpus.get_signature()}{spelling}"}
 
 
 def _bleu(sums: np.ndarray) -> float:

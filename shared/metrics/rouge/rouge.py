@@ -2,10 +2,9 @@
 
 rouge-score (Google's rewrite of Lin's Perl script) does the counting, with the Porter stemmer on, as published CNN/DailyMail
 results have it. Its own tokenizer deletes every letter beyond a-z, so that Vietnamese loses its vowels and Chinese all:
-ours keeps them, and gives the same tokens for text whose letters are ASCII. `café` counts as `café` here, as `caf` there.
+ours keeps them, and gives the same tokens for text whose letters are ASCII. `café` counts as `café` here, as `caf` there. The
+spellings of one Vietnamese word, composed or not, `hoà` or `hòa`, are one token (`shared.one_spelling`).
 """
-
-import unicodedata
 
 import datasets
 import evaluate
@@ -14,6 +13,7 @@ import regex
 from nltk.stem import porter
 from rouge_score import rouge_scorer, tokenizers  # From: rouge-score
 
+from shared import one_spelling  # From: -e .
 from shared.metrics import as_lists, means  # From: -e .
 
 TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -52,7 +52,7 @@ class WordTokenizer(tokenizers.Tokenizer):
         self._stemmer = porter.PorterStemmer()
 
     def tokenize(self, text):
-        words = WORD.findall(unicodedata.normalize("NFC", text.lower()))
+        words = WORD.findall(one_spelling(text.lower()))
         return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 

@@ -1,21 +1,20 @@
 """Exact match and F1 of extractive answers as SQuAD's official scripts define them: `shared.metrics.load("squad")`.
 
 As evaluate-v2.0.py does, which gives the values of v1.1's script too, but for gold answers of only articles and
-punctuation. One addition: both sides are put into Unicode's composed form (NFC) first, since Vietnamese comes in two
-spellings that look the same. As there, only English articles and ASCII punctuation are removed (so "an" goes from "an
-toàn" too), and words end at spaces: a Chinese answer is one word.
+punctuation. One addition: both sides are put into one spelling first (`shared.one_spelling`), since Vietnamese is
+written with composed letters or not, and as `hoà` or `hòa`. As there, only English articles and ASCII punctuation are
+removed (so "an" goes from "an toàn" too), and words end at spaces: a Chinese answer is one word.
 """
 
 import re
 import string
-import unicodedata
 from collections import Counter
 
 import datasets
 import evaluate
 import numpy as np
 
-from shared import UserError  # From: -e .
+from shared import UserError, one_spelling  # From: -e .
 from shared.metrics import means  # From: -e .
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,8 +82,8 @@ class Squad(evaluate.Metric):
 
 
 def normalize_answer(text: str) -> str:
-    """Composed Unicode, lowercase, without ASCII punctuation, English articles and superfluous spaces."""
-    text = unicodedata.normalize("NFC", text).lower().translate(PUNCTUATION)
+    """One spelling, lowercase, without ASCII punctuation, English articles and superfluous spaces."""
+    text = one_spelling(text).lower().translate(PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
