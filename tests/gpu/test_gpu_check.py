@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -69,6 +70,9 @@ def made(tmp_path_factory):
         if not rows.exists():
             recipe_shapes.write_rows(task, rows, *((500, 1000) if size == "real" else (60, 40)))
         if not model.exists():
+            if "7B" in shape:  # a disk may have room for one of 14 GB
+                for other in folder.glob(f"*7B-{size}"):
+                    shutil.rmtree(other)
             device = "cuda" if size == "real" else "cpu"
             recipe_shapes.save_model(shape, model, device, size == "tiny")
         return rows, model
