@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test lint lock new-task clean
+.PHONY: help setup demo chat test gpu-check lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,10 @@ chat: setup ## open a page to chat with the model of `make demo`, or with a pack
 # A process for each core; each makes for itself what tests share.
 test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py -k arrows"
 	.venv/bin/pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# Also in outputs/gpu_check.json. `make test` runs the same with tiny models on a CPU.
+gpu-check: setup ## show on a GPU what only a GPU can: kernels, precision, memory, speed; no account, no model hub
+	.venv/bin/pytest -m gpu $(ARGS) tests/gpu tests/test_notebook.py
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .

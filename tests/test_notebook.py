@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 NOTEBOOK = ROOT / "notebooks" / "colab_t4.ipynb"
-SMALL = "--fp16 false --use_cpu true --max_steps 2 --max_train_rows 24 --max_test_rows 6 --max_validation_rows 4 "
+SMALL = "--max_steps 2 --max_train_rows 24 --max_test_rows 6 --max_validation_rows 4 "
 SMALL += "--max_length 256 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --warmup_steps 0 --logging_steps 1"
 
 
@@ -79,13 +79,18 @@ def old_torchao(environment):
     return own / "torchao"
 
 
-def test_every_cell_runs(hub, repository, environment, old_torchao, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("--fp16 false --use_cpu true ", id="cpu"), pytest.param("", id="gpu", marks=pytest.mark.gpu)],
+)
+def test_every_cell_runs(device, hub, repository, environment, old_torchao, tmp_path, monkeypatch):
     """And again from training on with a plan alone."""
+    options = device + SMALL
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = next(cell for cell in notebook.cells if cell.metadata.get("tags") == ["parameters"])
-    parameters.source += f"\nREPOSITORY, OPTIONS = {str(repository)!r}, {SMALL!r}"
+    parameters.source += f"\nREPOSITORY, OPTIONS = {str(repository)!r}, {options!r}"
     again = [cell for cell in notebook.cells if cell.cell_type == "code"][3:]
-    change = f"OUTPUT, OPTIONS = 'outputs/planned', {SMALL + ' --dry_run'!r}"
+    change = f"OUTPUT, OPTIONS = 'outputs/planned', {options + ' --dry_run'!r}"
     notebook.cells += [nbformat.v4.new_code_cell(change), *map(copy.deepcopy, again)]
     work = tmp_path / "content"
     work.mkdir()

@@ -37,6 +37,13 @@ def precision_flags(named: set[str], gpus: list[tuple[int, int]]) -> list[str]:
     return [part for name in ("bf16", "fp16") for part in (f"--{name}", str(name == chosen).lower())]
 
 
+def dtype_of(args):
+    """The `torch.dtype` that a run with these training arguments computes in."""
+    import torch
+
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+
+
 def check_precision(fp16: bool, bf16: bool, gpus: list[tuple[int, int]]) -> None:
     """Refuses what this hardware does not have.
 
@@ -76,16 +83,16 @@ def hardware() -> str:
     return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
 
 
-def matmul_flops(seconds: float = 1.0, half: bool = False) -> float:
-    """Floating-point operations per second of a square matrix product here, float32 or float16: the peak of a plan.
+def matmul_flops(seconds: float = 1.0, dtype=None) -> float:
+    """Floating-point operations per second of a square matrix product here, in fp32 or another `torch.dtype`: the peak of a plan.
 
     1024 rows fill a CPU's cores and not a GPU's, where 4096 do.
     """
     import torch
 
-    device, dtype = device_type(), torch.float16 if half else torch.float32
+    device = device_type()
     size = 4096 if device == "cuda" else 1024
-    a, out = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, out = (torch.ones(size, size, device=device, dtype=dtype or torch.float32) for _ in range(2))
     torch.matmul(a, a, out=out)[0, 0].item()
     count, start = 0, time.time()
     while time.time() - start < seconds:

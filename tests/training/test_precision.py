@@ -9,10 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkout import ROOT, train_script
+from products import Products
 
 from shared import UserError
 from shared.training.arguments import parse
-from shared.training.hardware import check_precision, choose_precision, hardware, matmul_flops, precision_flags
+from shared.training.hardware import (
+    check_precision,
+    choose_precision,
+    dtype_of,
+    hardware,
+    matmul_flops,
+    precision_flags,
+)
 from shared.training.launch import setup
 
 CARDS = {
@@ -80,6 +88,27 @@ def test_a_recipe_for_a_t4_is_run_in_fp32_by_one_word():
     assert args.fp16 and not args.bf16
     _, args, _ = parse(script, SEQ2SEQ, [f"--config={config}", "--fp16=false"])
     assert not args.fp16 and not args.bf16
+
+
+def test_one_process_takes_one_gpu(tmp_path, caplog):
+    """Trainer would split batches over all that it sees: packed rows would be torn, and steps be of other sizes."""
+    caplog.set_level("INFO", "taskbook")
+    script = train_script("summarize_t5").ScriptArguments
+    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])
+    args._n_gpu = 4  # as Trainer finds them
+    assert args.train_batch_size == 4 * args.per_device_train_batch_size
+    setup(args, run_args)
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+    assert "One process trains on one of 4 GPUs. On all of them: accelerate launch --config_file " in caplog.text
+
+
+def test_what_a_run_could_reach_is_measured_in_its_own_precision():
+    """A CPU multiplies fp16 numbers one by one: a run in bf16 waited ten seconds, and its MFU was above 1."""
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        fp16, bf16 = ASKED[name]
+        with Products() as products:
+            assert matmul_flops(0.01, dtype_of(SimpleNamespace(fp16=fp16, bf16=bf16))) > 0
+        assert set(products.flops) == {dtype}
 
 
 def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):

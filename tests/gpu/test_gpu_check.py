@@ -1,0 +1,323 @@
+"""What only a GPU can show of the recipes for a T4: kernels, precision, memory, speed, a real out-of-memory, a kill.
+
+`make gpu-check` runs this with the recipes' own sizes, `make test` with tiny models on a CPU. Weights are random, rows made up.
+"""
+
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import recipe_shapes
+import task_runs
+import torch
+import transformers
+from checkout import ROOT, train_script
+from products import Products
+
+from shared.publish.hub import check_peft
+from shared.training import checkpoints
+from shared.training.arguments import parse
+from shared.training.hardware import choose_precision, gpus, matmul_flops
+from shared.training.packed_attention import packed_attention
+from shared.training.plan import LiveBytes
+
+RECIPES = {
+    "pretrain_gpt2/configs/t4.yaml": "GPT-2",
+    "mlm_bert/configs/t4.yaml": "BERT",
+    "classify_bert/configs/t4.yaml": "BERT",
+    "qa_squad/configs/t4.yaml": "BERT",
+    "summarize_t5/configs/t4.yaml": "T5",
+    "summarize_t5/configs/t4_bart.yaml": "BART",
+    "chat_sft/configs/t4.yaml": "SmolLM2",
+    "chat_sft/configs/t4_gpt2.yaml": "GPT-2",
+    "chat_sft/configs/t4_llama2_qlora.yaml": "Llama 2 7B",
+    "chat_sft/configs/t4_llama2_p_tuning.yaml": "Llama 2 7B",
+    "chat_sft/configs/t4_falcon_qlora.yaml": "Falcon 7B",
+}
+TRAINING = {"chat_sft": "trl.trainer.sft_config:SFTConfig"}
+TRAINING |= {"summarize_t5": "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"}
+PLAIN = "transformers.training_args:TrainingArguments"
+SHORT = {
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "lr_scheduler_kwargs": "{}",
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "resume": "never",
+}
+SHORT |= {"max_test_rows": 8, "gradient_accumulation_steps": 1, "disable_tqdm": True}
+TINY = {"per_device_train_batch_size": 2, "fp16": False, "bf16": True, "use_cpu": True}
+SHORTER = {"max_length": 64, "block_length": 64, "max_source_length": 48, "max_target_length": 8}
+T4 = 14.5e9  # bytes that a T4 has left for a program
+STEPS = {"tiny": 3, "real": 12}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """`made(task, shape, size)`: a file of rows and the folder of a model, made once."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def make(task: str, shape: str, size: str):
+        rows, model = folder / f"{task}-{size}.jsonl", folder / f"{shape}-{size}"
+        if not rows.exists():
+            recipe_shapes.write_rows(task, rows, *((500, 1000) if size == "real" else (60, 40)))
+        if not model.exists():
+            if "7B" in shape:  # a disk may have room for one of 14 GB
+                for other in folder.glob(f"*7B-{size}"):
+                    shutil.rmtree(other)
+            device = "cuda" if size == "real" else "cpu"
+            recipe_shapes.save_model(shape, model, device, size == "tiny")
+        return rows, model
+
+    return make
+
+
+def flags(recipe: str, size: str, made, output, **options) -> list[str]:
+    """A recipe with rows and a model that are made here, cut to a few steps."""
+    task = recipe.split("/")[0]
+    rows, model = made(task, RECIPES[recipe], size)
+    options = {"dataset": rows, "model_name_or_path": model, "output_dir": output, "max_steps": STEPS[size]} | options
+    if size == "tiny":
+        config = (ROOT / "tasks" / recipe).read_text()
+        options = TINY | {name: value for name, value in SHORTER.items() if f"{name}: " in config} | options
+    columns = ["--columns", "text=text", "label=label"] if task == "classify_bert" else []
+    words = [f"--{name}={value}" for name, value in (SHORT | options).items()]
+    return [f"--config={ROOT / 'tasks' / recipe}", *words, *columns]
+
+
+def main(recipe: str, argv: list[str]) -> None:
+    """A task's train.py in this process."""
+    task = recipe.split("/")[0]
+    module = train_script(task)
+    try:
+        module.main(*parse(module.ScriptArguments, TRAINING.get(task, PLAIN), argv))
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What the steps of a run are seen to do: when each began, its positions, the products of the second, memory at most."""
+    seen = SimpleNamespace(starts=[], positions=[], products=None, allocated=0, reserved=0)
+    step, train = transformers.Trainer.training_step, checkpoints.train
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def watch_step(self, model, inputs, *more):
+        seen.starts.append(now())
+        seen.positions.append(inputs["input_ids"].numel())
+        if len(seen.starts) != 2:
+            return step(self, model, inputs, *more)
+        with Products() as seen.products:
+            return step(self, model, inputs, *more)
+
+    def watch_train(trainer, checkpoint):
+        seen.starts.clear(), seen.positions.clear()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        output = train(trainer, checkpoint)
+        if torch.cuda.is_available():
+            seen.allocated, seen.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return output
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", watch_step)
+    monkeypatch.setattr(checkpoints, "train", watch_train)
+    return seen
+
+
+MILLIONS = {
+    "SmolLM2": 134.5,
+    "GPT-2": 124.4,
+    "BERT": 109.5,
+    "T5": 60.5,
+    "BART": 139.4,
+    "Llama 2 7B": 6738,
+    "Falcon 7B": 6922,
+}
+
+
+@pytest.mark.parametrize("shape", MILLIONS)
+def test_shapes_are_those_that_are_published(shape):
+    model = recipe_shapes.empty_model(shape, tiny=False)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[shape], rel=1e-3)
+
+
+def test_environment(size, row):
+    check_peft()
+    device, half = ("cuda", torch.float16) if size == "real" else ("cpu", torch.bfloat16)
+    row("precision that is chosen", choose_precision(gpus()))
+    if size == "real":
+        built, own = torch.cuda.get_arch_list(), torch.cuda.get_device_capability()
+        major = [name for name in built if name.startswith(f"sm_{own[0]}")]
+        row("PyTorch is built for this card", " ".join(built), "sm_{}{} or older of its kind".format(*own), major)
+        row("memory in GB", f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.1f}")
+    import bitsandbytes
+
+    layer = torch.nn.Linear(128, 64, bias=False)
+    packed = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=half, quant_type="nf4")
+    packed.load_state_dict(layer.state_dict())
+    x = torch.randn(16, 128, device=device, dtype=half)
+    apart = (packed.to(device)(x).float() - layer.to(device, half)(x).float()).abs().mean() / x.abs().mean()
+    row("4-bit layer against its weights in half precision", f"{apart:.1%} apart", "< 20 %", apart < 0.2)
+
+
+class Kernels(LiveBytes):
+    """Also collects the names of the operations of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "softmax" in str(func) or "scaled_dot_product" in str(func):
+            self.names.add(str(func).split(".")[1].removeprefix("_scaled_dot_product_"))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+HEADS = {"SmolLM2": (9, 3, 64), "Llama 2": (32, 32, 128), "GPT-2": (12, 12, 64), "Falcon": (71, 1, 64)}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["row", "packed"])
+@pytest.mark.parametrize("model", HEADS)
+def test_attention_grows_with_the_length_and_not_with_its_square(model, packed, size, row):
+    heads, kv, width = HEADS[model]
+    device, half = ("cuda", torch.float16) if size == "real" else ("cpu", torch.bfloat16)
+    layer, found = SimpleNamespace(num_key_value_groups=heads // kv, is_causal=True), []
+    for length in (1024, 2048) if size == "real" else (128, 256):
+        query, key, value = (
+            torch.randn(1, n, length, width, device=device, dtype=half, requires_grad=True) for n in (heads, kv, kv)
+        )
+        starts = torch.tensor([0, length // 2, length], device=device) if packed else None
+        with Kernels() as kernels:
+            packed_attention(layer, query, key, value, None, cu_seq_lens_q=starts)[0].sum().backward()
+        found.append(kernels.peak)
+    grows, names = found[1] / found[0], sorted(kernels.names)
+    passed = grows < 2.5 and not any("softmax" in name for name in names)
+    name = f"attention of {model}{', packed' * packed}"
+    row(name, f"{', '.join(names)}; {grows:.1f} x", "no softmax; < 2.5 x for twice the length", passed)
+
+
+ON_CPU = [recipe for recipe in RECIPES if recipe.endswith("/t4.yaml") or "llama2_qlora" in recipe]
+
+
+@pytest.mark.parametrize("recipe", [r if r in ON_CPU else pytest.param(r, marks=pytest.mark.gpu) for r in RECIPES])
+def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
+    """Its plan; a few steps, the evaluation and the replies; memory and speed; the same losses as in fp32."""
+    name, real = recipe.replace("/configs", ""), size == "real"
+    main(recipe, [*flags(recipe, size, made, tmp_path / "plan"), "--dry_run"])
+    planned = float(re.search(r"about ([\d.]+) GB memory", capsys.readouterr().out)[1])
+    main(recipe, flags(recipe, size, made, tmp_path / "run"))
+    losses, results = (
+        task_runs.losses(tmp_path / "run"),
+        json.loads((tmp_path / "run" / "all_results.json").read_text()),
+    )
+    before, after = (results.get(f"{which}_loss") for which in ("base", "test"))
+    if before is not None:  # classify_bert has no untrained model to compare with
+        row(f"{name}: loss of the test split", f"{before:.3f} -> {after:.3f}", "falls", after < before)
+
+    half = watched.products.half()
+    if "t5" in RECIPES[recipe].lower() and real:
+        row(f"{name}: products in half precision", f"{half:.1%}", "without the feed-forward layers")
+    else:
+        row(f"{name}: products in half precision", f"{half:.1%}", ">= 95 %", half >= 0.95)
+
+    first = min(5, len(watched.starts) - 2)
+    seconds = watched.starts[-1] - watched.starts[first]
+    speed = sum(watched.positions[first:-1]) / seconds
+    flops = (
+        watched.products.flops.total()
+        / watched.positions[1]
+        * speed
+        / matmul_flops(0.2, torch.float16 if real else torch.bfloat16)
+    )
+    row(f"{name}: tokens a second", f"{speed:,.0f}, {flops:.0%} of a large product's operations")
+    if real:
+        ratio = planned / (watched.allocated / 1e9)
+        row(f"{name}: memory in GB", f"{watched.reserved / 1e9:.1f}", "<= 14.5, a T4's", watched.reserved <= T4)
+        row(f"{name}: planned / measured memory", f"{ratio:.2f}", "0.75 to 1.25", 0.75 <= ratio <= 1.25)
+
+    if "7B" not in RECIPES[recipe]:  # in fp32 they fit nowhere
+        main(recipe, flags(recipe, size, made, tmp_path / "fp32", fp16=False, bf16=False, max_steps=STEPS[size] // 2))
+        exact = task_runs.losses(tmp_path / "fp32")
+        apart = abs(sum(losses[step] for step in exact) / sum(exact.values()) - 1)
+        row(f"{name}: losses against fp32", f"{apart:.2%} apart", "< 5 %", apart < 0.05)
+
+
+def test_killed_it_goes_on(size, made, row, tmp_path):
+    recipe = "pretrain_gpt2/configs/t4.yaml"
+    script, options = ROOT / "tasks" / "pretrain_gpt2" / "train.py", {"save_strategy": "steps", "save_steps": 2}
+    options |= {"resume": "auto", "max_steps": 8, "max_test_rows": 2}
+    options |= {"bf16": False} if size == "tiny" else {}  # which a CPU computes slowly
+    argv = {name: flags(recipe, size, made, tmp_path / name, **options) for name in ("whole", "killed")}
+    whole = task_runs.command(script, *argv["whole"])
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert task_runs.interrupt(script, argv["killed"], tmp_path / "killed", 2, signal.SIGKILL) == -signal.SIGKILL
+    again = task_runs.command(script, *argv["killed"])
+    assert again.returncode == 0 and "Resumes from" in again.stdout, again.stderr[-3000:]
+    if size == "real":
+        manifest = json.loads((tmp_path / "killed" / "checkpoint-8" / "manifest.json").read_text())
+        row(
+            "the scale of fp16 is in a checkpoint",
+            "scaler.pt" in manifest["files"],
+            "",
+            "scaler.pt" in manifest["files"],
+        )
+    expected, found = (task_runs.losses(tmp_path / name) for name in ("whole", "killed"))
+    apart = max(abs(found[step] / expected[step] - 1) for step in expected)
+    row("killed after 2 of 8 steps: losses", f"{apart:.2%} apart", "< 0.1 %", apart < 1e-3)
+
+
+@pytest.mark.gpu
+def test_out_of_memory(made, watched, row, tmp_path, caplog):
+    """What half of the micro-batch takes is all that there is."""
+    recipe = "pretrain_gpt2/configs/t4.yaml"
+    caplog.set_level("INFO", "taskbook")
+    half = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    main(recipe, flags(recipe, "real", made, tmp_path / "half", **half))
+    most = 1.1 * watched.reserved
+    torch.cuda.set_per_process_memory_fraction(most / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        main(recipe, flags(recipe, "real", made, tmp_path / "whole", per_device_train_batch_size=8))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    row(
+        "out of memory: smaller micro-batches",
+        f"{most / 1e9:.1f} GB",
+        "are said",
+        "Out of memory at step 1" in caplog.text,
+    )
+    expected, found = (task_runs.losses(tmp_path / name) for name in ("half", "whole"))
+    apart = max(abs(found[step] / expected[step] - 1) for step in expected)
+    row("out of memory: losses", f"{apart:.2%} apart", "< 2 %", apart < 0.02)
+
+
+@pytest.mark.parametrize("profile", ["multi_gpu", "fsdp"])
+@pytest.mark.parametrize("recipe", ["chat_sft/configs/t4.yaml", "pretrain_gpt2/configs/t4.yaml"])
+@pytest.mark.gpu
+def test_several_gpus(recipe, profile, made, row, tmp_path):
+    """Two processes against one. tests/tasks/test_contract.py does this for every task on a CPU."""
+    name = f"two GPUs, {profile}: {recipe.split('/')[0]}"
+    if torch.cuda.device_count() < 2:
+        return row(name, "this machine has one GPU")
+    options = {"optimizer": "adamw"} if "pretrain" in recipe else {"train_sampling_strategy": "random"}
+    script, environment = ROOT / "tasks" / recipe.split("/")[0] / "train.py", os.environ | {"OMP_NUM_THREADS": "4"}
+    launch = [ROOT / ".venv" / "bin" / "accelerate", "launch", "--config_file", ROOT / "accelerate" / f"{profile}.yaml"]
+    launch += ["--num_processes", "2", script, *flags(recipe, "real", made, tmp_path / "two", **options)]
+    two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr[-3000:]
+    main(recipe, flags(recipe, "real", made, tmp_path / "one", **options))
+    found, expected = (task_runs.losses(tmp_path / folder) for folder in ("two", "one"))
+    apart = max(abs(found[step] / expected[step] - 1) for step in expected)
+    row(name, f"losses {apart:.2%} apart", "< 2 %", apart < 0.02)
