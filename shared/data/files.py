@@ -61,14 +61,19 @@ def read_json(path: Path):
 def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
     """A file, gzipped or not, as characters: UTF-8, or UTF-16 and 32 where its first bytes say so."""
     stream = gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # noqa: SIM115
-    head = stream.read(4096)
+    encoding = encoding_of(stream.read(4096))
     stream.seek(0)
+    return io.TextIOWrapper(stream, encoding, newline=newline)
+
+
+def encoding_of(head: bytes) -> str:
+    """Python's name of the encoding that the first bytes of a text say: UTF-16 or 32, else UTF-8, which it need not be."""
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
     if encoding == "utf-8" and len(head) > 3:
         zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
         if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
             encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-    return io.TextIOWrapper(stream, encoding, newline=newline)
+    return encoding
 
 
 def describe(path: Path) -> str:
