@@ -1,4 +1,8 @@
-"""What the page says, in both languages. Called by app.py."""
+"""What the page says, in both languages, and how it shows text of others. Called by app.py and its pages."""
+
+import re
+
+import streamlit as st
 
 PAGES = {  # task of its models, icon
     "chat": ("text-generation", ":material/chat:"),
@@ -8,94 +12,180 @@ PAGES = {  # task of its models, icon
     "classify": ("text-classification", ":material/category:"),
     "model": (None, ":material/monitoring:"),
 }
+TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
+TRAINED_BY |= {"text-classification": "classify_bert"}
 TEXTS = {
     "chat": ("Chat", "Trò chuyện"),
     "summarize": ("Summarize", "Tóm tắt"),
-    "ask": ("Ask a text", "Hỏi đáp"),
+    "ask": ("Ask a text", "Hỏi văn bản"),
     "fill": ("Fill the blank", "Điền từ"),
     "classify": ("Sort a text", "Phân loại"),
     "model": ("Model", "Mô hình"),
+    # The side bar
     "which": ("Model", "Mô hình"),
     "which_help": (
         "A run in outputs/, a model of the Hub (org/name), or pypi:name. Type any other name.",
-        "Một lần huấn luyện trong outputs/, một mô hình trên Hub (org/name), hoặc pypi:name. Có thể gõ tên khác.",
+        "Chọn một mô hình bạn đã huấn luyện trong outputs/, hoặc gõ tên một mô hình trên Hub (org/name) hay pypi:name.",
     ),
-    "loading": ("Loading {}", "Đang nạp {}"),
+    "loading": ("Loading {}", "Đang tải {}"),
     "no_model": (
         "No model for this yet. Train one: `accelerate launch tasks/{}/train.py`, or type the name of one in the side bar.",
-        "Chưa có mô hình cho việc này. Hãy huấn luyện: `accelerate launch tasks/{}/train.py`, hoặc gõ tên ở thanh bên.",
+        "Chưa có mô hình nào cho việc này. Hãy huấn luyện một mô hình bằng lệnh `accelerate launch tasks/{}/train.py`, hoặc gõ "
+        "tên mô hình ở thanh bên.",
     ),
-    "hello": ("What shall we talk about?", "Ta nói chuyện gì nhé?"),
-    "hello_more": (
-        "Everything runs on this machine. Small models make things up: check what matters.",
-        "Mọi thứ chạy trên máy này. Mô hình nhỏ hay bịa: hãy kiểm tra điều quan trọng.",
-    ),
-    "starters": (
-        "What do you do on a rainy day?|Tell me about the moon.|Plan a small party.",
-        "Trời mưa bạn làm gì?|Kể tôi nghe về mặt trăng.|Tổ chức một bữa tiệc nhỏ.",
-    ),
-    "say": ("Write a message", "Nhập tin nhắn"),
-    "stop": ("Stop", "Dừng"),
-    "again": ("Regenerate", "Tạo lại"),
-    "edit": ("Edit", "Sửa"),
-    "send": ("Send", "Gửi"),
-    "cancel": ("Cancel", "Hủy"),
-    "clear": ("Clear the chat", "Xóa hội thoại"),
-    "system": ("System prompt", "Chỉ dẫn hệ thống"),
-    "sampling": ("Sampling", "Cách sinh"),
-    "temperature": ("Temperature", "Nhiệt độ"),
-    "top_p": ("Top-p", "Top-p"),
-    "penalty": ("Repetition penalty", "Phạt lặp"),
-    "max_tokens": ("Most new tokens", "Số token mới tối đa"),
-    "compare": ("Side by side with the base model", "So với mô hình gốc"),
-    "tuned": ("Trained", "Đã huấn luyện"),
-    "base": ("Base", "Gốc"),
-    "speed": ("{} tokens · {:.1f} tokens/s", "{} token · {:.1f} token/giây"),
-    "stopped": ("stopped", "đã dừng"),
-    "nothing": ("(no text)", "(không có chữ)"),
-    "text": ("Text", "Văn bản"),
-    "length": ("Most tokens of the summary", "Số token tối đa của bản tóm tắt"),
-    "summary": ("Summary", "Bản tóm tắt"),
-    "reference": ("Reference summary, to compare with (optional)", "Bản tóm tắt mẫu để so sánh (không bắt buộc)"),
-    "question": ("Question", "Câu hỏi"),
-    "find": ("Find the answer", "Tìm câu trả lời"),
-    "answer": ("Answer", "Trả lời"),
-    "no_answer": ("The text does not say.", "Văn bản không nói điều này."),
-    "confidence": ("Confidence that the text answers this: {:.0%}", "Độ tin rằng văn bản có câu trả lời: {:.0%}"),
-    "sentence": ("Sentence with ___ where a word is missing", "Câu có ___ ở chỗ thiếu từ"),
-    "sort": ("Find its label", "Tìm nhãn"),
+    "not_offered": ("This model is not one of those offered here.", "Trang này không cung cấp mô hình đó."),
     "exposed": (
         "This page can be reached from other machines: TASKBOOK_MODELS has to name the models that may be chosen. Set it and "
         "start again, or start without --server.address.",
-        "Máy khác truy cập được trang này: TASKBOOK_MODELS phải nêu các mô hình được chọn. Hãy đặt biến đó rồi chạy lại, hoặc "
-        "chạy không có --server.address.",
+        "Các máy khác có thể truy cập trang này, nên cần liệt kê trong TASKBOOK_MODELS những mô hình được phép dùng. Hãy đặt "
+        "biến này rồi chạy lại, hoặc chạy mà không có --server.address.",
     ),
-    "guess": ("Guess", "Đoán"),
-    "task": ("Task", "Việc"),
-    "artifact": ("Form", "Dạng"),
+    "failed": ("Something went wrong; please try again.", "Đã có lỗi, vui lòng thử lại."),
+    # Chat
+    "hello": ("What shall we talk about?", "Hôm nay mình nói chuyện gì nhỉ?"),
+    "hello_more": (
+        "Everything runs on this machine. Small models make things up: check what matters.",
+        "Mọi thứ đều chạy trên máy này. Mô hình nhỏ có thể bịa đặt: điều gì quan trọng hãy kiểm tra lại.",
+    ),
+    "starters": (
+        "What do you do on a rainy day?|Tell me about the moon.|Plan a small party.",
+        "Trời mưa thì bạn thường làm gì?|Kể cho tôi nghe về mặt trăng.|Giúp tôi lên kế hoạch cho một bữa tiệc nhỏ.",
+    ),
+    "say": ("Write a message", "Nhập tin nhắn"),
+    "stop": ("Stop", "Dừng"),
+    "again": ("Regenerate", "Trả lời lại"),
+    "edit": ("Edit", "Sửa"),
+    "edit_more": (
+        "What follows is replaced by a new reply.",
+        "Phần trò chuyện phía sau sẽ được thay bằng câu trả lời mới.",
+    ),
+    "send": ("Send", "Gửi"),
+    "cancel": ("Cancel", "Hủy"),
+    "clear": ("Clear the chat", "Xóa cuộc trò chuyện"),
+    "save_messages": ("Save as JSON", "Lưu dạng JSON"),
+    "save_messages_help": (
+        "One line with all messages: `tasks/chat_sft` can train on it.",
+        "Một dòng chứa toàn bộ tin nhắn, có thể dùng làm dữ liệu huấn luyện cho `tasks/chat_sft`.",
+    ),
+    "save_markdown": ("Save as Markdown", "Lưu dạng Markdown"),
+    "chat_with": ("Chat with {}", "Trò chuyện với {}"),
+    "user": ("You", "Bạn"),
+    "assistant": ("Model", "Mô hình"),
+    "system": ("System prompt", "Lời nhắc hệ thống"),
+    "sampling": ("Sampling", "Cách sinh văn bản"),
+    "temperature": ("Temperature", "Nhiệt độ (temperature)"),
+    "top_p": ("Top-p", "Top-p"),
+    "penalty": ("Repetition penalty", "Mức phạt khi lặp từ"),
+    "max_tokens": ("Most new tokens", "Số token tối đa mỗi lần trả lời"),
+    "compare": ("Side by side with the base model", "So sánh với mô hình gốc"),
+    "tuned": ("Trained", "Đã huấn luyện"),
+    "base": ("Base", "Mô hình gốc"),
+    "speed": ("{} tokens · {:.1f} tokens/s", "{} token · {:.1f} token/giây"),
+    "stopped": ("stopped", "đã dừng"),
+    "nothing": ("(no text)", "(không có nội dung)"),
+    # Texts and files
+    "text": ("Text", "Văn bản"),
+    "open_file": ("Open a file", "Mở tệp"),
+    "file_types": (".txt, .md or .pdf, up to {} MB", "Tệp .txt, .md hoặc .pdf, tối đa {} MB"),
+    "file_kind": ("{}: only .txt, .md and .pdf can be opened.", "{}: chỉ mở được tệp .txt, .md và .pdf."),
+    "file_large": ("{}: larger than {} MB.", "{}: tệp lớn hơn {} MB."),
+    "file_long": (
+        "{}: more than {:,} characters. Open a part of it.",
+        "{}: dài hơn {:,} ký tự. Hãy mở từng phần của tệp.",
+    ),
+    "file_empty": ("{}: there is no text in it.", "{}: tệp không có nội dung."),
+    "file_binary": ("{}: this is not a text file.", "{}: đây không phải là tệp văn bản."),
+    "file_encoding": (
+        "{}: not saved in UTF-8 or UTF-16, so that its letters would be guessed. Save it as UTF-8 and open it again.",
+        "{}: tệp không được lưu ở dạng UTF-8 hay UTF-16 nên chữ có thể bị đọc sai. Hãy lưu lại ở dạng UTF-8 rồi mở lại.",
+    ),
+    "file_locked": (
+        "{}: the PDF opens only with a password. Save it without one.",
+        "{}: tệp PDF có mật khẩu. Hãy lưu lại một bản không đặt mật khẩu.",
+    ),
+    "file_scanned": (
+        "{}: the PDF holds pictures of pages and no text. Run text recognition (OCR) on it first.",
+        "{}: tệp PDF chỉ có ảnh chụp trang giấy, không có chữ. Hãy chạy nhận dạng chữ (OCR) trước.",
+    ),
+    "file_damaged": ("{}: the PDF is damaged and cannot be read.", "{}: tệp PDF bị hỏng, không đọc được."),
+    "file_slow": (
+        "{}: reading the PDF took too long. Open a part of it, or save its text.",
+        "{}: đọc tệp PDF mất quá nhiều thời gian. Hãy mở từng phần, hoặc lưu riêng phần chữ.",
+    ),
+    # Summaries, answers, blanks, labels
+    "length": ("Most tokens of the summary", "Số token tối đa của bản tóm tắt"),
+    "summary": ("Summary", "Bản tóm tắt"),
+    "reference": ("Reference summary, to compare with (optional)", "Bản tóm tắt mẫu để đối chiếu (không bắt buộc)"),
+    "question": ("Question", "Câu hỏi"),
+    "find": ("Find the answer", "Tìm câu trả lời"),
+    "answer": ("Answer", "Trả lời"),
+    "no_answer": ("The text does not say.", "Văn bản không đề cập điều này."),
+    "confidence": (
+        "Confidence that the text answers this: {:.0%}",
+        "Độ tin cậy rằng văn bản có câu trả lời: {:.0%}",
+    ),
+    "sentence": ("Sentence with ___ where a word is missing", "Câu có chỗ trống, viết là ___"),
+    "sentences": (
+        "She opened the window because the room was too ___.|Return the number of ___ in the list.",
+        "Trời sắp mưa, nhớ mang theo ___ nhé.|Hàm này trả về số ___ trong danh sách.",
+    ),
+    "guess": ("Guess", "Đoán từ"),
+    "sort": ("Find its label", "Tìm nhãn"),
+    # The model page
+    "task": ("Task", "Tác vụ"),
+    "artifact": ("Form", "Định dạng"),
     "context": ("Context", "Ngữ cảnh"),
-    "metrics": ("Metrics", "Chỉ số"),
+    "tokens": ("{:,} tokens", "{:,} token"),
+    "from": ("Trained from", "Huấn luyện từ"),
+    "data": ("Data", "Dữ liệu"),
+    "verdict": ("Did it help?", "Huấn luyện có hiệu quả không?"),
+    "metrics": ("Metrics", "Chỉ số đánh giá"),
+    "metrics_more": (
+        "On {:,} test rows that were not trained on; in parentheses 95 % intervals.",
+        "Đo trên {:,} dòng kiểm tra không dùng để huấn luyện; trong ngoặc là khoảng tin cậy 95 %.",
+    ),
     "metric": ("Metric", "Chỉ số"),
+    "lower": ("lower is better", "càng thấp càng tốt"),
     "trained": ("trained", "đã huấn luyện"),
-    "untrained": ("base", "gốc"),
-    "loss": ("Loss", "Hàm mất mát"),
-    "artifacts": ("Forms: size and speed", "Các dạng: kích thước và tốc độ"),
+    "untrained": ("before", "trước huấn luyện"),
+    "baseline": ("trivial baseline", "mốc đơn giản"),
+    "cost": ("Cost", "Chi phí"),
+    "training_time": ("Training", "Huấn luyện"),
+    "whole_time": ("Whole run", "Toàn bộ"),
+    "minutes": ("{:.1f} min", "{:.1f} phút"),
+    "memory": ("Peak memory", "Bộ nhớ cao nhất"),
+    "device_hours": ("Device hours", "Giờ máy"),
+    "steps": ("{:,} steps", "{:,} bước"),
+    "loss": ("Loss", "Mất mát (loss)"),
+    "samples": ("Samples from the test split", "Mẫu từ tập kiểm tra"),
+    "sample_prompt": ("Prompt", "Đầu vào"),
+    "sample_base": ("Before", "Trước"),
+    "sample_trained": ("After", "Sau"),
+    "sample_reference": ("Reference", "Đáp án mẫu"),
+    "artifacts": ("Forms: size and speed", "Các định dạng: kích thước và tốc độ"),
     "latency": ("ms for one", "ms cho một lần"),
     "per_second": ("tokens or answers/s", "token hoặc câu trả lời/giây"),
+    "settings": ("Settings of the run", "Thiết lập huấn luyện"),
     "card": ("Card", "Thẻ mô hình"),
-    "failed": ("Something went wrong; please try again.", "Có lỗi; xin thử lại."),
+    "no_run": (
+        "This folder holds a model and no results of a run.",
+        "Thư mục này chỉ có mô hình, không có kết quả huấn luyện.",
+    ),
 }
-TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
-TRAINED_BY |= {"text-classification": "classify_bert"}
-EXAMPLE = """\
-Split the text into a list of words.
 
-Parameters:
-sep : str, default: None
-The delimiter; runs of white space where it is None.
-maxsplit : int, default: -1
-The largest number of splits to do.
 
-Raises:
-ValueError
-If the delimiter is empty."""  # a docstring, which is what the laptop runs learn
+def t(key: str, *values) -> str:
+    """A label in the language of the session."""
+    return TEXTS[key][st.session_state.get("language") == "vi"].format(*values)
+
+
+def as_markdown(text: str) -> str:
+    """What a model or a card says, for st.markdown: no image, no formula out of two dollar signs, no icons or colours."""
+    text = text.replace("![", "!\u2060[")  # an image would be fetched from wherever it says
+    parts = re.split(r"(```.*?(?:```|\Z)|`[^`\n]+`)", text, flags=re.DOTALL)
+    return "".join(part if i % 2 else re.sub(r"\$|:(?=[\w/-]+[:\[])", r"\\\g<0>", part) for i, part in enumerate(parts))
+
+
+def literally(text: str) -> str:
+    """Text whose every character is shown as it is by st.markdown."""
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~$:&])", r"\\\1", text).replace("\n", "  \n")

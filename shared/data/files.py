@@ -133,15 +133,10 @@ def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | Non
         found := next((name for mark, name in OTHER_KINDS.items() if head.startswith(mark)), None)
     ):
         raise UserError(f"{path}: its content is {found}.")
-    if marked := next((name for mark, name in MARKS.items() if head.startswith(mark)), None):
-        return marked, None, None
     if kind_of(path) == ".parquet":
         return "utf-8", None, None
-    if len(head) > 3:
-        first = head[:4096]
-        zeros = [first[i::2].count(0) / len(first[i::2]) for i in (0, 1)]
-        if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
-            return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", None, None
+    if (marked := encoding_of(head[:4096])) != "utf-8":
+        return marked, None, None
     try:  # incremental: the sample may end within a character
         text = codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < SAMPLE)
         escapes = r"\\u00([0-9a-fA-F]{2})"  # in JSON a letter may be ASCII
@@ -150,6 +145,16 @@ def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | Non
         if old := old_vietnamese(head.decode("latin-1")):
             return "latin-1", old, None
         return "utf-8", None, likely_encoding(head)
+
+
+def encoding_of(head: bytes) -> str:
+    """Python's name of the encoding that the first bytes of a text say: UTF-16 or 32, else UTF-8, which it need not be."""
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and len(head) > 3:
+        zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
+        if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
+            encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    return encoding
 
 
 def describe(path: Path) -> str:

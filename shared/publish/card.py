@@ -127,7 +127,7 @@ def model_card(
         f"{start} {', '.join(f'`{name}`' for name in shown.values())} with LM Taskbook.",
         f"**{redact(line)}**",
         "## Results on the test split",
-        _metrics_table(names, metrics, scratch=base_model is None),
+        _metrics_table(metrics, scratch=base_model is None),
         "In parentheses: 95 % bootstrap intervals over rows.",
         "![Training and validation loss by step](loss.png)" if loss_plot else "",
         "## How to use it",
@@ -210,22 +210,29 @@ def _facts_table(facts: dict) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def _metrics_table(names: list[str], metrics: dict, scratch: bool) -> str:
+def metric_systems(metrics: dict) -> dict[str, dict[str, tuple[float, list[float] | None]]]:
+    """Value and interval of each test metric of all_results.json, by system: `base`, the trivial ones (`baseline`,
+    `baseline_lead1`, ...), `test`."""
+    names = _test_metrics(metrics)
+    found = {name: {} for name in names}
+    for key, value in metrics.items():
+        name = max((name for name in names if key.endswith(f"_{name}")), key=len, default=None)  # macro_f1 is no f1
+        system = key.removesuffix(f"_{name}")
+        if name and isinstance(value, (int, float, np.number)) and re.fullmatch("base|test|baseline(_.+)?", system):
+            found[name][system] = (value, metrics.get(f"{key}_ci95"))
+    return found
+
+
+def _metrics_table(metrics: dict, scratch: bool) -> str:
     """Columns: before training, each trivial baseline that has a value, after training."""
-    baselines = []
-    for key in metrics:
-        for name in names:
-            if key.startswith("baseline_") and (key == f"baseline_{name}" or key.endswith(f"_{name}")):
-                prefix = key.removesuffix(name)
-                baselines += [] if prefix in baselines else [prefix]
-    columns = {"base_": "before training" if scratch else "base model"}
-    columns |= {prefix: _inline(prefix.replace("_", " ").strip()) for prefix in baselines} | {"test_": "**this model**"}
-    columns = {
-        prefix: title for prefix, title in columns.items() if any(f"{prefix}{name}" in metrics for name in names)
-    }
+    found = metric_systems(metrics)
+    baselines = dict.fromkeys(system for numbers in found.values() for system in numbers if "baseline" in system)
+    columns = {"base": "before training" if scratch else "base model"}
+    columns |= {system: _inline(system.replace("_", " ")) for system in baselines} | {"test": "**this model**"}
+    columns = {system: title for system, title in columns.items() if any(system in each for each in found.values())}
     rows = [f"| | {' | '.join(columns.values())} |", "|---|" + "---|" * len(columns)]
-    for name in names:
-        cells = (_cell(metrics.get(f"{prefix}{name}"), metrics.get(f"{prefix}{name}_ci95")) for prefix in columns)
+    for name, numbers in found.items():
+        cells = (_cell(*numbers.get(system, (None, None))) for system in columns)
         rows.append(f"| {_inline(_metric_name(name))} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,29 +17,15 @@ from checkout import ROOT
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
-from deploy.app import as_markdown, literally, names_for, refuse_foreign_folder
-from deploy.texts import PAGES, TEXTS
-from shared import UserError
+from deploy.choices import names_for
+from deploy.texts import PAGES, TEXTS, as_markdown, literally
+from shared.publish.results import plot_loss, write_results
 
 APP = str(ROOT / "deploy" / "app.py")
+SOURCES = [
+    ROOT / "deploy" / f"{name}.py" for name in ("app", "choices", "chat_page", "text_pages", "model_page", "uploads")
+]
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
-
-
-@pytest.fixture
-def open_page(tiny, tiny_served, monkeypatch):
-    """Opens a page of the application, as AppTest, with the tiny models to choose from."""
-    monkeypatch.setenv("TASKBOOK_MODELS", " ".join(map(str, [*tiny_served.values(), tiny / "gpt2"])))
-
-    def opened(page: str, language: str = "en") -> AppTest:
-        app = AppTest.from_file(APP, default_timeout=60)
-        app.query_params["page"] = page
-        app.run()
-        if language != "en":
-            app.segmented_control[0].set_value(language).run()
-        assert not app.exception and not app.error
-        return app
-
-    return opened
 
 
 def labelled(widgets, key: str, language: str = "en"):
@@ -50,8 +37,10 @@ def test_every_label_has_both_languages():
     for key, (english, vietnamese) in TEXTS.items():
         assert english and vietnamese, key
         assert english.count("{") == vietnamese.count("{") and english.count("|") == vietnamese.count("|"), key
-    source = Path(APP).read_text("utf8").split("def t(")[1]
+    source = "\n".join(path.read_text("utf8") for path in SOURCES)
     shown = set(re.findall(r"""["'](\w+)["']""", source)) | set(PAGES)
+    shown |= {f"{kind}_{name}" for kind, name in (("save", "messages"), ("save", "markdown"))}
+    shown |= {f"sample_{name}" for name in ("base", "trained", "reference")}
     assert not set(TEXTS) - shown, "labels that nothing shows"
     assert set(re.findall(r"""\bt\(["'](\w+)["']""", source)) <= set(TEXTS)
 
@@ -136,9 +125,9 @@ def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch)
     numbers = {"megabytes": 12.0, "latency_ms": {"1": {"p50": 3.5}}, "per_second": {"1": 40.0}}
     (tiny_served["text-generation"] / "export.json").write_text(json.dumps({"artifacts": {"onnx": numbers}}))
     app = open_page("model")
-    assert app.dataframe[0].value.values.tolist() == [["onnx", 12.0, 3.5, 40.0]]
+    assert app.table[0].value.values.tolist() == [["onnx", "12.0", "3.5", "40.0"]]
     (tiny_served["text-generation"] / "export.json").unlink()
-    assert "text-generation" in app.main.markdown[-1].value
+    assert literally("text-generation") in app.main.markdown[-1].value
     monkeypatch.delenv("TASKBOOK_MODELS")
     monkeypatch.chdir(tmp_path)
     assert (
@@ -167,20 +156,6 @@ def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch)
     assert str(tmp_path) not in app.error[0].value.replace("\\", "")
 
 
-def test_typed_names_open_no_other_folder(tiny_served, tmp_path, monkeypatch):
-    monkeypatch.delenv("TASKBOOK_MODELS", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs" / "run").mkdir(parents=True)
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    for name in (str(tiny_served["fill-mask"]), "org/name", "..", "~/x", "./nowhere", "outputs/../org", "/etc"):
-        with pytest.raises(UserError, match="outside outputs/"):
-            refuse_foreign_folder(name)
-    for name in ("outputs/run", "someone/model", "pypi:minilm-l6"):
-        refuse_foreign_folder(name)
-    monkeypatch.setenv("TASKBOOK_MODELS", str(tiny_served["fill-mask"]))
-    refuse_foreign_folder(str(tiny_served["fill-mask"]))
-
-
 @pytest.mark.parametrize(
     "text, shown",
     [
@@ -196,12 +171,18 @@ def test_what_models_write(text, shown):
 
 @pytest.fixture(scope="module")
 def address(tiny_served, tmp_path_factory):
-    """The application as `make chat` starts it, with tiny models, one of which has a hostile card."""
+    """The application as `make chat` starts it, with tiny models, one of which is a run with a hostile card."""
     card = "---\na: b\n---\n# Card\n![x](http://192.0.2.1/x.png) <img src='http://192.0.2.1/y.png'> <script>window.bad=1</script>"
-    (tiny_served["text-generation"] / "README.md").write_text(card)
+    run = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(tiny_served["text-generation"], run)
+    (run / "README.md").write_text(card)
+    numbers = {"test_perplexity": 33.8, "test_perplexity_ci95": [29.8, 38.9], "base_perplexity": 52.7, "test_rows": 60}
+    write_results(run, numbers | {"baseline_perplexity": 2007.3, "train_minutes": 5.8, "line": "Did it help? Yes: <b>"})
+    assert plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], run / "loss.png")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-    environment = os.environ | {"TASKBOOK_MODELS": " ".join(map(str, tiny_served.values()))}
+    served = tiny_served | {"text-generation": run}
+    environment = os.environ | {"TASKBOOK_MODELS": " ".join(map(str, served.values()))}
     command = [sys.executable, "-m", "streamlit", "run", APP, "--server.port", str(port), "--server.headless", "true"]
     log = tmp_path_factory.mktemp("app") / "log"
     with open(log, "w") as output:
@@ -231,8 +212,9 @@ def chromium():
         browser.close()
 
 
-def test_a_person_at_the_page(address, chromium):
-    """Chats, stops, regenerates, edits, summarizes, asks; nothing is fetched from elsewhere, and a second person sees nothing."""
+def test_a_person_at_the_page(address, chromium, tmp_path):
+    """Chats, stops, regenerates, edits, saves, summarizes, asks a file, looks at a run; nothing is fetched from elsewhere, and a
+    second person sees nothing."""
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(40_000)
     expect.set_options(timeout=40_000)
@@ -267,6 +249,11 @@ def test_a_person_at_the_page(address, chromium):
     expect(page.get_by_test_id("stChatMessage")).to_have_count(2)
     expect(page.get_by_test_id("stChatMessage").first).to_contain_text("Another one")
     expect(button("Regenerate")).to_be_visible()
+    with page.expect_download() as saving:
+        button("Save as JSON").click()
+    saving.value.save_as(tmp_path / "chat.jsonl")
+    turns = json.loads((tmp_path / "chat.jsonl").read_text("utf8"))["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] and turns[0]["content"] == "Another one"
 
     other = chromium.new_context().new_page()
     other.goto(address)
@@ -278,9 +265,19 @@ def test_a_person_at_the_page(address, chromium):
     button("Summarize").last.click()
     expect(page.get_by_text("Summary", exact=True)).to_be_visible()
     tabs.get_by_text("Ask a text").click()
+    (tmp_path / "note.md").write_text("The shop opens at nine.")
+    button("Open a file").click()
+    page.locator("input[type=file]").set_input_files(tmp_path / "note.md")
+    expect(page.get_by_label("Text", exact=True)).to_have_value("The shop opens at nine.")
+    page.keyboard.press("Escape")
     button("Find the answer").click()
     expect(page.get_by_text("Confidence")).to_be_visible()
     tabs.get_by_text("Model").click()
+    for text in ("2,007", "33.8 (29.8–38.9)", "52.7", "5.8 min", "<b>"):  # words in the document, drawn on no canvas
+        expect(page.get_by_test_id("stMain").get_by_text(text)).to_be_visible()
+    loss = page.get_by_test_id("stImage").locator("img")
+    expect(loss).to_be_visible()
+    assert loss.evaluate("image => image.decode().then(() => image.naturalWidth)") > 100
     page.get_by_text("Card", exact=True).first.click()
     expect(page.get_by_role("heading", name="Card")).to_be_visible()
     assert page.evaluate("window.bad") is None

@@ -20,6 +20,7 @@ from checkout import ROOT, train_script
 from datasets import Dataset, DatasetDict
 from products import Products
 from safetensors.numpy import load_file
+from streamlit.testing.v1 import AppTest
 
 from shared import UserError
 from shared.training import launch
@@ -136,8 +137,25 @@ def weights(run) -> dict[str, np.ndarray]:
     return load_file(next(run.glob("*model.safetensors")))
 
 
+def assert_page_of(run, monkeypatch):
+    """deploy/ shows what the run left: verdict, metrics before training, of a baseline and after, cost, loss, samples."""
+    monkeypatch.setenv("TASKBOOK_MODELS", str(run))
+    page = AppTest.from_file(ROOT / "deploy" / "app.py", default_timeout=60)
+    page.query_params["page"] = "model"
+    page.run()
+    assert not page.exception and not page.error, page.error
+    assert len(page.success) + len(page.warning) == 1
+    metrics = page.table[0].value
+    assert {"before", "trained"} < set(metrics) and len(set(metrics)) > 3, "a baseline stands between them"
+    assert all(metrics["trained"]) and metrics["trained"].str.contains("–").any(), "intervals"
+    assert [each.label for each in page.metric] == ["Training", "Whole run", "Peak memory", "Device hours"]
+    assert "CPU" in page.caption[1].value.replace("\\", "") and len(page.get("imgs")) == 1
+    assert [each.label for each in page.expander][-2:] == ["Settings of the run", "Card"] and len(page.expander) > 2
+    assert {"Before", "After"} <= {each.value for each in page.caption}
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
+def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path, monkeypatch):
     """8 x 1 = 2 x 4 = two processes of 4 = two with half of the model each (FSDP): loss, gradient norm, weights. 3 test rows in 2
     processes. The run is shorter than `logging_steps` and is not evaluated, and has a loss and a card all the same."""
     script = ROOT / "tasks" / task / "train.py"
@@ -159,6 +177,7 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path):
     assert found["test_rows_sha256"] and found["hardware"] and found["date"] and str(tmp_path) not in json.dumps(found)
     compared = task_runs.command("-m", "shared.compare", tmp_path / "one", tmp_path / "many")
     assert compared.returncode == 0 and "| one" in compared.stdout and "paired test over" in compared.stdout, compared
+    assert_page_of(tmp_path / "one", monkeypatch)
     history = json.loads((tmp_path / "one" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "loss" in entry] == [2] and (tmp_path / "one" / "README.md").exists()
     for name in ("many", "two", "sharded"):
