@@ -69,6 +69,7 @@ def base_of(source: Path, script_args, resolved: dict, weights: bool = True) -> 
     for name, own in (("lora_r", config.r), ("lora_alpha", config.lora_alpha)):
         if name in resolved and getattr(script_args, name) != own:
             raise UserError(f"--{name} {getattr(script_args, name)}: the adapter of {source} has {own}. Leave it out.")
+    config.inference_mode = False  # as it was saved; a plan counts what is trained
     name = config.base_model_name_or_path or ""
     return pull(f"{name}@{config.revision}" if config.revision and not Path(name).is_dir() else name, weights), config
 

@@ -25,6 +25,8 @@ class PairEncoder:
         except TemplateRefusal as error:
             raise UserError(f"the chat template refuses a user and an assistant in turn: {error}.") from error
         self.stop = found[1][-1] if found[1] and found[1][-1] in self.plain.control_ids else tokenizer.eos_token_id
+        if self.stop is None:
+            raise UserError("neither the chat template nor the tokenizer has a token that ends a reply.")
 
     def fit(self, row: dict) -> dict | str:
         """The row, or the reason for dropping it: the template refuses its prompt, or does not show all of it."""

@@ -91,6 +91,13 @@ def test_a_folder_of_anything_else_is_one_line(tmp_path):
         load_data(str(tmp_path))
 
 
+def test_data_without_a_train_split_keeps_its_columns(tmp_path):
+    """So that the error is that there is none, and not that columns are missing."""
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "a"}))
+    arguments = SimpleNamespace(dataset=str(tmp_path), validation_file=None, test_file=None, dataset_config=None)
+    assert {name: rows.column_names for name, rows in load_splits(arguments).items()} == {"test": ["text"]}
+
+
 def test_a_split_with_other_columns_says_so(tmp_path, caplog):
     (tmp_path / "train.csv").write_text("text,label,note\na,b,c\n")
     (tmp_path / "test.csv").write_text("text,label\na,b\n")

@@ -202,6 +202,9 @@ def test_thoughts_that_the_template_cuts_off_are_not_dropped_in_silence(tiny):
     encoder = pairs.PairEncoder(tokenizer)
     assert encoder.fit(row) == row
     assert encoder.fit(row | {"rejected": "<think>Hm.</think>No."}).startswith("bad: a reply whose beginning")
+    tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m['content'] }}{% endfor %}", None
+    with pytest.raises(UserError, match="neither the chat template nor the tokenizer has a token that ends a reply"):
+        pairs.PairEncoder(tokenizer)
 
 
 def test_a_loop_is_counted():
@@ -257,19 +260,32 @@ def test_a_run_prefers_what_was_chosen_and_is_served(finished):
     assert all(".lora_A." in name or ".lora_B." in name and tensor.any() for name, tensor in learned.items())
 
 
-def test_it_goes_on_from_an_adapter_which_stays_the_reference(finished, tiny, pair_file, tmp_path):
-    """What chat_sft leaves: the new run starts as good as the old one ended, and changes a copy."""
-    old = json.loads((finished / "all_results.json").read_text())
-    run_main(flags(finished, pair_file, tmp_path / "on"))
-    new = json.loads((tmp_path / "on" / "all_results.json").read_text())
+def test_it_goes_on_from_an_adapter_which_stays_the_reference(finished, tiny, pair_file, tmp_path, capsys):
+    """What chat_sft leaves: the new run starts as good as the old one ended, changes a copy, and is resumed so."""
+    old, run = json.loads((finished / "all_results.json").read_text()), tmp_path / "on"
+    argv = flags(finished, pair_file, run, save_total_limit=2)
+    run_main([*argv, "--dry_run", "--hardware=t4"])
+    assert not run.exists() and "parameters trained 0 " not in capsys.readouterr().out
+    run_main(argv)
+    new = json.loads((run / "all_results.json").read_text())
     for name in ("accuracy", "perplexity"):
         assert new[f"base_{name}"] == pytest.approx(old[f"test_{name}"], rel=1e-3)
-    assert new["test_reward_margin"] > 0 and "goes on from" in (tmp_path / "on" / "README.md").read_text()
-    config = json.loads((tmp_path / "on" / "adapter_config.json").read_text())
+    assert new["test_reward_margin"] > 0 and "goes on from" in (run / "README.md").read_text()
+    config = json.loads((run / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny / "llama") and config["r"] == 16
-    assert load(tmp_path / "on").task == "text-generation"
-    with pytest.raises(UserError, match="--lora_r 4: the adapter of .* has 16"):
-        run_main(flags(finished, pair_file, tmp_path / "other", lora_r=4))
+    assert load(run).task == "text-generation"
+    learned = load_file(run / "adapter_model.safetensors")
+    (run / "checkpoint-6").rename(tmp_path / "away")
+    (run / "all_results.json").unlink()
+    run_main(argv)
+    again = load_file(run / "adapter_model.safetensors")
+    assert learned.keys() == again.keys() and not any("ref" in name.split(".") for name in again)
+    for name, tensor in learned.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-7)
+    assert json.loads((run / "all_results.json").read_text())["base_margin"] == pytest.approx(new["base_margin"])
+    for option, words in (({"lora_r": 4}, "--lora_r 4: the adapter of .* has 16"), ({"beta": 0.5}, "beta: 0.1 then")):
+        with pytest.raises(UserError, match=words):
+            run_main(flags(finished, pair_file, run, **option))
 
 
 def test_the_reference_may_be_computed_once(finished, tiny, pair_file, tmp_path):
@@ -277,18 +293,6 @@ def test_the_reference_may_be_computed_once(finished, tiny, pair_file, tmp_path)
     run_main(flags(tiny / "llama", pair_file, tmp_path / "run", precompute_ref_log_probs=True))
     ours, theirs = (task_runs.losses(run) for run in (tmp_path / "run", finished))
     assert ours == pytest.approx(theirs, rel=1e-3) and len(theirs) == 6
-
-
-def test_a_stopped_run_ends_with_the_same_weights(finished, tiny, pair_file, tmp_path):
-    run_main(flags(tiny / "llama", pair_file, tmp_path / "run", save_total_limit=2))
-    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "away")
-    (tmp_path / "run" / "all_results.json").unlink()
-    run_main(flags(tiny / "llama", pair_file, tmp_path / "run", save_total_limit=2))
-    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in (tmp_path / "run", finished))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7)
-    with pytest.raises(UserError, match="beta: 0.1 then, 0.5 now"):
-        run_main(flags(tiny / "llama", pair_file, tmp_path / "run", beta=0.5))
 
 
 def test_scores_are_those_of_the_whole_logits(tiny, tmp_path):

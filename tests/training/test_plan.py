@@ -127,3 +127,13 @@ def test_a_loss_in_pieces_takes_the_memory_of_one_and_the_time_of_all(capsys):
     expected = rows * 1024 * (6 * 124e6 + 12 * 12 * 768 * 1024) / (plan.OF_DATA_SHEET * 65e12) / 3600
     assert float(re.search(r"([\d.]+) hours of training", said)[1]) == pytest.approx(expected, rel=0.1)
     assert "It will not fit" not in said and float(re.search(r"about ([\d.]+) GB memory", said)[1]) < 15
+
+
+def test_a_pair_is_two_texts_and_the_reference_reads_them_too(capsys):
+    facts = {"rows": 10_000_000, "tokens": 8_000_000_000}
+    pairs = planned(llama(), capsys, batch=4, facts=facts | {"pairs": True})
+    texts = planned(llama(), capsys, batch=8, facts=facts | {"rows": 20_000_000})
+    memory = [re.search(r"about ([\d.]+) GB memory", said)[1] for said in (pairs, texts)]
+    hours = [float(re.search(r"([\d.]+) hours of training", said)[1]) for said in (pairs, texts)]
+    assert memory[0] == memory[1] and hours[0] == pytest.approx(1.5 * hours[1], rel=0.02)
+    assert re.search(r"steps [\d,]+", pairs)[0] == re.search(r"steps [\d,]+", texts)[0]
