@@ -86,24 +86,40 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
 
 
 def _local(path: Path, columns: dict) -> Iterator[dict | str]:
-    """The documents of a file, or of all files below a folder that are of a kind that is read, in the order of names."""
-    single = path.is_file()
-    if single and not _reader(path):
-        raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
-    for file in [path] if single else sorted(path.rglob("*")):
-        name = file.relative_to(path.parent if path.name else path.resolve()).as_posix()
-        if not file.is_file() or any(part.startswith(".") for part in Path(name).parts[not single :]):
-            continue
-        if not (read := _reader(file)):
-            yield "another kind of file"
-            continue
-        try:
-            with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-                yield from read(stream, name, columns)
-        # A damaged file may hold good documents before the damage, and others follow it.
-        except (OSError, EOFError, ValueError, zlib.error, csv.Error, ElementTree.ParseError) as error:
-            log.warning("%s: damaged, the rest of it is passed over: %s", file, error)
-            yield "bad: damaged file"
+    for file, name in local_files(path):
+        yield from read_file(file, name, columns)
+
+
+def local_files(path: Path) -> Iterator[tuple[Path, str]]:
+    """A file, or all files below a folder but hidden ones, in the order of names; each with its name from the folder on.
+
+    Raises:
+        UserError: a single file of a kind that is not read.
+    """
+    if path.is_file():
+        if not _reader(path):
+            raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
+        yield path, path.name
+        return
+    path = path.absolute()  # "." has a name then
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path.parent)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts[1:]):
+            yield file, name.as_posix()
+
+
+def read_file(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
+    """The documents of a file, see `documents`; a str where it is of another kind, or from where it is damaged."""
+    if not (read := _reader(file)):
+        yield "another kind of file"
+        return
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
+            yield from read(stream, name, columns)
+    # A damaged file may hold good documents before the damage, and others follow it.
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, ElementTree.ParseError) as error:
+        log.warning("%s: damaged, the rest of it is passed over: %s", file, error)
+        yield "bad: damaged file"
 
 
 def _reader(path: Path) -> Callable | None:
