@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import pytest
+import slurm_commands
 import task_runs
 from checkout import ROOT
 
@@ -84,7 +85,7 @@ def test_a_difference_between_the_languages_is_found(old, new, kind):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
-    words = shlex.split(command)
+    words, environment = shlex.split(command), {**os.environ, **hub.env}
     if words[0] == "git":
         pytest.fail("a clone address is not known here; leave it out")
     if words[0] == "make":
@@ -97,6 +98,11 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         rows = tmp_path / "rows.jsonl"
         rows.write_text("\n".join(json.dumps({"text": f"row {i} of a few words"}) for i in range(4)))
         words[words.index("--output") + 1 :] = [str(tmp_path / "exported"), "--dataset", str(rows)]
+    if "-m shared.corpora" in command:  # tests/corpora looks at what they give
+        words[3] = str(tmp_path / "a.txt")
+        (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(100)))
+        words[words.index("--output") + 1] = str(tmp_path / words[words.index("--output") + 1])
+        environment["PATH"] = f"{slurm_commands.write(tmp_path / 'slurm')}:{os.environ['PATH']}"
     if "tasks/chat_sft/train.py" in words:
         if "--dataset" in words:
             words[words.index("--dataset") + 1] = str(data)
@@ -168,7 +174,7 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_target_length", "8"]
     script = next((i for i, word in enumerate(words) if word.endswith("train.py")), None)
     if script is None or "--config_file" in words or command == f"accelerate launch {words[script]}":
-        ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **hub.env})
+        ran = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     else:  # the launcher does nothing but start the script: the bare command and that of two processes show it
         ran = task_runs.command(*words[script:], **hub.env)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]

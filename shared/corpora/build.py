@@ -44,8 +44,8 @@ TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
 BATCH = 500_000  # characters sent to another process at once
 
 
-def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple[dict, np.ndarray]:
-    """A document of `documents` or `crawl` as the line to write and its signature, or the reason for dropping it."""
+def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict | str:
+    """A document of `documents` or `crawl` as the row to write, or the reason for dropping it."""
     if isinstance(row, str):
         return row
     text, title, terms = row.get("text"), row.get("title"), row.get("license")
@@ -78,7 +78,13 @@ def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple
         return clean
     digest = hashlib.sha256(clean["text"].encode("utf8")).hexdigest()
     clean |= {"source": str(row["source"]), "title": str(title or ""), "license": str(terms or ""), "sha256": digest}
-    return clean, signature(clean["text"])
+    return clean
+
+
+def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple[dict, np.ndarray]:
+    """`clean_document` and the signature of its text."""
+    clean = clean_document(row, fewest, codes)
+    return clean if isinstance(clean, str) else (clean, signature(clean["text"]))
 
 
 def _old(sample: str) -> str | None:
@@ -164,10 +170,10 @@ def build(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            with _compressed(file, output.suffix == ".gz") as lines, tqdm(unit=" documents", disable=None) as bar:
+            with compressed(file, output.suffix == ".gz") as lines, tqdm(unit=" documents", disable=None) as bar:
                 for row in clean_rows(pairs, new, unique):
-                    lines.write(json.dumps(row, ensure_ascii=False).encode("utf8", "backslashreplace") + b"\n")
-                    lengths[int(8 * math.log2(len(row["text"])))] += 1
+                    lines.write(json_line(row))
+                    lengths[length_step(row)] += 1
                     if cleaned.read - bar.n >= 50:
                         bar.set_postfix_str(f"{unique.kept:,} kept", refresh=False)
                         bar.update(cleaned.read - bar.n)
@@ -187,9 +193,20 @@ def build(
     return report
 
 
-def _compressed(file, wanted: bool):
+def compressed(file, wanted: bool = True):
+    """A file to write to, gzipped if wanted."""
     # Without name and time, so that equal corpora are equal files; level 6 takes twice the time for 4 % less.
     return gzip.GzipFile("", "wb", 3, file, mtime=0) if wanted else contextlib.nullcontext(file)
+
+
+def json_line(row: dict) -> bytes:
+    """A line of the output."""
+    return json.dumps(row, ensure_ascii=False).encode("utf8", "backslashreplace") + b"\n"
+
+
+def length_step(row: dict) -> int:
+    """The bar of the histogram that a document counts in, see `plot_lengths`."""
+    return int(8 * math.log2(len(row["text"])))
 
 
 def histogram_path(output: Path) -> Path:
@@ -212,10 +229,10 @@ def plot_lengths(lengths: Counter, path: Path) -> None:
     figure.savefig(path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command. Exits with code 2 on a UserError."""
+def source_options(program: str, description: str) -> argparse.ArgumentParser:
+    """The options of this command and of `shared.corpora.cluster`."""
     parser = argparse.ArgumentParser(
-        "python -m shared.corpora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add(
@@ -224,30 +241,47 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SOURCE",
         help="docs:prose, a dump, a file or folder, https://..., org/name on the Hub",
     )
-    add("--output", required=True, type=Path, help="file to write, .jsonl or .jsonl.gz")
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="in tables: text=body title=headline ...")
     add("--dataset_config", help="configuration of a Hub dataset, such as 20231101.vi")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add("--min_words", type=int, default=50, help="drop shorter documents (default: %(default)s)")
+    add("--languages", nargs="+", default=[], metavar="CODE", help="keep these only, such as: en vi (default: all)")
+    return parser
+
+
+def table_columns(arguments: list[str]) -> dict[str, str]:
+    """`--columns text=body` as `{"text": "body"}`. Raises UserError for another form or name."""
+    pairs = [pair.partition("=") for pair in arguments]
+    for name, _, column in pairs:
+        if not column or name not in ("text", "source", "title", "license"):
+            raise UserError(f"--columns {name}: expected text=, source=, title= or license= with the name of a column.")
+    return {name: column for name, _, column in pairs}
+
+
+def summary(output: Path, report: CleaningReport) -> str:
+    """What the command says at its end."""
+    said = f"{output}: {report}; lengths in {histogram_path(output).name}"
+    if report.bad > 0.05 * report.read:
+        said += f"\nwarning: {report.bad:,} documents were unusable, over 5 %: is this the right source, are these its columns?"
+    return said
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Exits with code 2 on a UserError."""
+    parser = source_options("python -m shared.corpora", __doc__)
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="file to write, .jsonl or .jsonl.gz")
     add(
         "--depth", type=int, default=0, help="links to follow from a web page within its site (default: this page only)"
     )
     add("--max_pages", type=int, default=100, help="pages to request from a site (default: %(default)s)")
     add("--delay", type=float, default=1.0, help="seconds between requests to a site (default: %(default)s)")
-    add("--min_words", type=int, default=50, help="drop shorter documents (default: %(default)s)")
-    add("--languages", nargs="+", default=[], metavar="CODE", help="keep these only, such as: en vi (default: all)")
     add("--processes", type=int, default=os.cpu_count() or 1, help="that clean (default: one a core, %(default)s)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     state = args.output.with_name(f"{args.output.name}.crawl")
     try:
-        pairs = [pair.partition("=") for pair in args.columns]
-        if unknown := [
-            name for name, equals, column in pairs if not column or name not in ("text", "source", "title", "license")
-        ]:
-            raise UserError(
-                f"--columns {unknown[0]}: expected text=, source=, title= or license= with the name of a column."
-            )
-        columns = {name: column for name, _, column in pairs}
+        columns = table_columns(args.columns)
         args.output.parent.mkdir(parents=True, exist_ok=True)
 
         def rows(source: str):
@@ -266,10 +300,6 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.output}: {report}; lengths in {histogram_path(args.output).name}")
+    print(summary(args.output, report))
     if state.exists():
         print(f"Pages are kept in {state.name}: the same command fetches none twice. Delete it to fetch them anew.")
-    if report.bad > 0.05 * report.read:
-        print(
-            f"warning: {report.bad:,} documents were unusable, over 5 %: is this the right source, are these its columns?"
-        )
