@@ -19,6 +19,7 @@ from trl import DPOConfig
 from shared import UserError
 from shared.inference.torch_runner import keep_layout
 from shared.publish.hub import check_peft, pull
+from shared.training.sharding import refuse_sharded
 
 # Of trl's own options: what this task does as they say. The others would be half done, and are refused.
 OBEYED = {"max_length", "beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha"}
@@ -29,11 +30,12 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty":
 
 
 def check_options(args) -> None:
-    """Raises UserError for options of trl that this task does not obey.
+    """Raises UserError for options of trl that this task does not obey, and for FSDP.
 
     Args:
         args: trl's DPOConfig.
     """
+    refuse_sharded(args, "dpo_chat", "take accelerate/multi_gpu.yaml, with the whole model on each GPU")
     check_peft()
     if args.max_length is None or args.max_length < 2:
         raise UserError("--max_length: write how many tokens of a row are read, for example 1024.")
