@@ -293,7 +293,7 @@ def whole(auto, folder: Path, options: dict):
 
 def _from_gguf(folder: Path, auto):
     """The model of a GGUF file in plain fp32 layers."""
-    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False)
     model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
     return model
 
