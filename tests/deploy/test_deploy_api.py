@@ -619,7 +619,7 @@ def test_sigterm_lets_streams_finish(tiny, port, how):
         wait_for(lambda: status(f"{url}/livez") == 200, 60)
         assert status(f"{url}/v1/models") == 200  # before it is ready
         wait_for(lambda: status(f"{url}/readyz") == 200, 60)
-        body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 600, "stream": True, "seed": 1}
+        body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 300, "stream": True, "seed": 1}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)
