@@ -25,6 +25,13 @@ import psutil
 
 LIMIT = 16
 CHAT = [{"role": "user", "content": "Tell me about the sea."}]
+THINGS = (
+    "the sea",
+    "old trains and those who drove them",
+    "bread",
+    "how a bicycle stays upright",
+    "rain in the mountains",
+)
 
 
 def start(model: str) -> tuple[subprocess.Popen, str]:
@@ -51,11 +58,12 @@ def start(model: str) -> tuple[subprocess.Popen, str]:
     sys.exit("the server was not ready within 120 s")
 
 
-async def chat(client: httpx.AsyncClient, tokens: int) -> tuple[int, float, float, int]:
-    """One streamed reply: status, seconds to the first token (or the refusal), seconds in all, tokens."""
+async def chat(client: httpx.AsyncClient, tokens: int, number: int = 0) -> tuple[int, float, float, int]:
+    """One streamed reply: status, seconds to the first token (or the refusal), seconds in all, tokens. Each number asks
+    another question."""
     began, first, count = time.perf_counter(), None, 0
     body = {
-        "messages": CHAT,
+        "messages": [{"role": "user", "content": f"{number}. Tell me about {THINGS[number % len(THINGS)]}."}],
         "max_tokens": tokens,
         "seed": 0,
         "stream": True,
@@ -100,11 +108,11 @@ async def burst(url: str, requests: int) -> None:
 async def throughput(client: httpx.AsyncClient, clients: int, tokens: int) -> None:
     """`clients` at once, each two replies one after the other."""
 
-    async def one():
-        return [await chat(client, tokens) for _ in range(2)]
+    async def one(number: int):
+        return [await chat(client, tokens, clients * 100 + number * 2 + i) for i in range(2)]
 
     began = time.perf_counter()
-    answers = [answer for each in await asyncio.gather(*(one() for _ in range(clients))) for answer in each]
+    answers = [answer for each in await asyncio.gather(*(one(number) for number in range(clients))) for answer in each]
     seconds = time.perf_counter() - began
     assert all(status == 200 for status, *_ in answers)
     total, firsts = sum(answer[3] for answer in answers), sorted(answer[1] for answer in answers)

@@ -31,13 +31,13 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]+)?")
 
 @dataclass(frozen=True)
 class Limits:
-    """Body in bytes, and seconds in which it has to come; requests admitted at once, of which `running` compute; seconds a
-    request may take; seconds for SIGTERM."""
+    """Body in bytes, and seconds in which it has to come; requests admitted at once; replies that one model writes at once;
+    seconds a request may take; seconds for SIGTERM."""
 
     body: int = 1_000_000
     body_seconds: float = 5
     admitted: int = 32
-    running: int = 2
+    running: int = 16
     queue_seconds: float = 30
     first_token_seconds: float = 30
     total_seconds: float = 120

@@ -41,7 +41,8 @@ from deploy.admission import (
     is_not_503,
     log,
 )
-from deploy.inference import DEFAULT_MODEL, Chunk, Engine, Usage, Workers, model_id
+from deploy.generation import Chunk, Usage
+from deploy.inference import DEFAULT_MODEL, Engine, model_id
 from deploy.responses import response_events
 from deploy.schemas import (
     AnswerBody,
@@ -57,6 +58,7 @@ from deploy.schemas import (
     openapi_schemas,
     parse,
 )
+from deploy.workers import Workers
 from shared import UserError
 
 
@@ -84,9 +86,9 @@ class Service:
 
     def load(self) -> None:
         """Loads and warms up every model; runs in a thread."""
-        workers = Workers(self.limits.running)
+        workers = Workers()
         for name in self.names:
-            self.engines[model_id(name)] = Engine(name, workers=workers)
+            self.engines[model_id(name)] = Engine(name, workers=workers, replies=self.limits.running)
         gc.collect()
         gc.freeze()  # libraries and models stay: looking through them again for garbage halts the server for 0.2 s each time
         self.ready = True

@@ -9,7 +9,8 @@ from contextlib import ExitStack, closing
 import streamlit as st
 
 from deploy.choices import base_name, engine_of
-from deploy.inference import Chunk, Engine, Sampling, stream
+from deploy.generation import Chunk, Sampling
+from deploy.inference import Engine, stream
 from deploy.text_pages import text_box
 from deploy.texts import as_markdown, literally, t
 from shared import UserError

@@ -7,8 +7,9 @@ from pathlib import Path
 import streamlit as st
 
 from deploy.admission import is_loopback
-from deploy.inference import DEFAULT_MODEL, Engine, Workers
+from deploy.inference import DEFAULT_MODEL, Engine
 from deploy.texts import t
+from deploy.workers import Workers
 from shared import UserError
 from shared.publish.hub import pull
 
@@ -16,7 +17,7 @@ from shared.publish.hub import pull
 @st.cache_resource
 def workers() -> Workers:
     """Threads that all sessions share."""
-    return Workers(2)
+    return Workers()
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

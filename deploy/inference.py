@@ -4,165 +4,29 @@
     for piece in stream(lambda emit: engine.chat([{"role": "user", "content": "Hi"}], Sampling(), emit)):
         print(getattr(piece, "text", ""), end="")
 
-Work is done in the threads of `Workers`. What a thread has to say it hands to `emit`, which must return at once.
+Work is done in other threads: of `Workers`, and of a `Writer` for each model that writes text. What a thread has to say it hands
+to `emit`, which must return at once.
 """
 
 import math
-import os
 import re
-import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
-from tokenizers.decoders import DecodeStream
-
 from deploy.deadline import Deadline
+from deploy.generation import REPLIES, Chunk, Sampling, TextJob, Writer
+from deploy.workers import Job, Task, Workers
 from shared import UserError
 from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
-from shared.inference.sampling import Cancelled
 from shared.publish.hub import pull
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
 ENCODING_SECONDS = 10  # for a text; the longest that fits takes about one
 MASK = re.compile(r"\[MASK\]|<mask>|_{3,}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How text is drawn. `max_tokens` None: up to 512, as many as fit. `temperature` 0: the likeliest token."""
-
-    max_tokens: int | None = None
-    temperature: float = 0.7
-    top_p: float = 0.95
-    repetition_penalty: float = 1.1
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    n: int = 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """New text of reply `row`; `reason` is `stop` or `length` with the last one."""
-
-    row: int
-    text: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The end of a generation: tokens read and written, and how long writing took, in seconds."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
-
-
-@dataclass
-class Job:
-    """One request: handed to a worker, or still waiting. `emit` gets `None` when it starts, then what it yields.
-
-    The last is a `Usage`, a result (dict or list), or the exception that ended it. A cancelled job emits no more.
-    """
-
-    run: Callable  # of a list of jobs with the same `batch`
-    emit: Callable
-    batch: tuple | None = None  # None: never together with others
-    item: tuple = ()
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """A waiting job never starts; a running generation stops before its next token."""
-        self.cancelled.set()
-
-
-class Workers:
-    """A fixed number of threads, so of models that compute at once; what waits together and can go together, goes together."""
-
-    def __init__(self, threads: int = 2, batch_size: int = 8):
-        self.batch_size, self._waiting, self._changed = batch_size, deque(), threading.Condition()
-        for number in range(threads):
-            threading.Thread(target=self._work, name=f"worker-{number}", daemon=True).start()
-
-    def submit(self, job: Job) -> Job:
-        """Queues a job; who calls limits how many."""
-        with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
-        return job
-
-    def _next(self) -> list[Job]:
-        with self._changed:
-            while not self._waiting:
-                self._changed.wait()
-            jobs = [self._waiting.popleft()]
-            if jobs[0].batch is not None:
-                for job in list(self._waiting):
-                    if job.batch == jobs[0].batch and len(jobs) < self.batch_size:
-                        self._waiting.remove(job)
-                        jobs.append(job)
-            return [job for job in jobs if not job.cancelled.is_set()]
-
-    def _work(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            # Answering comes before computing. 5 has a third of the weight of 0: with 19 a busy neighbour stops all replies
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-        while True:
-            jobs = self._next()
-            try:
-                for job in jobs:
-                    job.emit(None)
-                if jobs:
-                    jobs[0].run(jobs)
-            except Cancelled:
-                pass
-            except Exception as error:  # the thread lives on; who asked hears of it
-                for job in jobs:
-                    job.emit(error)
-            except BaseException as error:  # native code that fails raises what is no Exception
-                for job in jobs:
-                    job.emit(UserError(f"the model fails on this text ({type(error).__name__})."))
-
-
-class Reply:
-    """The text of one row of token ids as they come; holds back what may be the beginning of a stop text."""
-
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self._tokenizer, self._stop, self._held = tokenizer, stop, ""
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self.reason = None
-
-    def add(self, token: int) -> str:
-        """What can be shown after this token; `reason` is set when a stop text was found."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        if places:
-            shown, self._held, self.reason = self._held[: min(places)], "", "stop"
-            return shown
-        most = max((len(stop) for stop in self._stop), default=1) - 1
-        keep = next(
-            (
-                n
-                for n in range(min(most, len(self._held)), 0, -1)
-                if any(s.startswith(self._held[-n:]) for s in self._stop)
-            ),
-            0,
-        )
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
-
-    def finish(self, reason: str) -> str:
-        """The rest of the text, at the end."""
-        self.reason, rest, self._held = reason, self._held, ""
-        return rest
 
 
 class Engine:
@@ -175,7 +39,7 @@ class Engine:
         UserError: no such model, unsafe, or its output is no longer what it was when it was exported.
     """
 
-    def __init__(self, name: str, artifact: str | None = None, workers: Workers | None = None):
+    def __init__(self, name: str, artifact: str | None = None, workers: Workers | None = None, replies: int = REPLIES):
         self.name, self.folder, self.workers = model_id(name), pull(name), workers or Workers()
         self.model = load(self.folder, artifact)
         if (self.model.folder / GOLDEN).is_file():
@@ -186,6 +50,8 @@ class Engine:
         self._text = PlainText(self.model.tokenizer, self.context)
         self.model.tokenizer = self._text.tokenizer
         self.warm_up()
+        if self.task == "text-generation":
+            self._writer = Writer(self.model, self._written.backend_tokenizer, replies)
 
     def warm_up(self) -> None:
         """One forward, so that the first user does not wait for it."""
@@ -232,7 +98,7 @@ class Engine:
                 none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
                 job.emit(answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))})
 
-        return self.workers.submit(Job(run, emit, (id(self), "answer"), (question, context)))
+        return self.workers.submit(Task(emit, run, (id(self), "answer"), (question, context)))
 
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
@@ -245,7 +111,7 @@ class Engine:
             for job, summary in zip(jobs, found, strict=True):
                 job.emit({"summary": summary})
 
-        return self.workers.submit(Job(run, emit, (id(self), "summarize", max_tokens), (text,)))
+        return self.workers.submit(Task(emit, run, (id(self), "summarize", max_tokens), (text,)))
 
     def fill(self, text: str, top_k: int, emit: Callable) -> Job:
         """Fills one blank, written `[MASK]`, `<mask>` or `___`. Emits the likeliest words with their probability, a list.
@@ -262,7 +128,7 @@ class Engine:
             for job, words in zip(jobs, self.model.fill([job.item[0] for job in jobs], top_k), strict=True):
                 job.emit(words)
 
-        return self.workers.submit(Job(run, emit, (id(self), "fill", top_k), (masked,)))
+        return self.workers.submit(Task(emit, run, (id(self), "fill", top_k), (masked,)))
 
     def classify(self, text: str, top_k: int, emit: Callable) -> Job:
         """Emits a list of `label` and `score`, the likeliest first. Texts that wait together are sorted together."""
@@ -274,7 +140,7 @@ class Engine:
             for job, labels in zip(jobs, found, strict=True):
                 job.emit(labels[: job.item[1]])
 
-        return self.workers.submit(Job(run, emit, (id(self), "classify"), (text, top_k)))
+        return self.workers.submit(Task(emit, run, (id(self), "classify"), (text, top_k)))
 
     def embed(self, texts: list[str], emit: Callable) -> Job:
         """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read."""
@@ -286,7 +152,7 @@ class Engine:
             vectors = self.model.embed(list(jobs[0].item), cancelled=all_cancelled(jobs))
             jobs[0].emit({"vectors": vectors, "tokens": sum(lengths)})
 
-        return self.workers.submit(Job(run, emit, item=tuple(texts)))
+        return self.workers.submit(Task(emit, run, item=tuple(texts)))
 
     def _encode(self, text: str) -> list[int]:
         return self._deadline.run(self._text.encode, text)
@@ -307,49 +173,8 @@ class Engine:
             if max(ids) >= known:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
 
-        def run(jobs):
-            began, written = time.perf_counter(), 0
-            for i, ids in enumerate(prompts):
-                written += self._generate(ids, sampling, job, i * sampling.n)
-            if not job.cancelled.is_set():
-                job.emit(Usage(sum(map(len, prompts)), written, time.perf_counter() - began))
-
-        job = Job(run, emit)
-        return self.workers.submit(job)
-
-    def _generate(self, ids: list[int], sampling: Sampling, job: Job, first: int) -> int:
-        """The replies to one prompt, emitted as rows `first` and on; returns how many tokens were written."""
-        most = sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids))  # `_submit` looked that it fits
-        replies = [Reply(self._written.backend_tokenizer, sampling.stop) for _ in range(sampling.n)]
-        written = 0
-
-        def on_token(row: int, token: int) -> None:
-            nonlocal written
-            reply = replies[row]
-            if reply.reason or job.cancelled.is_set():
-                return
-            written += 1
-            text = reply.add(token)
-            if text or reply.reason:
-                job.emit(Chunk(first + row, text, reply.reason))
-
-        rows = self.model.generate(
-            [ids] * sampling.n,
-            max_new_tokens=most,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            on_token=on_token,
-            cancelled=lambda: job.cancelled.is_set() or all(reply.reason for reply in replies),
-        )
-        if job.cancelled.is_set():
-            return written
-        for row, (ids_written, reply) in enumerate(zip(rows, replies, strict=True)):
-            if not reply.reason:
-                reason = "length" if len(ids_written) >= most else "stop"
-                job.emit(Chunk(first + row, reply.finish(reason), reason))
-        return written
+        most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
+        return self._writer.submit(TextJob(emit, prompts, most, sampling))
 
 
 def model_id(name: str) -> str:
@@ -357,7 +182,7 @@ def model_id(name: str) -> str:
     return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
 
 
-def all_cancelled(jobs: list[Job]) -> Callable[[], bool]:
+def all_cancelled(jobs: list[Task]) -> Callable[[], bool]:
     """Tells whether nobody waits for any of them."""
     return lambda: all(job.cancelled.is_set() for job in jobs)
 

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-from deploy.inference import Chunk
+from deploy.generation import Chunk
 from deploy.schemas import ResponsesBody
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic.json_schema import models_json_schema
 
-from deploy.inference import Sampling
+from deploy.generation import Sampling
 
 MOST_FIELDS, MOST_OBJECTS = 64, 5000  # of one object, and of all of a body: each may become an error that is built
 SURROGATES = {code: "\ufffd" for code in range(0xD800, 0xE000)}  # halves of a character, which no encoding can write

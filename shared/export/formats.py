@@ -49,7 +49,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
 
         folder = pull(adapter["base_model_name_or_path"])
     found = {}
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")
@@ -85,7 +85,8 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         # The head stays as it is: its rounding is what shows most in the output
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         auto = getattr(transformers, TASKS[task])
-        auto.from_pretrained(folder, quantization_config=config, dtype=torch.float32).save_pretrained(target)
+        options = {"quantization_config": config, "dtype": torch.float32, "trust_remote_code": False}
+        auto.from_pretrained(folder, **options).save_pretrained(target)
     elif name.startswith("gguf"):
         from shared.export import gguf_file
 
@@ -165,7 +166,7 @@ def _genai_builds(folder: Path) -> bool:
 def _reads_segments(source: Path) -> bool:
     from transformers import AutoTokenizer
 
-    return "token_type_ids" in AutoTokenizer.from_pretrained(source).model_input_names
+    return "token_type_ids" in AutoTokenizer.from_pretrained(source, trust_remote_code=False).model_input_names
 
 
 def _read(path: Path) -> dict:

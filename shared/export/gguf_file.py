@@ -59,7 +59,7 @@ def cannot(config, folder: Path) -> str | None:
         return str(error)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.chat_template and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         asked = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
         if not asked.startswith(tokenizer.bos_token):
@@ -116,7 +116,7 @@ def write(model, source: Path, target: Path, quantized: bool) -> None:
     import gguf
     from transformers import AutoTokenizer
 
-    config, tokenizer = model.config, AutoTokenizer.from_pretrained(source)
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     kind = ARCHITECTURES[type(model).__name__]
     architecture = getattr(gguf.MODEL_ARCH, kind)
     writer = gguf.GGUFWriter(target / FILE, gguf.MODEL_ARCH_NAMES[architecture])

@@ -8,6 +8,7 @@ Beneath is PyTorch (safetensors, fp16, int8) or ONNX Runtime (onnx, onnx-int8, i
 that came with a model.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 
 from shared import UserError
 from shared.inference import golden
+from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.onnx_runner import OnnxRunner
 from shared.inference.positions import longest_input
-from shared.inference.sampling import Cancelled, check_cancelled, pick
+from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
 
@@ -173,34 +175,33 @@ class Model:
         room = self.context - longest
         if room < 1:
             raise UserError(f"the prompt has {longest:,} tokens; this model reads fewer than {self.context:,}.")
-        ends, most = {*self.stop_ids, *stop_ids}, min(max_new_tokens, room)
-        draws = [torch.Generator().manual_seed(seed + i) if seed is not None else None for i in range(len(ids))]
-        written: list[list[int]] = [[] for _ in ids]
-        open_rows = set(range(len(ids)))
-        decoding = None
-        tokens = torch.zeros(len(ids), dtype=torch.long)
-        for _ in range(most):
-            try:
-                check_cancelled(cancelled)
-                if decoding is None:
-                    decoding = self._runner.start(ids, self.tokenizer.pad_token_id or 0, most, cancelled)
-                else:
-                    decoding.feed(tokens)
-            except Cancelled:
-                break
-            logits = decoding.logits.float()
-            for row in sorted(open_rows):
-                seen = [*ids[row], *written[row]] if repetition_penalty != 1 else []
-                tokens[row] = token = pick(logits[row], temperature, top_p, repetition_penalty, seen, draws[row])
-                if token in ends:
-                    open_rows.discard(row)
-                    continue
-                written[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-            if not open_rows:
-                break
-        return written
+        ends = {*self.stop_ids, *stop_ids}
+        rows = [
+            Row(
+                prompt,
+                min(max_new_tokens, room),
+                ends,
+                temperature,
+                top_p,
+                repetition_penalty,
+                torch.Generator().manual_seed(seed + i) if seed is not None else None,
+                functools.partial(on_token, i) if on_token is not None else None,
+                cancelled,
+            )
+            for i, prompt in enumerate(ids)
+        ]
+        if max_new_tokens > 0:
+            batch = self.batch()
+            batch.add(rows)
+            while batch.rows or batch.reading:
+                for row in batch.step():
+                    if row.error is not None:
+                        raise row.error
+        return [row.written for row in rows]
+
+    def batch(self) -> Batch:
+        """For rows that come and go; see batch.py."""
+        return Batch(self._runner, self.tokenizer.pad_token_id or 0)
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Scores of each next token: one (tokens, vocabulary) fp32 array a row."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from shared import UserError
-from shared.inference.sampling import PROMPT_CHUNK, check_cancelled
+from shared.inference.sampling import PROMPT_CHUNK, distinct
 
 
 class OnnxRunner:
@@ -26,18 +26,16 @@ class OnnxRunner:
             self.inputs = {each.name for each in self.session.get_inputs()}
             self.outputs = [each.name for each in self.session.get_outputs()]
 
-    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int, cancelled=None):
-        """Reads the prompts of a batch, of which at most `most` tokens each will follow: an OnnxDecoding.
-
-        Raises:
-            Cancelled: `cancelled` became true while the prompts were read.
-        """
-        return OnnxDecoding(self, rows, pad, most, cancelled=cancelled)
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
+        """Rows to be continued by at most `most` tokens each; their prompts have yet to be read: an OnnxDecoding."""
+        return OnnxDecoding(self, rows, pad, most)
 
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
         if any(name.startswith("past_") for name in self.inputs):
-            return OnnxDecoding(self, [row], 0, 0, every=True).logits[0].numpy()
+            decoding = OnnxDecoding(self, [row], 0, 0, every=True)
+            decoding.read()
+            return decoding.logits[0].numpy()
         batch = {"input_ids": [row], "attention_mask": [[1] * len(row)], "token_type_ids": [[0] * len(row)]}
         return self.encode({name: np.array(values, np.int64) for name, values in batch.items()})[0][0]
 
@@ -58,44 +56,70 @@ class OnnxDecoding:
     right: the attention of ONNX Runtime knows the length of each row, and the next token overwrites the padding.
     """
 
-    def __init__(
-        self,
-        runner: OnnxRunner,
-        rows: Sequence[Sequence[int]],
-        pad: int,
-        most: int,
-        every: bool = False,
-        cancelled=None,
-    ):
-        import onnxruntime
-
-        copies = len(rows) if len(rows) > 1 and all(row == rows[0] for row in rows) else 1
-        rows = rows[:1] if copies > 1 else rows  # a prompt that all rows share is read once
+    def __init__(self, runner: OnnxRunner, rows: Sequence[Sequence[int]], pad: int, most: int, every: bool = False):
+        rows, self.places = distinct(rows)
         self.session, self.inputs, self.every = runner.session, runner.inputs, every
         self.lengths = np.array([len(row) for row in rows])
         longest, config = int(self.lengths.max()), runner.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (len(rows), heads, longest + most, width)
-        self.cache = {
-            name: onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), np.float32)
-            for name in runner.inputs
-            if name.startswith("past_")
-        }
-        ids = np.array([list(row) + [pad] * (longest - len(row)) for row in rows], np.int64)
-        mask = (np.arange(longest) < self.lengths[:, None]).astype(np.int64)
-        positions = np.minimum(np.arange(longest), self.lengths[:, None] - 1)
-        size = PROMPT_CHUNK if not every and mask.all() else longest  # padding would be taken for text that was read
-        for start in range(0, longest, size):
-            check_cancelled(cancelled)
-            here = slice(start, start + size)
-            part = ids[:, here]
-            last = self.lengths - 1 if size == longest else np.full(len(rows), part.shape[1] - 1)
-            self._run(part, mask[:, : start + size], positions[:, here], last)
-        if copies > 1:
-            self.lengths, self.logits = np.repeat(self.lengths, copies), self.logits.repeat(copies, 1)
-            for name, values in self.cache.items():
-                self.cache[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.repeat(values.numpy(), copies, 0))
+        self.ends = self.lengths + most
+        self.read_until, self.shape = 0, (heads, width)
+        self.cache = dict.fromkeys(name for name in runner.inputs if name.startswith("past_"))
+        self.prompt = np.array([list(row) + [pad] * (longest - len(row)) for row in rows], np.int64)
+        whole = (self.lengths == longest).all() and not every  # padding would be taken for text that was read
+        self.chunk = PROMPT_CHUNK if whole else longest
+
+    def read(self) -> bool:
+        """Reads the next piece of the prompts; whether there is another."""
+        if not self.read_until:
+            self._allocate(len(self.prompt))
+        longest = self.prompt.shape[1]
+        here = slice(self.read_until, min(self.read_until + self.chunk, longest))
+        self.read_until = here.stop
+        columns = np.arange(here.stop)
+        mask = (columns < self.lengths[:, None]).astype(np.int64)
+        positions = np.minimum(columns, self.lengths[:, None] - 1)[:, here]
+        part = self.prompt[:, here]
+        last = np.minimum(self.lengths - 1, here.stop - 1) - here.start
+        self._run(part, mask, positions, last)
+        if here.stop < longest:
+            return True
+        if len(self.places) > len(self.prompt):
+            self._move([(self, self.places)])
+            self.logits = self.logits[self.places]
+        self.prompt = None
+        return False
+
+    def join(self, other: "OnnxDecoding"):
+        """Takes the rows of another in below its own."""
+        self._move([(each, list(range(len(each.lengths)))) for each in (self, other)])
+
+    def keep(self, places: list[int]):
+        """Drops all rows but these."""
+        self._move([(self, places)])
+
+    def _move(self, parts: list[tuple["OnnxDecoding", list[int]]]):
+        """Rows of decodings, by their places, to new buffers of this one."""
+        moved = [(each.cache, places, each.lengths[places]) for each, places in parts]
+        self.lengths, self.ends = (
+            np.concatenate([getattr(each, name)[places] for each, places in parts]) for name in ("lengths", "ends")
+        )
+        self._allocate(len(self.lengths))
+        for name, target in self.cache.items():
+            row, target = 0, target.numpy()
+            for cache, places, lengths in moved:
+                source = cache[name].numpy()
+                for place, length in zip(places, lengths, strict=True):
+                    target[row, :, :length] = source[place, :, :length]
+                    row += 1
+
+    def _allocate(self, rows: int):
+        import onnxruntime
+
+        shape = (rows, self.shape[0], int(self.ends.max()), self.shape[1])
+        new = onnxruntime.OrtValue.ortvalue_from_numpy  # memory that is not written to is not taken
+        self.cache = {name: new(np.zeros(shape, np.float32)) for name in self.cache}
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, last: np.ndarray):
         binding = self.session.io_binding()

@@ -37,7 +37,7 @@ def check_length(max_length: int, source: Path, tokenizer) -> None:
     """
     from transformers import AutoConfig
 
-    longest = longest_input(AutoConfig.from_pretrained(source), tokenizer)
+    longest = longest_input(AutoConfig.from_pretrained(source, trust_remote_code=False), tokenizer)
     if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
     words = tokenizer.tokenize("ma ma")

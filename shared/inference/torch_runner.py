@@ -1,5 +1,6 @@
 """A checkpoint or adapter in PyTorch, as `model.Model` runs it."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pad as padded
 
 from shared import UserError
-from shared.inference.sampling import PROMPT_CHUNK, check_cancelled, pad_left, positions_of
+from shared.inference.sampling import PROMPT_CHUNK, distinct, pad_left, positions_of
 from shared.publish.hub import pull
 
 GGUF = "model.gguf"
@@ -31,18 +33,14 @@ class TorchRunner:
         self.device = self.model.device
         self.config = self.model.config
         self.generation = getattr(self.model, "generation_config", None)
+        self.padded = task == "text-generation" and takes_padding(self.model)
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int, cancelled=None):
-        """Reads the prompts of a batch, of which at most `most` tokens each will follow: a TorchDecoding or OneByOne.
-
-        Raises:
-            Cancelled: `cancelled` became true while the prompts were read.
-        """
-        if carries_state(self.model, self.config) and len({*map(len, rows)}) > 1:
-            return OneByOne([self.start([row], pad, most, cancelled) for row in rows])
-        ids, mask = pad_left(rows, pad)
-        return TorchDecoding(self.model, ids.to(self.device), mask.to(self.device), cancelled)
+    def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
+        """Rows to be continued by at most `most` tokens each, whose prompts have yet to be read: a TorchDecoding or OneByOne."""
+        if not self.padded:
+            return OneByOne([TorchDecoding(self.model, [row], pad) for row in rows])
+        return TorchDecoding(self.model, rows, pad)
 
     @torch.inference_mode()
     def logits(self, row: Sequence[int]) -> np.ndarray:
@@ -71,44 +69,49 @@ class TorchRunner:
 
 
 class TorchDecoding:
-    """A batch in the middle of being continued: `logits` (rows, vocabulary) of the next token, `feed` to go on.
+    """A batch that is being continued: `read` its prompts, `logits` (rows, vocabulary) of the next token, `feed` to go on.
 
-    Rows of equal length are read in chunks, and a prompt that all rows share is read once. Not where a model carries a state
-    beside keys and values: it would take a chunk for a new text. Rows of a model that hands out no cache (RecurrentGemma, RWKV,
-    GPT-1) are read anew for each token.
+    Rows of equal length are read in pieces, and a prompt that several share is read once. Not where a model carries a state
+    beside keys and values: it would take a piece for a new text. A row of a model that hands out no cache (RecurrentGemma, RWKV,
+    GPT-1) is read anew for each token.
     """
 
-    def __init__(self, model, ids, mask, cancelled=None):
-        import inspect
-
+    def __init__(self, model, rows: Sequence[Sequence[int]], pad: int):
         stateful = carries_state(model, model.config)
-        chunked = bool(mask.all()) and not stateful
-        copies = len(ids) if chunked and len(ids) > 1 and bool((ids == ids[0]).all()) else 1
-        if copies > 1:
-            ids, mask = ids[:1], mask[:1]
-
-        prompt = None
+        rows, self.places = distinct(rows)
+        ids, mask = (each.to(model.device) for each in pad_left(rows, pad))
+        self.name, self.prompt = "input_ids", ids
         if getattr(model, "peft_config", None):  # virtual tokens (P-tuning) stand before the padding
-            prompt = model.get_prompt(len(ids))
+            virtual = model.get_prompt(len(ids))
             model = model.get_base_model()
-            mask = torch.cat([mask.new_ones(len(ids), prompt.shape[1]), mask], 1)
+            mask = torch.cat([mask.new_ones(len(ids), virtual.shape[1]), mask], 1)
+            embeddings = model.get_input_embeddings()(ids)
+            self.name, self.prompt = "inputs_embeds", torch.cat([virtual.to(embeddings.dtype), embeddings], 1)
         self.model, self.cache, self.masked = model, None, not stateful  # Mamba would mask its state
         takes = inspect.signature(model.forward).parameters
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
-        name, values = "input_ids", ids
-        if prompt is not None:
-            embeddings = model.get_input_embeddings()(ids)
-            name, values = "inputs_embeds", torch.cat([prompt.to(embeddings.dtype), embeddings], 1)
-        self.whole = {name: values}
-        chunked = chunked and self.cached
-        for start in range(0, values.shape[1], PROMPT_CHUNK) if chunked else (0,):
-            check_cancelled(cancelled)
-            end = start + PROMPT_CHUNK if chunked else values.shape[1]
-            self.mask = mask[:, :end]
-            self._run({name: values[:, start:end]})
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-            self.mask, self.logits = self.mask.repeat(copies, 1), self.logits.repeat(copies, 1)
+        self.chunk = PROMPT_CHUNK if mask.all() and not stateful and self.cached else mask.shape[1]
+        self.whole, self.mask = mask, mask[:, :0]
+
+    @property
+    def unread(self) -> bool:
+        """Whether there is more of the prompts to read."""
+        return self.mask.shape[1] < self.whole.shape[1]
+
+    @torch.inference_mode()
+    def read(self) -> bool:
+        """Reads the next piece of the prompts; whether there is another."""
+        start, width = self.mask.shape[1], self.whole.shape[1]
+        end = min(start + self.chunk, width)
+        self.mask = self.whole[:, :end]
+        self._run({self.name: self.prompt[:, start:end]})
+        if self.unread:
+            return True
+        if len(self.places) > len(self.mask):
+            places = torch.tensor(self.places, device=self.mask.device)
+            self.cache.batch_select_indices(places)
+            self.mask, self.logits = self.mask[places], self.logits[self.places]
+        return False
 
     def _run(self, inputs: dict):
         length = next(iter(inputs.values())).shape[1]
@@ -128,15 +131,47 @@ class TorchDecoding:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         inputs = {"input_ids": tokens[:, None].to(self.mask.device)}
         if not self.cached:
-            [(name, values)] = self.whole.items()
-            new = inputs["input_ids"] if name == "input_ids" else self.model.get_input_embeddings()(inputs["input_ids"])
-            self.whole = {name: torch.cat([values, new.to(values.dtype)], 1)}
-            inputs = dict(self.whole)
+            new = inputs["input_ids"]
+            new = new if self.name == "input_ids" else self.model.get_input_embeddings()(new)
+            self.prompt = torch.cat([self.prompt, new.to(self.prompt.dtype)], 1)
+            inputs = {self.name: self.prompt}
         self._run(inputs)
+
+    @torch.inference_mode()
+    def join(self, other: "TorchDecoding"):
+        """Takes the rows of another in below its own. What is shorter is padded on the left."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self.mask = torch.cat([padded(each.mask, (width - each.mask.shape[1], 0)) for each in (self, other)])
+        for mine, theirs in self._layers(other.cache):
+            columns = max(mine.keys.shape[2], theirs.keys.shape[2])  # of a layer with a window, those inside it
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in (mine, theirs)]
+                setattr(mine, name, torch.cat([padded(x, (0, 0, columns - x.shape[2], 0)) for x in parts]))
+            if mine.is_sliding:
+                mine.cumulative_length = width
+
+    @torch.inference_mode()
+    def keep(self, places: list[int]):
+        """Drops all rows but these, and columns that are padding in all that remain."""
+        index = torch.tensor(places, device=self.mask.device)
+        mask = self.mask[index]
+        self.mask = mask[:, int(mask.any(0).int().argmax()) :]
+        width = self.mask.shape[1]
+        for layer, _ in self._layers(self.cache):
+            for name in ("keys", "values"):
+                values = getattr(layer, name)
+                setattr(layer, name, values[:, :, max(values.shape[2] - width, 0) :][index])
+            if layer.is_sliding:
+                layer.cumulative_length = width
+
+    def _layers(self, other):
+        """Layers of both caches that hold keys; some models let later layers use those of earlier ones."""
+        pairs = zip(self.cache.layers, other.layers, strict=True)
+        return [(mine, theirs) for mine, theirs in pairs if getattr(mine, "is_initialized", False)]
 
 
 class OneByOne:
-    """Rows of unequal length of a model that takes no padding, as TorchDecoding."""
+    """Rows of a model that takes no padding, as TorchDecoding."""
 
     def __init__(self, rows: list[TorchDecoding]):
         self.rows = rows
@@ -146,10 +181,34 @@ class OneByOne:
         """Scores of each row's next token, (rows, vocabulary)."""
         return torch.cat([row.logits for row in self.rows])
 
+    def read(self) -> bool:
+        """Reads the next piece of a prompt; whether there is another."""
+        row = next(row for row in self.rows if row.unread)
+        return row.read() or row is not self.rows[-1]
+
     def feed(self, tokens: torch.Tensor):
         """Appends one token to each row, (rows,)."""
         for row, token in zip(self.rows, tokens[:, None], strict=True):
             row.feed(token)
+
+    def join(self, other: "OneByOne"):
+        """Takes the rows of another in below its own."""
+        self.rows = self.rows + other.rows
+
+    def keep(self, places: list[int]):
+        """Drops all rows but these."""
+        self.rows = [self.rows[place] for place in places]
+
+
+def takes_padding(model) -> bool:
+    """Whether rows of any length can be continued together, and each as alone."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    base = model.get_base_model() if getattr(model, "peft_config", None) else model
+    if carries_state(model, model.config) or "cache" not in inspect.signature(base.forward).parameters:
+        return False
+    layers = DynamicCache(config=base.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def causal_architecture(config, name: str):
@@ -234,7 +293,7 @@ def whole(auto, folder: Path, options: dict):
 
 def _from_gguf(folder: Path, auto):
     """The model of a GGUF file in plain fp32 layers."""
-    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False)
     model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
     return model
 

@@ -1,6 +1,7 @@
 """Nothing that one visitor does keeps the others out: bounds on bodies, headers, texts and prompts; folders that are refused."""
 
 import contextlib
+import functools
 import json
 import shutil
 import socket
@@ -121,6 +122,7 @@ def test_leaving_stops_the_reading_of_a_prompt(server, monkeypatch):
     model, chunks = server.service.engines["llama"].model._runner.model, []
     forward = model.forward
 
+    @functools.wraps(forward)  # its signature tells that it takes a cache
     def slow(*args, input_ids, **more):
         chunks.append(tuple(input_ids.shape))
         time.sleep(0.1)

@@ -1,0 +1,139 @@
+"""shared/inference/batch.py: rows that come and go get the tokens that they get alone."""
+
+import random
+
+import pytest
+import torch
+import transformers
+
+from shared.export import graphs, quantize
+from shared.inference.batch import Batch, Row
+from shared.inference.onnx_runner import OnnxRunner
+from shared.inference.torch_runner import TorchRunner
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+SIZES |= {
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+}  # random weights whose next token depends on all before it
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
+KINDS = {
+    "llama": ("LlamaConfig", GROUPED),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2},
+    ),
+    "windows": (
+        "Gemma3TextConfig",
+        GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "state": ("MambaConfig", {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}),
+    "alibi": (
+        "BloomConfig",
+        {"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """Of a tiny model of each kind, or of its graph; each made when it is first asked for."""
+    made = {}
+
+    def of(name):
+        kind, _, form = name.partition(" ")
+        if name not in made:
+            folder = tmp_path_factory.mktemp("model")
+            torch.manual_seed(0)
+            config = getattr(transformers, KINDS[kind][0])(**KINDS[kind][1])
+            model = transformers.AutoModelForCausalLM.from_config(config).eval()
+            (model.half() if form == "fp16" else model).save_pretrained(folder)
+            if form.startswith("onnx"):
+                graphs.export(model, folder, "text-generation", False)
+            if form == "onnx-int8":
+                (folder / "model.onnx").rename(folder / "whole.onnx")
+                quantize.quantize(folder / "whole.onnx", folder / "model.onnx", 8, "text-generation")
+            made[name] = (OnnxRunner if form.startswith("onnx") else TorchRunner)(folder, "text-generation")
+        return made[name]
+
+    return of
+
+
+def requests(count):
+    """Rows and when they come: prompts of 1 to 70 tokens, 1 to 40 tokens to write, half of them drawn by a seed of their own."""
+    choose, wanted = random.Random(1), []
+    for i in range(count):
+        prompt = [choose.randrange(3, 300) for _ in range(choose.choice((1, 5, 17, 30, 70)))]
+        drawn = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2} if i % 2 else {}
+        wanted.append((choose.randrange(30), prompt, {"most": choose.randrange(1, 40), "ends": (7, 8), **drawn}))
+    return wanted
+
+
+def written(runner, prompt, options, **more):
+    return Row(prompt, **options, draw=torch.Generator().manual_seed(len(prompt)), **more)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "llama fp16", "llama onnx", "llama onnx-int8", "gpt2 onnx"])
+def test_the_same_tokens_as_alone(runner, name, monkeypatch):
+    for module in ("torch_runner", "onnx_runner"):
+        monkeypatch.setattr(f"shared.inference.{module}.PROMPT_CHUNK", 16)
+    runner, wanted = runner(name), requests(30)
+    batch, rows, together, most = Batch(runner, 0), [], [], 0
+    left = [None, *(count for count in (2, 9))]  # two whose clients leave after so many tokens
+    for step in range(200):
+        come = [request for request in wanted if request[0] == step]
+        group = []
+        for _, prompt, options in come:
+            limit = left.pop() if left and step % 5 == 0 and options["most"] > 10 else None
+            row = written(runner, prompt, options)
+            row.cancelled = lambda row=row, limit=limit: limit is not None and len(row.written) >= limit
+            rows.append((row, prompt, options, limit))
+            group.append(row)
+        if len(group) == 2:
+            batch.add(group)  # read together
+        else:
+            for row in group:
+                batch.add([row])
+        together += batch.step()
+        most = max(most, len(batch.rows))
+        if step > 30 and not batch.rows and not batch.reading:
+            break
+    assert len(together) == len(rows) == 30 and most > 5
+    lengths = set()
+    for row, prompt, options, limit in rows:
+        alone, single = written(runner, prompt, options), Batch(runner, 0)
+        single.add([alone])
+        while alone.open:
+            single.step()
+        expected = alone.written if limit is None else alone.written[:limit]
+        assert row.written == expected, (len(prompt), options)
+        lengths.add(len(row.written))
+    assert len(lengths) > 8
+    shared = [written(runner, wanted[1][1], wanted[1][2]) for _ in range(3)]  # one prompt of three replies is read once
+    batch.add(shared)
+    batch.add([written(runner, wanted[2][1], wanted[2][2])])
+    while batch.rows or batch.reading:
+        batch.step()
+    assert shared[0].written == shared[1].written == next(r.written for r, p, *_ in rows if p == wanted[1][1])
+
+
+def test_one_that_fails_or_leaves_ends_alone(runner):
+    """A prompt that cannot be read has its error, one whose client leaves is read no further, and the others go on."""
+    runner, batch = runner("llama"), None
+    batch = Batch(runner, 0)
+    good, bad = (Row(prompt, 5, draw=torch.Generator()) for prompt in ([5, 6], [5, 9999]))
+    gone = Row([5] * 600, 5, cancelled=lambda: bool(good.written))
+    for row in (good, bad, gone):
+        batch.add([row])
+    ended = []
+    while batch.rows or batch.reading:
+        ended += batch.step()
+    assert {id(row) for row in ended} == {id(row) for row in (good, bad, gone)}
+    assert isinstance(bad.error, IndexError) and not bad.written
+    assert len(good.written) == 5 and good.error is None and gone.written == []
