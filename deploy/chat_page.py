@@ -124,7 +124,7 @@ def show_message(message: dict, number: int) -> None:
         message["role"], avatar=":material/person:" if message["role"] == "user" else ":material/smart_toy:"
     ):
         if message["role"] == "user":
-            with st.container(horizontal=True, vertical_alignment="top", gap="small"):
+            with st.container(horizontal=True, vertical_alignment="center", gap="small"):
                 st.markdown(literally(message["content"]), width="stretch")
                 st.button(
                     t("edit"),

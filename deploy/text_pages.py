@@ -44,7 +44,7 @@ def text_box(page: str) -> str:
     key, language = f"{page}: text", st.session_state.language
     if key not in st.session_state:
         take(page, next(example for example in EXAMPLES if example.language == language))
-    with st.container(horizontal=True, gap="xsmall", vertical_alignment="center"):
+    with st.container(horizontal=True, gap="small", vertical_alignment="center"):
         with st.popover(t("open_file"), icon=":material/upload_file:"):
             types = t("file_types", LARGEST_MB)
             file = st.file_uploader(types, KINDS, key=f"{page}: file", max_upload_size=LARGEST_MB)
@@ -96,7 +96,7 @@ def ask_page(engine: Engine) -> None:
     context = text_box("ask")
     question = st.text_input(t("question"), key="ask: question", persist_state="session")
     if example := example_of(context, "ask"):
-        with st.container(horizontal=True, gap="xsmall"):
+        with st.container(horizontal=True, gap="small"):
             for each in example.questions:
                 st.button(each, icon=":material/help:", type="tertiary", on_click=ask, args=(each,))
     if st.button(t("find"), type="primary", icon=":material/search:") and context.strip() and question.strip():
@@ -122,7 +122,7 @@ def fill_page(engine: Engine) -> None:
     sentences = t("sentences").split("|")
     st.session_state.setdefault("fill: text", sentences[0])
     text = st.text_input(t("sentence"), key="fill: text", persist_state="session")
-    with st.container(horizontal=True, gap="xsmall"):
+    with st.container(horizontal=True, gap="small"):
         for sentence in sentences:
             st.button(
                 literally(sentence), icon=":material/article:", type="tertiary", on_click=fill_in, args=(sentence,)

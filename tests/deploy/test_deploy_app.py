@@ -265,6 +265,7 @@ def test_a_person_at_the_page(address, chromium, tmp_path):
     button("Summarize").last.click()
     expect(page.get_by_text("Summary", exact=True)).to_be_visible()
     tabs.get_by_text("Ask a text").click()
+    expect(button("Find the answer")).to_be_visible()  # until then the box and the uploader are those of the other tab
     (tmp_path / "note.md").write_text("The shop opens at nine.")
     button("Open a file").click()
     page.locator("input[type=file]").set_input_files(tmp_path / "note.md")
