@@ -35,8 +35,8 @@ from shared import UserError
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import documents
 from shared.corpora.wikitext import wiki_text
+from shared.data.charsets import old_vietnamese, to_unicode
 from shared.data.cleaning import CleaningReport, clean_rows, document_cleaner, languages, repetitive, words_between
-from shared.data.encodings import old_vietnamese, to_unicode
 from shared.data.near_duplicates import NearDuplicates, signature
 
 log = logging.getLogger("taskbook")

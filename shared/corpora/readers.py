@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files
-from shared.data.encodings import likely_encoding, old_vietnamese, to_unicode
+from shared.data.charsets import likely_encoding, old_vietnamese, to_unicode
 from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")

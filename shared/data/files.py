@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from shared import UserError
-from shared.data.encodings import SAMPLE, likely_encoding, old_vietnamese, to_unicode, unix_name
+from shared.data.charsets import SAMPLE, likely_encoding, old_vietnamese, to_unicode, unix_name
 
 log = logging.getLogger("taskbook")
 
@@ -114,7 +114,7 @@ def open_text(path: Path, newline: str | None = None, guess: bool = False) -> io
 
 
 def sniffed(path: Path) -> tuple[str, str | None, str | None]:
-    """A file's encoding, the old Vietnamese one of its text (`encodings.OLD`), and if it is none that is read its likely one."""
+    """A file's encoding, the old Vietnamese one of its text (`charsets.OLD`), and if it is none that is read its likely one."""
     state = os.stat(path)
     return _sniff(path, state.st_size, state.st_mtime_ns)
 

@@ -30,8 +30,8 @@ from shared.corpora.build import BATCH, build, ordered_map, prepare
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
+from shared.data.charsets import OLD
 from shared.data.cleaning import LONGEST, CleaningReport, language
-from shared.data.encodings import OLD
 from shared.data.files import PIECE, pieces
 from shared.data.near_duplicates import shingles
 

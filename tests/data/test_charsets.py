@@ -8,7 +8,7 @@ import openpyxl
 import pytest
 
 from shared import UserError
-from shared.data.encodings import OLD, likely_encoding, old_vietnamese, to_unicode
+from shared.data.charsets import OLD, likely_encoding, old_vietnamese, to_unicode
 from shared.data.files import describe
 from shared.data.load import load_data, load_stream
 
