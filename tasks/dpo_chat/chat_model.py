@@ -17,7 +17,7 @@ from transformers import (
 from trl import DPOConfig
 
 from shared import UserError
-from shared.inference.torch_runner import keep_layout
+from shared.inference.torch_runner import causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
 from shared.training.sharding import refuse_sharded
 
@@ -29,14 +29,19 @@ OF_A_BATCH = {"bco_pair", "aot", "aot_unpaired", "sft"}  # losses of a whole bat
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.1}  # as deploy/ draws unless asked
 
 
-def check_options(args) -> None:
-    """Raises UserError for options of trl that this task does not obey, and for FSDP.
+def check_options(script_args, args) -> None:
+    """Raises UserError for options of trl that this task does not obey, and for those that do not go with FSDP.
 
     Args:
         args: trl's DPOConfig.
     """
-    refuse_sharded(args, "dpo_chat", "take accelerate/multi_gpu.yaml, with the whole model on each GPU")
     check_peft()
+    if script_args.method == "qlora":
+        refuse_sharded(
+            args, "--method qlora", "use --method lora, or accelerate/multi_gpu.yaml if it fits into one GPU"
+        )
+    if args.precompute_ref_log_probs:
+        refuse_sharded(args, "--precompute_ref_log_probs", "leave it out")
     if args.max_length is None or args.max_length < 2:
         raise UserError("--max_length: write how many tokens of a row are read, for example 1024.")
     defaults = DPOConfig(output_dir=args.output_dir, bf16=False)
@@ -50,7 +55,7 @@ def check_options(args) -> None:
         )
 
 
-def base_of(source: Path, script_args, resolved: dict, weights: bool = True) -> tuple[Path, PeftConfig | None]:
+def base_of(source: Path, script_args, args, resolved: dict, weights: bool = True) -> tuple[Path, PeftConfig | None]:
     """The folder of the base model, and the configuration of the adapter that `source` is (None: it is a whole model).
 
     Raises:
@@ -68,6 +73,7 @@ def base_of(source: Path, script_args, resolved: dict, weights: bool = True) -> 
             f"{source}: its adapter also changes {', '.join(config.modules_to_save or ['lm_head'])}, which the reference cannot "
             "switch off. Merge it into its base first, and train that."
         )
+    refuse_sharded(args, "an adapter that goes on", "merge it first (--save_merged of chat_sft), and train that")
     for name, own in (("lora_r", config.r), ("lora_alpha", config.lora_alpha)):
         if name in resolved and getattr(script_args, name) != own:
             raise UserError(f"--{name} {getattr(script_args, name)}: the adapter of {source} has {own}. Leave it out.")
@@ -101,10 +107,11 @@ def four_bit(args) -> BitsAndBytesConfig:
 
 def load_model(source: Path, base: Path, adapter: PeftConfig | None, script_args, args, empty: bool = False):
     """The base in fp32 or 4-bit NF4, frozen, with the adapter that is trained; `empty`: shapes without weights, for a plan."""
-    in_4bit = script_args.method == "qlora"
+    in_4bit, config = script_args.method == "qlora", AutoConfig.from_pretrained(base)
+    causal_architecture(config, base.name)
     if empty:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, use_safetensors=True, quantization_config=four_bit(args) if in_4bit else None

@@ -6,12 +6,14 @@ from itertools import takewhile
 import torch
 from transformers import GenerationConfig
 
+from shared.inference.torch_runner import carries_state
+
 MOST, FEWEST = 128, 32  # new tokens of a sample reply
 
 
 @torch.no_grad()
 def draw(model, plain, prompts: list[list[dict]], served: GenerationConfig, most: int, greedy: bool = False):
-    """One reply to each prompt, in one batch.
+    """One reply to each prompt, in one batch where the model can.
 
     Args:
         plain: `shared.data.encoding.PlainText`. prompts: messages up to where the reply begins.
@@ -21,6 +23,9 @@ def draw(model, plain, prompts: list[list[dict]], served: GenerationConfig, most
         Texts, and whether each reply ended by itself.
     """
     ids, pad = [plain.encode_chat(messages) for messages in prompts], served.pad_token_id
+    if carries_state(model, model.config) and len({*map(len, ids)}) > 1:  # padding would change what they reply
+        alone = [draw(model, plain, [messages], served, most, greedy) for messages in prompts]
+        return [texts[0] for texts, _ in alone], [ended[0] for _, ended in alone]
     longest = max(map(len, ids))
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=model.device)

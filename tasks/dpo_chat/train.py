@@ -119,12 +119,12 @@ def main(script_args, args, run_args) -> None:
     from shared.training.signals import StopOnSignal
 
     setup(args, run_args)
-    check_options(args)
+    check_options(script_args, args)
 
     # Data
     weights = not (run_args.dry_run or run_args.show_data)
     source = pull(run_args.model_name_or_path, weights=weights)
-    base, adapter = base_of(source, script_args, run_args.resolved, weights=weights)
+    base, adapter = base_of(source, script_args, args, run_args.resolved, weights)
     tokenizer = load_tokenizer(source, base)
     encoder = PairEncoder(tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed, script_args.rejected, encoder))

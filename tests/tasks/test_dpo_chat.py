@@ -383,7 +383,21 @@ def test_an_adapter_that_changes_the_head_is_refused(finished, tmp_path):
     config = json.loads((finished / "adapter_config.json").read_text()) | {"modules_to_save": ["lm_head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="its adapter also changes lm_head, which the reference cannot switch off"):
-        chat_model.base_of(tmp_path, dpo_chat.ScriptArguments(), {})
+        chat_model.base_of(tmp_path, dpo_chat.ScriptArguments(), DPOConfig(str(tmp_path), bf16=False), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"method": "qlora"}, "--method qlora"),
+        ({"precompute_ref_log_probs": True}, "--precompute_ref_log_probs"),
+        ({}, "an adapter that goes on"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(options, what, finished, pair_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpo_chat, "setup", lambda *_: monkeypatch.setenv("ACCELERATE_USE_FSDP", "true"))
+    with pytest.raises(UserError, match=f"{what} does not go with FSDP"):
+        run_main(flags(finished, pair_file, tmp_path / "run", **options))
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path):
@@ -391,4 +405,4 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path):
         json.dumps({"peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2})
     )
     with pytest.raises(UserError, match="an adapter of type P_TUNING"):
-        chat_model.base_of(tmp_path, dpo_chat.ScriptArguments(), {})
+        chat_model.base_of(tmp_path, dpo_chat.ScriptArguments(), DPOConfig(str(tmp_path), bf16=False), {})

@@ -89,11 +89,11 @@ def test_it_goes_on_from_a_checkpoint(tmp_path):
         ("chat_sft", "--method qlora"),
         ("chat_sft", "--method p_tuning"),
         ("pretrain_gpt2", "--optimizer muon"),
-        ("dpo_chat", "dpo_chat"),
+        ("dpo_chat", "--method qlora"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_any_data_is_read(task, what, tmp_path):
-    argv = [*(what.split() if what != task else ()), f"--output_dir={tmp_path / 'run'}", "--dataset=not/there.jsonl"]
+    argv = [*what.split(), f"--output_dir={tmp_path / 'run'}", "--dataset=not/there.jsonl"]
     ended = task_runs.in_two_processes(task, argv, sharded=True)
     assert ended.returncode == 2 and ended.stderr.count(f"error: {what} does not go with FSDP") == 2, ended.stderr
     assert "Traceback" not in ended.stderr and not (tmp_path / "run").exists()
