@@ -474,7 +474,7 @@ def test_the_end_of_the_launcher_counts_as_sigterm(monkeypatch):
     stopper, control = signals.StopOnSignal(), transformers.TrainerControl()
     stopper.on_step_end(args, state, control)
     assert not control.should_training_stop
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: stopper.launcher + 1)
     stopper.on_step_end(args, state, control)
     assert control.should_save and control.should_training_stop and stopper.received == signal.SIGTERM
 
