@@ -7,6 +7,11 @@ another in each round, so that a busy machine is busy for all of them; ratios ar
 those of all processes of a program. datatrove's own pipeline: JsonlReader, FTFYFormatter, its Gopher filter for repetition with
 the rules that ours has, 50 to 100,000 words, MinHash as its defaults are (14 buckets of 8 hashes of 64 bits, words between
 blanks), JsonlWriter.
+
+Measured with --megabytes 12 --rounds 2 on one of 2 busy cores, 14 MB in 2,852 documents, one process each; speed to the stream's:
+  cluster    0.81 (0.72 to 0.91), per CPU second 0.84; recall 1.0000 of 193 copies as the stream's, nothing else dropped
+  datatrove  0.34 (0.34 to 0.35), per CPU second 0.34; recall 0.9948, 27 others dropped, 11 of them decoys
+stream and cluster keep the same 2,628 documents. So small a corpus counts the start of tasks; larger ones: not yet measured.
 """
 
 import argparse
@@ -29,6 +34,7 @@ def own_pipeline(source: str, output: Path, workers: int) -> None:
     """datatrove's own steps on its own executor."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import (
+        MinhashConfig,
         MinhashDedupBuckets,
         MinhashDedupCluster,
         MinhashDedupFilter,
@@ -38,6 +44,7 @@ def own_pipeline(source: str, output: Path, workers: int) -> None:
     from datatrove.pipeline.formatters import FTFYFormatter
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Blanks(WordTokenizer):
@@ -46,6 +53,7 @@ def own_pipeline(source: str, output: Path, workers: int) -> None:
         word_tokenize, sent_tokenize, span_tokenize = staticmethod(str.split), None, None
 
     words, work = Blanks(), str(output.with_name(f"{output.name}.work"))
+    config = MinhashConfig(hash_config=HashConfig(64, "sha1"))  # its default asks xxhash for what xxhash 4 refuses
     rules = {"dup_para_frac": None, "dup_line_char_frac": None, "dup_para_char_frac": None, "dup_n_grams": ()}
     clean = [
         JsonlReader(source),
@@ -53,12 +61,12 @@ def own_pipeline(source: str, output: Path, workers: int) -> None:
         LambdaFilter(lambda document: 50 <= len(document.text.split()) <= 100_000),
         GopherRepetitionFilter(language=words, **rules),
         JsonlWriter(f"{work}/cleaned"),
-        MinhashDedupSignature(f"{work}/signatures", language=words),
+        MinhashDedupSignature(f"{work}/signatures", config, words),
     ]
     stages = [
         (FILES, clean),
-        (14, [MinhashDedupBuckets(f"{work}/signatures", f"{work}/pairs")]),
-        (1, [MinhashDedupCluster(f"{work}/pairs", f"{work}/removed")]),
+        (14, [MinhashDedupBuckets(f"{work}/signatures", f"{work}/pairs", config=config)]),
+        (1, [MinhashDedupCluster(f"{work}/pairs", f"{work}/removed", config)]),
         (FILES, [JsonlReader(f"{work}/cleaned"), MinhashDedupFilter(f"{work}/removed"), JsonlWriter(str(output))]),
     ]
     for number, (tasks, steps) in enumerate(stages):
