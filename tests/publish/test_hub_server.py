@@ -755,6 +755,12 @@ def test_data_sets_load_by_their_names(hub):
         ("tatsu-lab/alpaca", None, ["instruction", "input", "output", "text"], {"train": 400}),
         ("databricks/databricks-dolly-15k", None, ["instruction", "context", "response", "category"], {"train": 400}),
         (
+            "HuggingFaceH4/ultrafeedback_binarized",
+            None,
+            ["prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"],
+            {"train_prefs": 400, "test_prefs": 80, "train_gen": 40},
+        ),
+        (
             "HuggingFaceH4/no_robots",
             None,
             ["prompt", "prompt_id", "messages", "category"],

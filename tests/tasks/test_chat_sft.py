@@ -175,7 +175,7 @@ def test_preflight_stops_when_nothing_or_no_end_is_trained():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
 def test_conversations_of_a_batch_do_not_see_each_other(tiny, name):
     """Packed in one row where the attention keeps them apart, padded for Falcon: the losses are those of each row alone."""
-    model = methods.load_model(str(tiny / name), "lora", SFTConfig(bf16=False)).eval()
+    model = methods.load_model(tiny / name, "lora", SFTConfig(bf16=False)).eval()
     packs = model.config._attn_implementation == "packed"
     assert packs == (name != "falcon")
     rows = [
