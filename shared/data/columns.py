@@ -59,19 +59,22 @@ def find_columns(
     needed: Sequence[str],
     optional: Sequence[str] = (),
     row: dict | None = None,
+    inside: bool = False,
 ) -> dict[str, str]:
     """The column of each name that the task needs, and of each optional one that is there: the one mapped, else that of its name.
 
     Args:
         source: name of the data, for the error. row: an example, for its hint.
+        inside: whether the task reads `instances.0.output`, too.
 
     Raises:
         UserError: as `read_mapping`, or a column inside another, or a needed one is missing: found / expected / how to map.
     """
     mapped = read_mapping(mapping, [*needed, *optional], columns)
-    if inside := [column for column in mapped.values() if column not in columns]:
+    within = [column for column in mapped.values() if column not in columns]
+    if within and not inside:
         raise UserError(
-            f"--columns: {inside[0]} lies inside the column {inside[0].split('.')[0]}, and this task reads whole columns. "
+            f"--columns: {within[0]} lies inside the column {within[0].split('.')[0]}, and this task reads whole columns. "
             "Give it one of its own."
         )
     found = {name: name for name in (*needed, *optional) if name in columns and name not in mapped} | mapped

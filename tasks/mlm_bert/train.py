@@ -180,7 +180,7 @@ def main(script_args, args, run_args) -> None:
         **compute_metrics(base_rows, "base"),
         **compute_metrics(baseline, "baseline"),
         **helped,
-        "test_rows": len(test),
+        "test_rows": len(base_rows["nll"]),
     }
 
     # Export

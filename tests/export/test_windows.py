@@ -85,6 +85,8 @@ def test_ten_architectures_with_windows_and_caps_match_past_the_window(tmp_path)
             continue
         np.testing.assert_allclose(runner.logits(rows[0]), expected[0], atol=1e-3, err_msg=name)
         decoding = runner.start([row[:-2] for row in rows], 0, 2)
+        while decoding.read():
+            pass
         for left in (3, 2):
             np.testing.assert_allclose(decoding.logits.numpy(), expected[:, -left], atol=1e-3, err_msg=name)
             decoding.feed(torch.tensor([row[1 - left] for row in rows]))
