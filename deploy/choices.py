@@ -100,12 +100,14 @@ def task_of(folder: Path) -> str | None:
         return "text-generation"
     if exported := read_json(folder / "export.json").get("task"):
         return exported
-    name = str((read_json(folder / "config.json").get("architectures") or [""])[0])
+    config = read_json(folder / "config.json")
+    name = str((config.get("architectures") or [""])[0])
     ends = {
         "ForQuestionAnswering": "question-answering",
         "ForMaskedLM": "fill-mask",
         "ForSequenceClassification": "text-classification",
-        "ForConditionalGeneration": "summarization",
+        # One without an encoder sees pictures too, as Gemma 3, and chats
+        "ForConditionalGeneration": "summarization" if config.get("is_encoder_decoder") else "text-generation",
         "LMHeadModel": "text-generation",
         "ForCausalLM": "text-generation",
     }

@@ -17,9 +17,8 @@ from shared.inference.model import Model
 from shared.inference.sampling import PROMPT_CHUNK
 
 REPLIES = 16  # at once, of one model
-CELLS = (
-    16 * 1024
-)  # rows x the longest of them, in tokens: what keys and values of a model take at most, unless 4 contexts are more
+# Rows x the longest of them, in tokens: what keys and values of a model take at most, unless 4 contexts are more
+CELLS = 16 * 1024
 
 
 @dataclass(frozen=True)

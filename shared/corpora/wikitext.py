@@ -128,9 +128,8 @@ def _prepare(found: re.Match) -> str:
     if found["hidden"] is not None:
         return ""
     flags, _, rest = found["choice"].rpartition("|") if FLAGS.match(found["choice"]) else ("", "", found["choice"])
-    if {"H", "T", "-"} & {
-        flag.strip() for flag in flags.split(";")
-    }:  # rules for the page, or for its title, show nothing
+    # Rules for the page, or for its title, show nothing
+    if {"H", "T", "-"} & {flag.strip() for flag in flags.split(";")}:
         return ""
     # Each variant has its code; the first is taken, as good as another. A rule may be `word=>code:word`
     first = re.match(r"\s*(?:[^;:|]*=>\s*)?[a-z]{2,3}(?:-[a-z]+)*\s*:\s*(.*?)\s*(?:;|\Z)", rest, re.S)

@@ -122,19 +122,14 @@ def sniffed(path: Path) -> tuple[str, str | None, str | None]:
 @functools.lru_cache(64)
 def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | None]:
     if kind_of(path) == ".xlsx":
-        return (
-            "utf-8",
-            old_vietnamese("\n".join(cell for row in islice(_excel(path), 1000) for cell in row.values() if cell)),
-            None,
-        )
+        cells = (cell for row in islice(_excel(path), 1000) for cell in row.values() if cell)
+        return "utf-8", old_vietnamese("\n".join(cells)), None
     with open_bytes(path) as file:
         head = file.read(SAMPLE)
-    if kind_of(path) != ".parquet" and (
-        found := next((name for mark, name in OTHER_KINDS.items() if head.startswith(mark)), None)
-    ):
-        raise UserError(f"{path}: its content is {found}.")
     if kind_of(path) == ".parquet":
         return "utf-8", None, None
+    if found := next((name for mark, name in OTHER_KINDS.items() if head.startswith(mark)), None):
+        raise UserError(f"{path}: its content is {found}.")
     if (marked := encoding_of(head[:4096])) != "utf-8":
         return marked, None, None
     try:  # incremental: the sample may end within a character

@@ -134,9 +134,8 @@ def setup(training_args, run_args) -> None:
     )
     for line in run_args.set_aside:
         log.info("%s", line)
-    if (
-        training_args.n_gpu > 1
-    ):  # Trainer would split each batch over them (DataParallel), packed rows and their lengths, too
+    # Trainer would split each batch over them (DataParallel), packed rows and their lengths, too
+    if training_args.n_gpu > 1:
         command = f"accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes {training_args.n_gpu}"
         log.info("One process trains on one of %d GPUs. On all of them: %s", training_args.n_gpu, command)
         training_args._n_gpu = 1

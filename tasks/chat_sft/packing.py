@@ -86,9 +86,9 @@ def prove(model, rows: list[dict], collator: RowCollator, exact: bool) -> str:
         apart = (ours - theirs).abs().mean().item()
         return f"{apart:.2g} nats a token" if not apart <= (1e-4 if exact else 2e-2) else ""
 
-    half = min(64, len(longest[0]["input_ids"]) // 2)
-    first = score(alone, longest[:1], half)
-    apart = differ(first, score(alone, longest[:1], 2 * half)[: len(first)])
+    half = max(2, min(64, len(longest[0]["input_ids"]) // 2))
+    first, ours = score(alone, longest[:1], half), score(alone, longest[:1], 2 * half)
+    apart = differ(first, ours[: len(first)])
     if apart and first.isfinite().all():  # a loss that is not a number stops the first step, and names its rows
         raise UserError(
             f"{inner.config.model_type}: losses of a row's first tokens depend on what follows them, by {apart}: it is no causal "
@@ -96,9 +96,8 @@ def prove(model, rows: list[dict], collator: RowCollator, exact: bool) -> str:
         )
     why, implementation = "", inner.config._attn_implementation
     if implementation != "eager" and inner._supports_attention_backend:
-        ours = score(alone, longest[:1], 128)
         inner.set_attn_implementation("eager")
-        if apart := differ(ours, score(alone, longest[:1], 128)):
+        if apart := differ(ours, score(alone, longest[:1], 2 * half)):
             why = f"its own attention (eager) gives other losses than {implementation}, by {apart}"
             collator.padding_free = False
         else:

@@ -19,6 +19,7 @@ from trl import DPOConfig
 from shared import UserError
 from shared.inference.torch_runner import causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
+from shared.training.hardware import dtype_of
 from shared.training.sharding import refuse_sharded
 
 # Of trl's own options: what this task does as they say. The others would be half done, and are refused.
@@ -101,7 +102,7 @@ def four_bit(args) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32,
+        bnb_4bit_compute_dtype=dtype_of(args),
     )
 
 

@@ -57,9 +57,8 @@ class Reader:
             self.form, self._read = f"conversations ({self.places[self.name]}), a reply that loops rejected", self._talk
             return
         try:
-            self.places = find_columns(
-                source, columns, mapping, ("chosen", "rejected"), ("prompt", "system"), row, True
-            )
+            needed, optional = ("chosen", "rejected"), ("prompt", "system")
+            self.places = find_columns(source, columns, mapping, needed, optional, row, inside=True)
         except UserError as error:
             if any(name in columns for name in CONVERSATION) and not mapping:
                 raise UserError(

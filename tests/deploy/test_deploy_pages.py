@@ -17,7 +17,7 @@ from streamlit.testing.v1 import AppTest
 from test_deploy_app import APP, labelled
 
 from deploy import uploads
-from deploy.choices import load, refuse_foreign, shown_name
+from deploy.choices import load, refuse_foreign, shown_name, task_of
 from deploy.example_texts import EXAMPLES
 from deploy.texts import TEXTS
 from deploy.uploads import read_upload
@@ -318,3 +318,11 @@ def test_the_verdict_is_green_only_where_nothing_was_better(monkeypatch):
 def test_files_the_server_takes_are_as_large_as_the_page_says():
     config = (Path(APP).parent / ".streamlit" / "config.toml").read_text()
     assert f"maxUploadSize = {uploads.LARGEST_MB} " in config
+
+
+@pytest.mark.parametrize(("encoder", "task"), [(True, "summarization"), (False, "text-generation")])
+def test_a_model_that_sees_pictures_too_is_offered_for_chat(encoder, task, tmp_path):
+    """Gemma 3 is "for conditional generation" as T5 is, without an encoder."""
+    config = {"architectures": ["SomeForConditionalGeneration"], "is_encoder_decoder": encoder}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert task_of(tmp_path) == task

@@ -149,6 +149,12 @@ def test_the_proof_finds_what_no_configuration_tells(name, implementation, words
     assert model.config._attn_implementation == ("eager" if "own" in words else implementation)
 
 
+def test_rows_of_two_tokens_are_no_proof_against_a_model(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(build("SmolLM2", tmp_path), attn_implementation=PACKED)
+    row = {"input_ids": [5, 6], "labels": [-100, 6], "row": 0}
+    assert packing.prove(model, [row], packing.RowCollator(pad_token_id=0, padding_free=True), exact=True) == ""
+
+
 def options(**values) -> SFTConfig:
     return SFTConfig(output_dir="x", bf16=False, **values)
 
