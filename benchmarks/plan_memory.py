@@ -22,7 +22,7 @@ CONFIGURATIONS = (
     "mlm_bert",
     "classify_bert",
     "qa_squad",
-    "summarize_t5 --config tasks/summarize_t5/configs/laptop_minilm.yaml",
+    "summarize_t5",
     "chat_sft",
     "chat_sft --method full",
     "chat_sft --per_device_train_batch_size 1 --gradient_accumulation_steps 8",

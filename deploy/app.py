@@ -83,7 +83,7 @@ def main() -> None:
         st.segmented_control(
             "Language / Ngôn ngữ",
             ["en", "vi"],
-            default="en",
+            default="vi" if (st.context.locale or "").startswith("vi") else "en",
             required=True,
             format_func={"en": "English", "vi": "Tiếng Việt"}.get,
             key="language",

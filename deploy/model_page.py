@@ -100,7 +100,7 @@ def show_metrics(results: dict) -> None:
 def as_cell(value: float, interval: list[float] | None) -> str:
     """A number, and its interval below it."""
     text = f"**{short_number(value)}**"
-    return f"{text} ({short_number(interval[0])}–{short_number(interval[1])})" if interval else text
+    return f"{text} ({t('from_to', *map(short_number, interval))})" if interval else text
 
 
 def show_cost(results: dict, run: dict) -> None:

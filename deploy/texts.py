@@ -144,6 +144,7 @@ TEXTS = {
         "On {:,} test rows that were not trained on; in parentheses 95 % intervals.",
         "Đo trên {:,} dòng kiểm tra không dùng để huấn luyện; trong ngoặc là khoảng tin cậy 95 %.",
     ),
+    "from_to": ("{} to {}", "{} đến {}"),
     "metric": ("Metric", "Chỉ số"),
     "lower": ("lower is better", "càng thấp càng tốt"),
     "trained": ("trained", "đã huấn luyện"),

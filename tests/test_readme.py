@@ -170,7 +170,9 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
     if "tasks/summarize_t5/train.py" in words:
         if "--columns" in words:
             del words[words.index("--columns") : words.index("--columns") + 3]
-        words += ["--dataset", str(data), "--columns", "document=question", "summary=answer", "--scratch_width", "64"]
+        words += ["--dataset", str(data), "--columns", "document=question", "summary=answer"]
+        if "--config" not in words:
+            words += ["--model_name_or_path", str(tiny_bert)]
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--max_target_length", "8"]
     script = next((i for i, word in enumerate(words) if word.endswith("train.py")), None)
     if script is None or "--config_file" in words or command == f"accelerate launch {words[script]}":

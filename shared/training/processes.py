@@ -40,21 +40,23 @@ def once_a_machine(make: Callable[[], tuple]) -> tuple:
     state = PartialState()
     if state.num_processes == 1:
         return make()
-    made = folder = refused = None
-    if state.is_local_main_process:
-        try:
-            made = make()
-            folder = tempfile.mkdtemp(prefix="taskbook-rows-")
-            DatasetDict(made[0]).save_to_disk(folder)
-        except UserError as error:
-            refused = str(error)
-    answers = gather_object([(folder, refused, made and made[1:])])
-    folder, refused, facts = answers[state.process_index - state.local_process_index]
-    if refused is not None:
-        raise UserError(refused)
-    if made is None:
-        made = (load_from_disk(folder), *facts)
-    state.wait_for_everyone()
-    if state.is_local_main_process:
-        shutil.rmtree(folder)  # a mapped file stays readable
+    made = written = refused = None
+    try:
+        if state.is_local_main_process:
+            try:
+                made = make()
+                written = tempfile.mkdtemp(prefix="taskbook-rows-")
+                DatasetDict(made[0]).save_to_disk(written)
+            except UserError as error:
+                refused = str(error)
+        answers = gather_object([(written, refused, made and made[1:])])
+        folder, refused, facts = answers[state.process_index - state.local_process_index]
+        if refused is not None:
+            raise UserError(refused)
+        if made is None:
+            made = (load_from_disk(folder), *facts)
+        state.wait_for_everyone()
+    finally:
+        if written:
+            shutil.rmtree(written, ignore_errors=True)  # a mapped file stays readable
     return made

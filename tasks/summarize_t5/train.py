@@ -4,8 +4,8 @@
     accelerate launch tasks/summarize_t5/train.py --config tasks/summarize_t5/configs/t4.yaml
     accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes 8 tasks/summarize_t5/train.py --dataset ./mine.csv
 
-The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub, and so a tiny T5 from scratch, which is no
-summarizer. `--model_name_or_path google-t5/t5-small` starts from a real one. `--dry_run` shows the plan first.
+The first command runs configs/laptop.yaml: two CPU cores, no account, no model hub, and so a BART made of a small encoder.
+`--model_name_or_path google-t5/t5-small` starts from a pretrained summarizer. `--dry_run` shows the plan first.
 """
 
 import hashlib

@@ -255,9 +255,9 @@ def test_a_person_at_the_page(address, chromium, tmp_path):
     turns = json.loads((tmp_path / "chat.jsonl").read_text("utf8"))["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] and turns[0]["content"] == "Another one"
 
-    other = chromium.new_context().new_page()
+    other = chromium.new_context(locale="vi-VN").new_page()
     other.goto(address)
-    expect(other.get_by_placeholder("Write a message")).to_be_visible(timeout=40_000)
+    expect(other.get_by_placeholder(TEXTS["write"][1])).to_be_visible(timeout=40_000)
     expect(other.get_by_test_id("stChatMessage")).to_have_count(0)
 
     tabs = page.get_by_test_id("stButtonGroup")
@@ -274,7 +274,7 @@ def test_a_person_at_the_page(address, chromium, tmp_path):
     button("Find the answer").click()
     expect(page.get_by_text("Confidence")).to_be_visible()
     tabs.get_by_text("Model").click()
-    for text in ("2,007", "33.8 (29.8–38.9)", "52.7", "5.8 min", "<b>"):  # words in the document, drawn on no canvas
+    for text in ("2,007", "33.8 (29.8 to 38.9)", "52.7", "5.8 min", "<b>"):  # words in the document, drawn on no canvas
         expect(page.get_by_test_id("stMain").get_by_text(text)).to_be_visible()
     loss = page.get_by_test_id("stImage").locator("img")
     expect(loss).to_be_visible()

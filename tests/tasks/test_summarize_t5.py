@@ -91,6 +91,7 @@ def small(tmp_path_factory):
 
 def flags(data, output, **options):
     options = {
+        "config": TASK / "configs" / "laptop_scratch.yaml",
         "dataset": data,
         "output_dir": output,
         "max_source_length": 64,
