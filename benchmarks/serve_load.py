@@ -2,9 +2,11 @@
 
     python benchmarks/serve_load.py                          # pypi:smollm2-135m-instruct
     python benchmarks/serve_load.py --model outputs/chat_sft --requests 200
+    python benchmarks/serve_load.py --peer                   # beside llama.cpp's server (requirements-dev.txt)
 
 1. Burst: 200 requests at once against a limit, twice; how many are admitted, how soon the others hear 503.
-2. Throughput at 1, 4 and 16 clients: tokens a second in all, seconds to the first token.
+2. Throughput at 1, 4 and 16 clients: tokens a second in all, seconds to the first token. With --peer in turn with llama.cpp's
+   server, on as many threads and with the same weights, as `python -m shared.export --to gguf` writes them (fp16).
 3. Memory: resident size of the server along many short requests.
 """
 
@@ -18,12 +20,25 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import httpx2 as httpx
 import psutil
 
 LIMIT = 16
+# llama.cpp's own server with 16 places of 1,024 tokens, told how many threads and where the file is; it ends with its input
+PEER = """
+import sys, xllamacpp
+options = xllamacpp.CommonParams()
+options.model.path, options.n_ctx, options.n_parallel = sys.argv[1], 16 * 1024, 16
+options.cpuparams.n_threads = options.cpuparams_batch.n_threads = int(sys.argv[2])
+options.port, options.verbosity = 0, 0
+server = xllamacpp.Server(options)
+print("listening at", server.listening_address, flush=True)
+sys.stdin.read()
+"""
 CHAT = [{"role": "user", "content": "Tell me about the sea."}]
 THINGS = (
     "the sea",
@@ -58,6 +73,23 @@ def start(model: str) -> tuple[subprocess.Popen, str]:
     sys.exit("the server was not ready within 120 s")
 
 
+def start_peer(model: str, folder: Path) -> tuple[subprocess.Popen, str]:
+    """llama.cpp's server with the same weights as GGUF, ready, and its address."""
+    import torch
+
+    file = folder / "gguf" / "model.gguf"
+    export = [sys.executable, "-m", "shared.export", model, "--to", "gguf", "--output", folder]
+    subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", PEER, file, str(torch.get_num_threads())]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("listening at "):
+            return process, line.split()[-1]
+    sys.exit(f"llama.cpp's server ended with code {process.wait()}.")
+
+
 async def chat(client: httpx.AsyncClient, tokens: int, number: int = 0) -> tuple[int, float, float, int]:
     """One streamed reply: status, seconds to the first token (or the refusal), seconds in all, tokens. Each number asks
     another question."""
@@ -71,10 +103,12 @@ async def chat(client: httpx.AsyncClient, tokens: int, number: int = 0) -> tuple
     }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         async for line in response.aiter_lines():
-            first = first or time.perf_counter() - began
-            if line.startswith("data: {") and "usage" in (chunk := json.loads(line[6:])):
-                count = chunk["usage"]["completion_tokens"]
-    return response.status_code, first, time.perf_counter() - began, count
+            if line.startswith("data: {"):
+                chunk = json.loads(line[6:])
+                if chunk.get("choices") and chunk["choices"][0]["delta"].get("content"):
+                    first = first or time.perf_counter() - began
+                count = (chunk.get("usage") or {}).get("completion_tokens", count)
+    return response.status_code, first or time.perf_counter() - began, time.perf_counter() - began, count
 
 
 async def burst(url: str, requests: int) -> None:
@@ -105,8 +139,8 @@ async def burst(url: str, requests: int) -> None:
     print("  counters:", ", ".join(f"{name} {float(value):.0f}" for name, value in counted if "route" in name))
 
 
-async def throughput(client: httpx.AsyncClient, clients: int, tokens: int) -> None:
-    """`clients` at once, each two replies one after the other."""
+async def throughput(client: httpx.AsyncClient, clients: int, tokens: int, name: str = "") -> float:
+    """`clients` at once, each two replies one after the other; tokens a second in all."""
 
     async def one(number: int):
         return [await chat(client, tokens, clients * 100 + number * 2 + i) for i in range(2)]
@@ -116,9 +150,9 @@ async def throughput(client: httpx.AsyncClient, clients: int, tokens: int) -> No
     seconds = time.perf_counter() - began
     assert all(status == 200 for status, *_ in answers)
     total, firsts = sum(answer[3] for answer in answers), sorted(answer[1] for answer in answers)
-    print(
-        f"{clients:3} clients: {total / seconds:6.1f} tokens/s, first token: median {statistics.median(firsts):.2f} s"
-    )
+    first = statistics.median(firsts)
+    print(f"{clients:3} clients{name}: {total / seconds:6.1f} tokens/s, first token: median {first:.2f} s", flush=True)
+    return total / seconds
 
 
 async def memory(client: httpx.AsyncClient, process: subprocess.Popen, requests: int) -> None:
@@ -133,7 +167,7 @@ async def memory(client: httpx.AsyncClient, process: subprocess.Popen, requests:
     print(f"memory over {done} requests, MB: {' '.join(f'{size:.0f}' for size in sizes)}")
 
 
-async def measure(url: str, process: subprocess.Popen, options) -> None:
+async def measure(url: str, process: subprocess.Popen, peer: str | None, options) -> None:
     """The three parts."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
@@ -141,7 +175,12 @@ async def measure(url: str, process: subprocess.Popen, options) -> None:
         for _ in range(2):  # much is done for the first time in the first
             await burst(url, options.burst)
         for clients in (1, 4, 16):
-            await throughput(client, clients, options.tokens)
+            ours = await throughput(client, clients, options.tokens)
+            if peer:
+                async with httpx.AsyncClient(base_url=peer, timeout=300, limits=limits) as other:
+                    await chat(other, 4)
+                    theirs = await throughput(other, clients, options.tokens, ", llama.cpp")
+                print(f"  {ours / theirs:.2f} x the tokens/s of llama.cpp", flush=True)
         await memory(client, process, options.requests)
 
 
@@ -152,13 +191,19 @@ def main() -> None:
     parser.add_argument("--burst", type=int, default=200, help="requests at once in part 1")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of a reply in part 2")
     parser.add_argument("--requests", type=int, default=2000, help="requests in part 3")
+    parser.add_argument("--peer", action="store_true", help="llama.cpp's server beside it in part 2")
     options = parser.parse_args()
     process, url = start(options.model)
-    try:
-        asyncio.run(measure(url, process, options))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        print(f"SIGTERM: exit code {process.wait(40)}")
+    with tempfile.TemporaryDirectory() as folder:
+        peer, address = start_peer(options.model, Path(folder)) if options.peer else (None, None)
+        try:
+            asyncio.run(measure(url, process, address, options))
+        finally:
+            if peer:
+                peer.stdin.close()
+                peer.wait(40)
+            process.send_signal(signal.SIGTERM)
+            print(f"SIGTERM: exit code {process.wait(40)}")
 
 
 if __name__ == "__main__":
