@@ -133,7 +133,7 @@ class Writer:
         batch = self._model.batch()
         while True:
             try:
-                if rows := self._next():
+                if rows := self._next(batch):
                     batch.add(rows)
                 for row in batch.step():
                     self._end(row)
@@ -147,9 +147,9 @@ class Writer:
                     self._active = False
                     return
 
-    def _next(self) -> list[Row]:
+    def _next(self, batch) -> list[Row]:
         """Rows whose prompts are read next, together: one prompt, or several that are as much as a piece of a long one."""
-        rows, prompts = [], set()
+        rows, prompts = [], {}
         while self._waiting:
             job = self._waiting[0]
             if job.cancelled.is_set():
@@ -160,8 +160,8 @@ class Writer:
             longest = max([len(prompt) + most, *(len(row.prompt) + row.most for row in self._rows)])
             if self._rows and (count > self._replies or count * longest > self._cells):
                 break
-            prompts.add(tuple(prompt))
-            if rows and len(prompts) * max(map(len, prompts)) > PROMPT_CHUNK:
+            prompts[tuple(prompt)] = None
+            if rows and batch.tokens_read(list(prompts)) > PROMPT_CHUNK:
                 break
             self._waiting.popleft()
             rows += self._start(job)

@@ -79,6 +79,10 @@ class Batch:
         """Rows whose prompts are read together: in pieces where their lengths are equal, once where they are the same."""
         self.reading.append((rows, None))
 
+    def tokens_read(self, prompts: list[Sequence[int]]) -> int:
+        """Tokens that are computed for these prompts, all different, if they are read together."""
+        return self._runner.tokens_read(prompts)
+
     def step(self) -> list[Row]:
         """Reads a piece of a prompt and writes a token of each row; returns the rows that ended, which are gone."""
         ended = self._leave()

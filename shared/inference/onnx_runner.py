@@ -30,6 +30,10 @@ class OnnxRunner:
         """Rows to be continued by at most `most` tokens each; their prompts have yet to be read: an OnnxDecoding."""
         return OnnxDecoding(self, rows, pad, most)
 
+    def tokens_read(self, rows: Sequence[Sequence[int]]) -> int:
+        """Tokens that are computed for these prompts together, padding among them."""
+        return len(rows) * max(map(len, rows))
+
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
         if any(name.startswith("past_") for name in self.inputs):

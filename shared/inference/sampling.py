@@ -1,10 +1,12 @@
 """The next token from its scores, and rows of unequal length as one tensor. Used by model.py and the runners."""
 
+import os
 from collections.abc import Sequence
 
 import torch
 
 PROMPT_CHUNK = 256  # tokens of prompts that are read at a time: others get their next token in between
+SHARED_PREFIX = 16  # tokens that several prompts begin with, from which on these are read once
 NUCLEUS = 1024  # tokens among which those of `top_p` are looked for first: sorting all takes ten times as long
 
 
@@ -52,6 +54,17 @@ def distinct(rows: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list
     numbers: dict[tuple[int, ...], int] = {}
     places = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
     return list(numbers), places
+
+
+def common_prefix(rows: Sequence[Sequence[int]], window: int | None) -> int:
+    """Tokens that rows begin with, all of them, and that are read once: 0 if too few to pay. Those of a chat are its template's.
+
+    Args:
+        window: of layers that keep no more than so many tokens.
+    """
+    shortest = min(map(len, rows), default=0)
+    length = min(len(os.path.commonprefix(list(rows))), shortest - 1, window - 1 if window else shortest)
+    return length if len(rows) > 1 and length >= SHARED_PREFIX else 0
 
 
 def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

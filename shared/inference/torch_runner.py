@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad as padded
 
 from shared import UserError
-from shared.inference.sampling import PROMPT_CHUNK, distinct, pad_left, positions_of
+from shared.inference.sampling import PROMPT_CHUNK, common_prefix, distinct, pad_left, positions_of
 from shared.publish.hub import pull
 
 GGUF = "model.gguf"
@@ -42,6 +42,12 @@ class TorchRunner:
             return OneByOne([TorchDecoding(self.model, [row], pad) for row in rows])
         return TorchDecoding(self.model, rows, pad)
 
+    def tokens_read(self, rows: Sequence[Sequence[int]]) -> int:
+        """Tokens that are computed for these prompts together, padding among them."""
+        shares = self.padded and not getattr(self.model, "peft_config", None)
+        shared = common_prefix(rows, sliding_window(self.config)) if shares else 0
+        return shared + len(rows) * (max(map(len, rows)) - shared)
+
     @torch.inference_mode()
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
@@ -71,7 +77,7 @@ class TorchRunner:
 class TorchDecoding:
     """A batch that is being continued: `read` its prompts, `logits` (rows, vocabulary) of the next token, `feed` to go on.
 
-    Rows of equal length are read in pieces, and a prompt that several share is read once. Not where a model carries a state
+    Rows of equal length are read in pieces, and what several begin with is read once. Not where a model carries a state
     beside keys and values: it would take a piece for a new text. A row of a model that hands out no cache (RecurrentGemma, RWKV,
     GPT-1) is read anew for each token.
     """
@@ -91,7 +97,10 @@ class TorchDecoding:
         takes = inspect.signature(model.forward).parameters
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
         self.chunk = PROMPT_CHUNK if mask.all() and not stateful and self.cached else mask.shape[1]
-        self.whole, self.mask = mask, mask[:, :0]
+        self.whole, self.mask, self.first = mask, mask[:, :0], None
+        shared = common_prefix(rows, sliding_window(model.config)) if self.name == "input_ids" else 0
+        if shared:
+            self.first = TorchDecoding(model, [rows[0][:shared]], pad)
 
     @property
     def unread(self) -> bool:
@@ -101,6 +110,10 @@ class TorchDecoding:
     @torch.inference_mode()
     def read(self) -> bool:
         """Reads the next piece of the prompts; whether there is another."""
+        if self.first is not None:
+            if not self.first.read():
+                self._share()
+            return True
         start, width = self.mask.shape[1], self.whole.shape[1]
         end = min(start + self.chunk, width)
         self.mask = self.whole[:, :end]
@@ -112,6 +125,16 @@ class TorchDecoding:
             self.cache.batch_select_indices(places)
             self.mask, self.logits = self.mask[places], self.logits[self.places]
         return False
+
+    def _share(self):
+        """Gives each row of what all begin with as much as stands in these columns, behind its padding."""
+        self.cache, width = self.first.cache, self.first.mask.shape[1]
+        self.mask, self.first = self.whole[:, :width], None
+        padding = (self.whole == 0).sum(1).clamp(max=width).tolist()
+        for layer, _ in self._layers(self.cache):
+            for name in ("keys", "values"):
+                values = getattr(layer, name)
+                setattr(layer, name, torch.cat([padded(values, (0, 0, n, 0))[:, :, :width] for n in padding]))
 
     def _run(self, inputs: dict):
         length = next(iter(inputs.values())).shape[1]
@@ -198,6 +221,11 @@ class OneByOne:
     def keep(self, places: list[int]):
         """Drops all rows but these."""
         self.rows = [self.rows[place] for place in places]
+
+
+def sliding_window(config) -> int | None:
+    """Tokens that layers with a window keep."""
+    return getattr(config.get_text_config(), "sliding_window", None)
 
 
 def takes_padding(model) -> bool:

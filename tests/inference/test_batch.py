@@ -83,6 +83,7 @@ def written(runner, prompt, options, **more):
 def test_the_same_tokens_as_alone(runner, name, monkeypatch):
     for module in ("torch_runner", "onnx_runner"):
         monkeypatch.setattr(f"shared.inference.{module}.PROMPT_CHUNK", 16)
+    monkeypatch.setattr("shared.inference.sampling.SHARED_PREFIX", 4)
     runner, wanted = runner(name), requests(30)
     batch, rows, together, most = Batch(runner, 0), [], [], 0
     left = [None, *(count for count in (2, 9))]  # two whose clients leave after so many tokens
@@ -121,6 +122,30 @@ def test_the_same_tokens_as_alone(runner, name, monkeypatch):
     while batch.rows or batch.reading:
         batch.step()
     assert shared[0].written == shared[1].written == next(r.written for r, p, *_ in rows if p == wanted[1][1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "windows", "alibi", "llama onnx"])
+def test_what_prompts_begin_with_is_read_once(runner, name, monkeypatch):
+    """As the template of a chat: prompts of any length behind it, one of them shorter than what another adds to it."""
+    monkeypatch.setattr("shared.inference.torch_runner.PROMPT_CHUNK", 16)
+    monkeypatch.setattr("shared.inference.sampling.SHARED_PREFIX", 6)
+    runner, choose = runner(name), random.Random(2)
+    begin, ask = [choose.randrange(3, 300) for _ in range(20)], {"most": 12, "temperature": 0.9}
+    prompts = [begin + [choose.randrange(3, 300) for _ in range(n)] for n in (1, 4, 45, 4, 9)]
+    alone = []
+    for prompt in prompts:
+        row, batch = written(runner, prompt, ask), Batch(runner, 0)
+        batch.add([row])
+        while row.open:
+            batch.step()
+        alone.append(row.written)
+    rows, batch = [written(runner, prompt, ask) for prompt in (*prompts, prompts[0])], Batch(runner, 0)
+    batch.add(rows)
+    while batch.rows or batch.reading:
+        batch.step()
+    assert [row.written for row in rows] == [*alone, alone[0]]
+    read = {"windows": 7 + 5 * 58, "llama onnx": 5 * 65}.get(name, 20 + 5 * 45)  # of a window of 8, 7 are kept
+    assert batch.tokens_read(prompts) == read and batch.tokens_read(prompts[:1]) == 21
 
 
 def test_one_that_fails_or_leaves_ends_alone(runner):
