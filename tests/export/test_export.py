@@ -13,8 +13,10 @@ import onnx
 import pytest
 import torch
 import transformers
+import vllm_folder
 from checkout import ROOT
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from deploy.inference import Engine, Sampling, stream
@@ -353,6 +355,47 @@ def test_verify_sees_other_weights_tokens_templates_and_stop_ids(exports, tmp_pa
     (folder / "golden.json").unlink()
     with pytest.raises(UserError, match="no golden.json"):
         load(folder).verify()
+
+
+def test_one_flipped_bit_is_seen_in_any_file(exports, tmp_path):
+    """What the golden outputs miss, the checksums tell; a file of settings may be damaged so that nothing loads."""
+    told, unseen = {}, []
+    for name in WANTED["llama"]:
+        folder = shutil.copytree(exports("llama") / name, tmp_path / name)
+        golden = json.loads((folder / "golden.json").read_text())
+        files = sorted(golden["sha256"], key=lambda file: (folder / file).stat().st_size)
+        assert {path.name for path in folder.iterdir()} - {"golden.json", "README.md"} == set(files)
+        for file in files if name == "merged" else files[-1:]:
+            whole = (folder / file).read_bytes()
+            place = len(whole) // 2 // 4 * 4  # the lowest bits of a weight, where the header is a multiple of four long
+            (folder / file).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError) as caught:
+                load(folder, name).verify()
+            told[name, file] = str(caught.value)
+            golden_only = folder / "golden.json"
+            golden_only.write_text(json.dumps({**golden, "sha256": {}}))
+            try:
+                load(folder, name).verify()
+                unseen.append((name, file))
+            except UserError:
+                pass
+            golden_only.write_text(json.dumps(golden))
+            (folder / file).write_bytes(whole)
+    assert ("merged", "model.safetensors") in unseen, "the golden outputs alone would do"
+    for pair in unseen:
+        assert f"{pair[1]} is not the file that was exported" in told[pair]
+
+
+def test_the_merged_folder_is_what_vllm_reads(exports, tmp_path):
+    folder = shutil.copytree(exports("llama") / "merged", tmp_path / "merged")
+    assert vllm_folder.differs(folder) == []
+    (folder / "chat_template.jinja").unlink()
+    assert vllm_folder.differs(folder) == ["no chat_template.jinja"]
+    shutil.copy(exports("llama") / "merged" / "chat_template.jinja", folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {f"base_model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert len(vllm_folder.differs(folder)) == 2 * len(tensors)
 
 
 def test_fp16_leaves_in_fp32_what_overflows(exports):

@@ -19,6 +19,7 @@ import pytest
 import replies
 import task_runs
 import torch
+import vllm_folder
 from checkout import ROOT, train_script
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
@@ -320,6 +321,7 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
         ids = tokenizer("What colour has 5 35 65?", return_tensors="pt").input_ids
         whole = AutoModelForCausalLM.from_pretrained(run / "merged").eval()
         assert torch.allclose(whole(ids).logits, model(ids).logits, atol=1e-4)
+        assert vllm_folder.differs(run / "merged") == [] or name != "llama"
         card = (run / "README.md").read_text()
         assert "Did it help?" in card and "metrics:" in card and str(tmp_path) not in card
 
