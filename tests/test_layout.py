@@ -6,6 +6,7 @@ planted violation is found (a rule that finds nothing anywhere would pass the fi
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -156,13 +157,21 @@ def code_from_data(root: Path) -> list[str]:
 
 
 def remote_code_unsaid(root: Path) -> list[str]:
-    """What reads models that others bring says that none of their code runs: transformers would ask on the terminal."""
+    """Whatever reads a model says that none of its code runs: transformers would ask on the terminal."""
     found = []
-    for path, _, tree in sources(root, "shared", "deploy"):
+    code = [(path, tree) for path, _, tree in sources(root, "shared", "deploy", "tasks", "tools", "benchmarks")]
+    for path in files(root):
+        if path.suffix == ".ipynb":
+            cells = [
+                cell["source"] for cell in json.loads(path.read_text("utf8"))["cells"] if cell["cell_type"] == "code"
+            ]
+            text = "".join(line for cell in cells for line in [*cell, "\n"] if not line.lstrip().startswith(("!", "%")))
+            code.append((path.relative_to(root), ast.parse(text)))
+    for path, tree in code:
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
                 said = {keyword.arg for keyword in node.keywords} & {"trust_remote_code", None}  # None: **options
-                if re.match("[Aa]uto", ast.unparse(node.func.value)) and not said:
+                if re.match(r"([\w.]*\.)?(?i:auto|loader)", ast.unparse(node.func.value)) and not said:
                     found.append(f"{path}:{node.lineno} {ast.unparse(node.func)} without trust_remote_code=False")
     return found
 
@@ -360,6 +369,13 @@ PLANTED = [
     (code_from_data, "shared/training/arguments.py", "import pickle\n"),
     (code_from_data, "tasks/one/configs/laptop.yaml", "# accelerate launch, 3 min\ntrust_remote_code: true\n"),
     (remote_code_unsaid, "shared/export/export.py", "config = AutoConfig.from_pretrained(folder)\n"),
+    (remote_code_unsaid, "tasks/one/train.py", "model = AutoModelForCausalLM.from_config(config)\n"),
+    (remote_code_unsaid, "benchmarks/speed.py", "model = transformers.AutoModel.from_pretrained(folder)\n"),
+    (
+        remote_code_unsaid,
+        "notebooks/one.ipynb",
+        '{"cells": [{"cell_type": "code", "source": ["!ls\\n", "loader.from_pretrained(repo)"]}]}',
+    ),
     (large_files, "tests/weights.bin", "0" * 1_000_001),
     (broken_links, "README.md", "see [there](docs/nowhere.md#part)\n"),
     (missing_files, "README.md", "run `accelerate launch tasks/three/train.py`\n"),

@@ -63,6 +63,11 @@ def malformed(text) -> str | None:
     return None
 
 
+def shown(value, place: str) -> str:
+    """The line behind a reason for dropping a row (see `clean_rows`) that says what stands in a column in the place of a text."""
+    return "" if isinstance(value, str | None) else f"\n{place} = {repr(value)[:60]}"
+
+
 def duplicate_line_share(text: str) -> float:
     """Share of the non-empty lines that repeat an earlier one, 0 to 1 (Gopher, Rae et al. 2021, table A1)."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -230,7 +235,7 @@ def document_cleaner(column: str = "text", filters: Iterable[Callable[[str], str
         text = row.get(column) if isinstance(row, dict) else row
         reason = malformed(text)
         if reason:
-            return f"bad: {reason}"
+            return f"bad: {reason}{shown(text, column)}"
         text = clean_text(text)
         if not text:
             return "bad: empty"

@@ -5,6 +5,7 @@ Cells of .csv, .tsv and .xlsx are text as written: `None`, `NA` and `007` are wo
 """
 
 import codecs
+import contextlib
 import csv
 import functools
 import gzip
@@ -14,6 +15,7 @@ import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,7 @@ OTHER_KINDS = {  # by their first bytes, and what to do with them
     b"\xfd7zXZ": "xz: unpack it",
     b"\x28\xb5\x2f\xfd": "zstandard: unpack it",
 }
+OBJECT = re.compile(r'\ufeff?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:.*\}\s*$')
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -56,11 +59,18 @@ def read_rows(path: str | Path, guess: bool = False) -> Iterator[dict]:
         UserError: with the line or row, and the remedy.
     """
     path = Path(path)
-    try:
+    with _refusals(path):
         old = sniffed(path)[1]
         read = READERS[kind_of(path)]
         for row in _table(path, guess) if read is _table else read(path):
             yield _each_text(row, functools.partial(to_unicode, old=old)) if old else row
+
+
+@contextlib.contextmanager
+def _refusals(path: Path):
+    """What reading a file raises, as one line."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(_not_utf8(path, error)) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -71,12 +81,10 @@ def read_json(path: Path):
     """The whole of a .json file, or None where it is none as a whole: lines of JSON, or damaged.
 
     Raises:
-        UserError: no encoding that is read.
+        UserError: an encoding that is not read, or a damaged archive.
     """
-    try:
-        content, old = _whole_json(path), sniffed(path)[1]
-    except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(path, error)) from error
+    with _refusals(path):
+        content, old = _each_text(_whole_json(path), _whole), sniffed(path)[1]
     return _each_text(content, functools.partial(to_unicode, old=old)) if old else content
 
 
@@ -153,12 +161,21 @@ def encoding_of(head: bytes) -> str:
 
 
 def describe(path: Path) -> str:
-    """How a file is read, in words: its kind, what stands between its cells, its encoding, its size."""
+    """How a file is read, in words: its kind, what stands between its cells, its encoding, its size.
+
+    Raises:
+        UserError: as `read_rows`, for what its beginning shows.
+    """
     kind, said = kind_of(path), []
-    if kind in (".csv", ".tsv"):
-        with open_text(path, newline="") as file:
-            said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
-    encoding, old, _ = sniffed(path)
+    with _refusals(path):
+        if kind in (".csv", ".tsv"):
+            with open_text(path, newline="") as file:
+                said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
+        if kind == ".xlsx":
+            with _workbook(path) as book:
+                sheets = book.sheetnames
+            said += [f"sheet {sheets[0]!r}, the first of {len(sheets)}"] if len(sheets) > 1 else []
+        encoding, old, _ = sniffed(path)
     if kind != ".parquet" and (old or kind != ".xlsx"):
         name = encoding.upper().replace("-SIG", " with a mark")
         if old:
@@ -270,6 +287,9 @@ def _rows_of(content: dict):
             and not any(isinstance(v, list | dict) for v in rest)
         ):
             return rows
+    tables = [value for value in values if isinstance(value, list)]
+    if len(tables) == 1 and len(tables[0]) > 1 and all(isinstance(row, dict) for row in tables[0]):
+        return tables[0]  # under a name of its own
     if set(content) == {"columns", "index", "data"}:
         return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
     if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
@@ -307,11 +327,10 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
         if not header:
             raise UserError(f"{path}: no header in its first line: expected the names of the columns.")
         header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
-        if doubles := sorted({name for name in header if header.count(name) > 1}):
-            raise UserError(f"{path}: two columns are named {doubles[0]}. Rename one in the first line.")
+        _refuse_doubles(path, header)
         number = 2
         for cells in reader:
-            if len(seen) > 1 or '\\"' in seen[0]:
+            if len(seen) > 1 or '\\"' in seen[0] or seen[0].count('"') % 2:
                 try:
                     list(csv.reader(seen, **blanks, strict=True))
                 except csv.Error as error:
@@ -320,9 +339,10 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
                             f"{path}, line {number}: a quotation mark within a cell stands behind a backslash ({error}). "
                             'Write it twice ("") instead.'
                         ) from error
+                    what = f"and swallows {len(seen) - 1:,} further lines" if len(seen) > 1 else "that does not end"
                     raise UserError(
-                        f"{path}, line {number}: a quotation mark opens a cell and swallows {len(seen) - 1:,} further lines "
-                        f"({error}). Close it, or write it twice where it is part of the text."
+                        f"{path}, line {number}: a quotation mark opens a cell {what} ({error}). Close it, or write it twice "
+                        "where it is part of the text."
                     ) from error
             if len(cells) > len(header) and any(cells[len(header) :]):
                 raise UserError(
@@ -336,27 +356,36 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
             seen.clear()
 
 
-def _excel(path: Path) -> Iterator[dict]:
+def _refuse_doubles(path: Path, header: Iterable[str]) -> None:
+    if doubles := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path}: two columns are named {doubles[0]}. Rename one in the first line.")
+
+
+@contextlib.contextmanager
+def _workbook(path: Path):
     from zipfile import BadZipFile
 
     from openpyxl import load_workbook
 
     try:
-        with open(path, "rb") as file:
-            sheets = load_workbook(file, read_only=True, data_only=True)
-            rows = sheets.worksheets[0].iter_rows(values_only=True)
-            header = [str(cell).strip() if cell is not None else "" for cell in next(rows, ())]
-            if not any(header):
-                raise UserError(f"{path}: no header in the first row of its first sheet.")
-            for cells in rows:
-                if any(cell is not None for cell in cells):
-                    yield {
-                        name: None if cell is None else str(cell)
-                        for name, cell in zip(header, cells, strict=False)
-                        if name
-                    }
-    except (BadZipFile, KeyError, IndexError, ValueError) as error:
+        with open_bytes(path) as file:
+            yield load_workbook(file, read_only=True, data_only=True)
+    except (BadZipFile, KeyError, IndexError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not an Excel workbook (.xlsx): {error}. Save it as .csv in UTF-8.") from error
+
+
+def _excel(path: Path) -> Iterator[dict]:
+    with _workbook(path) as sheets:
+        rows = sheets.worksheets[0].iter_rows(values_only=True)
+        header = [str(cell).strip() if cell is not None else "" for cell in next(rows, ())]
+        if not any(header):
+            raise UserError(f"{path}: no header in the first row of its first sheet.")
+        _refuse_doubles(path, filter(None, header))
+        for cells in rows:
+            if any(cell is not None for cell in cells):
+                yield {
+                    name: None if cell is None else str(cell) for name, cell in zip(header, cells, strict=False) if name
+                }
 
 
 def _parquet(path: Path) -> Iterator[dict]:
@@ -387,7 +416,9 @@ def pieces(chunks: Iterable[str], most: int = PIECE) -> Iterator[str]:
 def _text(path: Path) -> Iterator[dict]:
     """A row for each line that is not blank; a very long one (a corpus on a single line) in pieces."""
     with open_text(path) as lines:
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number == 0 and OBJECT.match(line):
+                raise UserError(f"{path}: its first line is a JSON object, not a text: name it .jsonl.")
             if line.strip():
                 for piece in pieces([line.rstrip("\n")]):
                     yield {"text": piece}

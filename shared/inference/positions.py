@@ -22,7 +22,7 @@ def longest_input(config, tokenizer) -> int | None:
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         with torch.device("meta"):  # shapes only: no memory, no weights
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, trust_remote_code=False)
         for name, module in model.named_modules():
             if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 limits.append(module.num_embeddings - module.padding_idx - 1)

@@ -11,7 +11,7 @@ from shared import UserError
 from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
-from shared.data.load import load_data
+from shared.data.load import json_splits, load_data
 
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -99,22 +99,21 @@ def read_rows(name: str) -> list[dict] | None:
 
 def read(name: str, config: str | None) -> dict:
     """The splits of any data: rows of a local file as they stand there (`read_rows`), or as `shared.data.load.load_data`."""
+    path = Path(name).expanduser()
+    if splits := json_splits(path) if path.is_file() else None:
+        return {split: _list_of_rows(rows, path) for split, rows in splits.items()}
     rows = read_rows(name)
     return {"train": rows} if rows is not None else load_data(name, config)
 
 
 def _list_of_rows(content, path: Path) -> list[dict]:
-    """The rows of a JSON file: a list of objects, or the one list of objects under a key; columns of equal length."""
+    """The rows of a JSON file: a list of objects, or the one list of objects under a key; else as files.py reads it."""
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         rows = {key: value for key, value in lists.items() if value and all(isinstance(row, dict) for row in value)}
         if set(rows) & set(FORMATS):  # one conversation alone
             return [content]
-        if len(rows) != 1:
-            raise UserError(
-                f"{path}: expected a list of rows, or one under a key; found {', '.join(map(str, content)) or 'nothing'}."
-            )
-        content = next(iter(rows.values()))
+        content = next(iter(rows.values())) if len(rows) == 1 else list(files.read_rows(path))
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{path}: expected a list of objects, one a row.")
     return content

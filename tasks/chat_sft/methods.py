@@ -80,12 +80,14 @@ def load_tokenizer(source: Path, args=None):
     Raises:
         UserError: a token that the vocabulary does not have, or a template that cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     path = args and args.chat_template_path
     if path and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf8")
     elif path:
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(pull(path, weights=False)).chat_template
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(
+            pull(path, weights=False), trust_remote_code=False
+        ).chat_template
         if tokenizer.chat_template is None:
             raise UserError(f"--chat_template_path {path}: its tokenizer has no chat template.")
     for name in ("eos_token", "pad_token") if args else ():
@@ -108,7 +110,7 @@ def load_chat(source: Path, args=None) -> Chat:
     chat = Chat(load_tokenizer(source, args))
     given = args and args.pad_token
     if not given:
-        choose_pad(chat, AutoConfig.from_pretrained(source).get_text_config().vocab_size)
+        choose_pad(chat, AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config().vocab_size)
     if args:  # done: trl would load the template once more
         args.chat_template_path = args.eos_token = args.pad_token = None
     return chat
@@ -155,7 +157,7 @@ def attention(source: Path, method: str) -> tuple[str, str]:
     Granite hybrids, Qwen3-Next): their state would pass from one conversation to the next. `packing.prove` looks at the
     loaded model.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     architecture, text = causal_architecture(config, source.name), config.get_text_config()
     cap = getattr(text, "attn_logit_softcapping", None)
     own = not architecture._supports_sdpa or cap
@@ -179,7 +181,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
     Raises:
         UserError: the rows hold ids beyond the embedding, and only an adapter would be trained.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     causal_architecture(config, source.name)
     size = config.get_text_config().vocab_size
     if needs > size and method != "full":
@@ -190,13 +192,14 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         )
     if empty:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=attention(source, method)[0],
         quantization_config=four_bit(args) if in_4bit else None,
+        trust_remote_code=False,
     )
     if needs > size:
         model.resize_token_embeddings(needs)

@@ -127,7 +127,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
@@ -162,7 +162,9 @@ def main(script_args, args, run_args) -> None:
     # Model
     set_seed(args.seed)  # the new head
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32", **names)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype="float32", trust_remote_code=False, **names
+    )
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
@@ -190,7 +192,7 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     predicted = evaluate_within_memory(args, lambda: trainer.predict(rows["test"])).predictions.argmax(-1)
-    encoder = AutoModel.from_pretrained(source, dtype="float32").to(args.device).eval()
+    encoder = AutoModel.from_pretrained(source, dtype="float32", trust_remote_code=False).to(args.device).eval()
     weights = fit_linear(encoder, rows["train"], collator, len(classes), args.per_device_eval_batch_size)
     probed = predict_linear(encoder, weights, rows["test"], collator, args.per_device_eval_batch_size)
     scored = {

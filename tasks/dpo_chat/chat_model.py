@@ -89,7 +89,9 @@ def load_tokenizer(source: Path, base: Path):
     Raises:
         UserError: no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source if (source / "tokenizer_config.json").is_file() else base)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source if (source / "tokenizer_config.json").is_file() else base, trust_remote_code=False
+    )
     if not tokenizer.chat_template:
         raise UserError(f"{source}: no chat template, so no chat model. Train one first with tasks/chat_sft.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # hidden by the mask, and never trained
@@ -108,14 +110,18 @@ def four_bit(args) -> BitsAndBytesConfig:
 
 def load_model(source: Path, base: Path, adapter: PeftConfig | None, script_args, args, empty: bool = False):
     """The base in fp32 or 4-bit NF4, frozen, with the adapter that is trained; `empty`: shapes without weights, for a plan."""
-    in_4bit, config = script_args.method == "qlora", AutoConfig.from_pretrained(base)
+    in_4bit, config = script_args.method == "qlora", AutoConfig.from_pretrained(base, trust_remote_code=False)
     causal_architecture(config, base.name)
     if empty:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, use_safetensors=True, quantization_config=four_bit(args) if in_4bit else None
+            base,
+            dtype=torch.float32,
+            use_safetensors=True,
+            quantization_config=four_bit(args) if in_4bit else None,
+            trust_remote_code=False,
         )
         model = keep_layout(model)
     if in_4bit:

@@ -15,7 +15,7 @@ def load_tokenizer(source: Path, max_length: int):
     Raises:
         UserError: it has no mask token, or the model reads fewer tokens than `max_length`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.mask_token is None:
         raise UserError(
             f"{source}: its tokenizer has no mask token, so it is no masked language model. Choose an encoder, such as "
@@ -32,9 +32,13 @@ def load_model(source: Path, from_scratch: bool, seed: int) -> tuple:
     """
     set_seed(seed)
     if from_scratch:
-        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForMaskedLM.from_config(
+            AutoConfig.from_pretrained(source, trust_remote_code=False), trust_remote_code=False
+        )
         return model, set(model.state_dict())
-    model, info = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True, dtype="float32")
+    model, info = AutoModelForMaskedLM.from_pretrained(
+        source, output_loading_info=True, dtype="float32", trust_remote_code=False
+    )
     return model, set(info["missing_keys"])
 
 

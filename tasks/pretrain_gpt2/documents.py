@@ -15,6 +15,7 @@ from shared.data.cleaning import CleaningReport, clean_dataset, clean_rows, docu
 from shared.data.columns import find_columns
 from shared.data.load import load_splits, load_stream
 from shared.data.splits import split_dataset
+from shared.training.launch import log
 
 LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
 
@@ -38,6 +39,7 @@ class Corpus:
     column: str
     seed: int
     cleaning: str
+    unusable: int = 0  # rows passed over, each time that they are read
 
     def __post_init__(self):
         self.clean = document_cleaner(self.column)
@@ -45,9 +47,17 @@ class Corpus:
     def text(self, row: dict) -> str | None:
         """The clean text of a training row; None if it is unusable or held out."""
         found = self.clean(row)
-        if isinstance(found, str) or side(found["text"], self.seed, self.missing) != "train":
+        if isinstance(found, str):
+            self.unusable += 1
+            if (
+                str(self.unusable).strip("0") == "1"
+            ):  # the 1st, 10th, 100th, ...: `open_stream` has checked the first rows only
+                reason = found.removeprefix("bad: ").replace("\n", ", ")
+                log.warning(
+                    "unusable rows of the stream, passed over: %s; the last one: %s", f"{self.unusable:,}", reason
+                )
             return None
-        return found["text"]
+        return found["text"] if side(found["text"], self.seed, self.missing) == "train" else None
 
     def texts(self) -> Iterator[str]:
         """All training texts, from the beginning."""

@@ -31,7 +31,7 @@ def load_tokenizer(name: str | None, texts: Iterator[str], vocab_size: int):
     """
     if name:
         source = pull(name)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: this tokenizer has no end token to put between documents. Choose another.")
         tokenizer.model_max_length = int(1e30)  # documents may be of any length: they are cut into blocks
@@ -97,9 +97,9 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model.set_attn_implementation(attention)
         return model
     source = pull(model_name)
-    causal_architecture(AutoConfig.from_pretrained(source), model_name)
+    causal_architecture(AutoConfig.from_pretrained(source, trust_remote_code=False), model_name)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
+        source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention, trust_remote_code=False
     )
     longest = getattr(model.config, "max_position_embeddings", block_length)
     if block_length > longest:

@@ -30,7 +30,7 @@ def load_model(source: Path, dropout: float, device):
     Raises:
         UserError: the architecture has no such head.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     try:
         return AutoModelForQuestionAnswering.from_pretrained(
@@ -38,6 +38,7 @@ def load_model(source: Path, dropout: float, device):
             **{name: value for name, value in changes.items() if hasattr(config, name)},
             dtype=torch.float32,
             use_safetensors=True,
+            trust_remote_code=False,
             attn_implementation=PACKED if config.model_type in PACKABLE and device.type == "cpu" else None,
         )
     except ValueError as error:  # no such head for this architecture

@@ -116,7 +116,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}

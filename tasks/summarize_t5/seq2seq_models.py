@@ -35,7 +35,7 @@ def load_tokenizer(source: Path | None, texts: Iterator[str], vocab_size: int):
     """
     if source is not None:
         names = ["input_ids", "attention_mask"]  # a BERT's token types mean nothing to a BART
-        return AutoTokenizer.from_pretrained(source, model_input_names=names)
+        return AutoTokenizer.from_pretrained(source, model_input_names=names, trust_remote_code=False)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -82,7 +82,7 @@ def load_model(source: Path | None, tokenizer, script_args, args):
             torch.manual_seed(args.seed)
             model = T5ForConditionalGeneration(config)
     else:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type != "bert" and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             raise UserError(
                 f"{source} is a {config.model_type} model; expected an encoder-decoder (T5, BART) or a BERT to start one."
@@ -97,7 +97,9 @@ def load_model(source: Path | None, tokenizer, script_args, args):
         if config.model_type == "bert":
             model = bart_from_bert(source, tokenizer)
         else:
-            model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            model = AutoModelForSeq2SeqLM.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {len(tokenizer):,} tokens, the model {model.config.vocab_size:,}: they do not "

@@ -31,7 +31,9 @@ def bart_from_bert(source: Path, tokenizer, decoder_layers: int = 3):
     The encoder's states are BERT's, and stay so but for the word vectors, which both sides and the output share: its layers
     are frozen and run without gradients, which is half of the work.
     """
-    bert = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False)
+    bert = AutoModel.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, add_pooling_layer=False, trust_remote_code=False
+    )
     old = bert.config
     heads, width = old.num_attention_heads, old.intermediate_size
     chosen = (

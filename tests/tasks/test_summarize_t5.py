@@ -149,7 +149,8 @@ def test_several_references_stay_several_and_bad_ones_go():
         ("x", [], "bad: summary missing"),
         (" ", "x", "bad: document empty"),
         ("x", ["", " "], "bad: summary empty"),
-        (3, "x", "bad: document wrong type"),
+        (3, "x", "bad: document wrong type\nd = 3"),
+        ("x", [b"x"], "bad: summary wrong type\ns = b'x'"),
         ("\x00\x01\x02x", "x", "bad: document control characters"),
     ],
 )
