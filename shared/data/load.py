@@ -234,9 +234,8 @@ def _read_file(path: Path):
     names = list(next(read_rows(path), {}))
     if not names:
         raise UserError(f"{path}: holds no row.")
-    if (
-        path.suffix.lower() == ".parquet"
-    ):  # keeps its own types, such as names of classes; `datasets` does not unpack it
+    # `datasets` keeps its types, such as names of classes, but does not unpack a .parquet.gz
+    if path.suffix.lower() == ".parquet":
         try:
             return datasets.load_dataset("parquet", data_files=str(path))
         except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:

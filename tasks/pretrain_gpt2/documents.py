@@ -49,9 +49,8 @@ class Corpus:
         found = self.clean(row)
         if isinstance(found, str):
             self.unusable += 1
-            if (
-                str(self.unusable).strip("0") == "1"
-            ):  # the 1st, 10th, 100th, ...: `open_stream` has checked the first rows only
+            # The 1st, 10th, 100th, ...: `open_stream` has checked the first rows only
+            if str(self.unusable).strip("0") == "1":
                 reason = found.removeprefix("bad: ").replace("\n", ", ")
                 log.warning(
                     "unusable rows of the stream, passed over: %s; the last one: %s", f"{self.unusable:,}", reason

@@ -257,7 +257,7 @@ def test_a_person_at_the_page(address, chromium, tmp_path):
 
     other = chromium.new_context(locale="vi-VN").new_page()
     other.goto(address)
-    expect(other.get_by_placeholder(TEXTS["write"][1])).to_be_visible(timeout=40_000)
+    expect(other.get_by_placeholder(TEXTS["say"][1])).to_be_visible(timeout=40_000)
     expect(other.get_by_test_id("stChatMessage")).to_have_count(0)
 
     tabs = page.get_by_test_id("stButtonGroup")
