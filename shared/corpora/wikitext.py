@@ -19,7 +19,15 @@ UNSEEN = {
         "script",
     ),
 }
-VERBATIM = {"nowiki", "pre", "code", "syntaxhighlight", "source", "math", "chem", "ce"}  # nothing in them is markup
+VERBATIM = {
+    "nowiki",
+    "pre",
+    "syntaxhighlight",
+    "source",
+    "math",
+    "chem",
+    "ce",
+}  # nothing in them is markup; in <code> it is
 # English names hold in every wiki. A dump names its own namespaces, but not the aliases of those: these are frequent
 MEDIA = frozenset(
     (
@@ -179,7 +187,8 @@ def _plain(nodes: Iterable, media: frozenset[str]) -> str:
             elif node.wiki_markup == "*":
                 shown.append("-")
             elif name in VERBATIM and node.contents is not None:
-                shown.append("".join(_verbatim(part) for part in node.contents.nodes))
+                text = "".join(_verbatim(part) for part in node.contents.nodes)
+                shown.append(re.sub("</?nowiki>", "", text, flags=re.I) if name == "pre" else text)
             elif name not in UNSEEN and node.contents is not None:
                 shown.append(_plain(node.contents.nodes, media))
         elif isinstance(node, ExternalLink):

@@ -56,10 +56,12 @@ VIETNAMESE = ("Tập tin", "Thể loại")  # as a dump of that wiki names them
         ("x<includeonly>hidden</includeonly><noinclude>shown</noinclude><onlyinclude>!</onlyinclude>", "xshown!"),
         ("a<includeonly>never closed", "a"),
         # What is no markup
+        ("<code>__init__</code> __NOTOC__ __KHÔNGMỤCLỤC__ __init__", "__init__   __init__"),
         (
-            "<code>__init__ ''x'' [[a]] <b></code> __NOTOC__ __KHÔNGMỤCLỤC__ __init__",
-            "__init__ ''x'' [[a]] <b>   __init__",
+            "<code>''If''</code> <code><nowiki>''a'' [[b]]</nowiki></code> <code>x &lt; [[y|z]]</code>",
+            "If ''a'' [[b]] x < z",
         ),
+        ("<pre><nowiki>''a''</nowiki> <b></pre> <source>''a'' <nowiki></source>", "''a'' <b> ''a'' <nowiki>"),
         ("<nowiki>''x'' {{y}}</nowiki> &lt;small&gt;", "''x'' {{y}} <small>"),
     ],
 )
