@@ -19,15 +19,8 @@ UNSEEN = {
         "script",
     ),
 }
-VERBATIM = {
-    "nowiki",
-    "pre",
-    "syntaxhighlight",
-    "source",
-    "math",
-    "chem",
-    "ce",
-}  # nothing in them is markup; in <code> it is
+# Nothing in them is markup; in <code> it is
+VERBATIM = {"nowiki", "pre", "syntaxhighlight", "source", "math", "chem", "ce"}
 # English names hold in every wiki. A dump names its own namespaces, but not the aliases of those: these are frequent
 MEDIA = frozenset(
     (
