@@ -147,7 +147,7 @@ def assert_page_of(run, monkeypatch):
     assert len(page.success) + len(page.warning) == 1
     metrics = page.table[0].value
     assert {"before", "trained"} < set(metrics) and len(set(metrics)) > 3, "a baseline stands between them"
-    assert all(metrics["trained"]) and metrics["trained"].str.contains("–").any(), "intervals"
+    assert all(metrics["trained"]) and metrics["trained"].str.contains(" to ").any(), "intervals"
     assert [each.label for each in page.metric] == ["Training", "Whole run", "Peak memory", "Device hours"]
     assert "CPU" in page.caption[1].value.replace("\\", "") and len(page.get("image")) == 1
     assert [each.label for each in page.expander][-2:] == ["Settings of the run", "Card"] and len(page.expander) > 2
