@@ -169,8 +169,9 @@ def test_code_beside_a_known_architecture_is_neither_downloaded_nor_run(hub, tmp
         ("pypi:nothing", "write", "unknown"),
     ],
 )
-def test_a_model_that_cannot_be_had_says_why(hub, name, role, words):
-    assert words in message(cli(hub, "pull", name, role=role))
+def test_a_model_that_cannot_be_had_says_why(hub, tmp_path, name, role, words):
+    # A cache of its own: in that of other tests lies what somebody else was given
+    assert words in message(cli(hub, "pull", name, **hub.env_for(role, home=tmp_path / "home")))
 
 
 def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(hub, tmp_path):
@@ -230,9 +231,14 @@ def test_the_licence_is_the_base_models_and_never_a_guess(tmp_path):
     assert our_hub.licence("nobody/never-pulled") is None
 
 
-def chat_flags(tiny, data, output, *more):
+def chat_flags(tiny, data, output, repository, *more):
     flags = {"model_name_or_path": tiny / "llama", "dataset": data, "output_dir": output, "max_steps": 1}
-    return [*(f"--{name}={value}" for name, value in flags.items()), "--push_to_hub", "--hub_model_id=alice/run", *more]
+    return [
+        *(f"--{name}={value}" for name, value in flags.items()),
+        f"--hub_model_id={repository}",
+        "--push_to_hub",
+        *more,
+    ]
 
 
 CHAT = ROOT / "tasks" / "chat_sft" / "train.py"
@@ -242,12 +248,14 @@ CHAT = ROOT / "tasks" / "chat_sft" / "train.py"
     ("role", "words"), [(None, "no token"), ("wrong", "does not accept"), ("read", "may not write")]
 )
 def test_a_run_that_could_not_be_pushed_does_not_start(hub, tiny, data, tmp_path, role, words):
-    refused = task_runs.command(CHAT, *chat_flags(tiny, data, tmp_path / "run"), **hub.env_for(role))
-    assert words in message(refused) and not (tmp_path / "run").exists() and "alice/run" not in hub.repos
+    refused = task_runs.command(CHAT, *chat_flags(tiny, data, tmp_path / "run", "alice/refused"), **hub.env_for(role))
+    assert words in message(refused) and not (tmp_path / "run").exists() and "alice/refused" not in hub.repos
 
 
 def test_a_run_is_pushed_at_its_end_and_its_token_is_written_nowhere(hub, tiny, data, tmp_path):
-    flags = chat_flags(tiny, data, tmp_path / "run", f"--hub_token={hub.tokens['write']}", "--hub_private_repo=true")
+    flags = chat_flags(
+        tiny, data, tmp_path / "run", "alice/run", f"--hub_token={hub.tokens['write']}", "--hub_private_repo=true"
+    )
     ran = task_runs.command(CHAT, *flags, **hub.env_for(None, home=tmp_path / "home"))
     assert ran.returncode == 0, ran.stderr
     assert hub.repo("alice/run").private and len(hub.commits("alice/run")) == 2
