@@ -254,12 +254,12 @@ def test_a_run_that_could_not_be_pushed_does_not_start(hub, tiny, data, tmp_path
 
 def test_a_run_is_pushed_at_its_end_and_its_token_is_written_nowhere(hub, tiny, data, tmp_path):
     flags = chat_flags(
-        tiny, data, tmp_path / "run", "alice/run", f"--hub_token={hub.tokens['write']}", "--hub_private_repo=true"
+        tiny, data, tmp_path / "run", "alice/pushed", f"--hub_token={hub.tokens['write']}", "--hub_private_repo=true"
     )
     ran = task_runs.command(CHAT, *flags, **hub.env_for(None, home=tmp_path / "home"))
     assert ran.returncode == 0, ran.stderr
-    assert hub.repo("alice/run").private and len(hub.commits("alice/run")) == 2
-    pushed = hub.files("alice/run")
+    assert hub.repo("alice/pushed").private and len(hub.commits("alice/pushed")) == 2
+    pushed = hub.files("alice/pushed")
     expected = {
         "README.md",
         "adapter_model.safetensors",
