@@ -50,10 +50,16 @@ def clean_text(text: str) -> str:
     return normalize_whitespace(strip_control(fix_unicode(text)))
 
 
-def malformed(text) -> str | None:
-    """Why something cannot be a text to learn from, or None: wrong type, empty, too long, many control characters."""
+def malformed(text, column: str = "") -> str | None:
+    """Why something cannot be a text to learn from, or None: wrong type, empty, too long, many control characters.
+
+    Args:
+        column: of a value of the wrong type, which a second line then shows (see `clean_rows`).
+    """
+    if text is None:
+        return "missing"
     if not isinstance(text, str):
-        return "missing" if text is None else "wrong type"
+        return f"wrong type\n{column} = {repr(text)[:60]}" if column else "wrong type"
     if not text.strip():
         return "empty"
     if len(text) > LONGEST:
@@ -61,11 +67,6 @@ def malformed(text) -> str | None:
     if len(CONTROL.findall(text)) > len(text) / 4:
         return "control characters"
     return None
-
-
-def shown(value, place: str) -> str:
-    """The line behind a reason for dropping a row (see `clean_rows`) that says what stands in a column in the place of a text."""
-    return "" if isinstance(value, str | None) else f"\n{place} = {repr(value)[:60]}"
 
 
 def duplicate_line_share(text: str) -> float:
@@ -233,9 +234,8 @@ def document_cleaner(column: str = "text", filters: Iterable[Callable[[str], str
 
     def convert(row):
         text = row.get(column) if isinstance(row, dict) else row
-        reason = malformed(text)
-        if reason:
-            return f"bad: {reason}{shown(text, column)}"
+        if reason := malformed(text, column):
+            return f"bad: {reason}"
         text = clean_text(text)
         if not text:
             return "bad: empty"

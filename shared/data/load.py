@@ -151,7 +151,7 @@ def load_stream(name: str, config: str | None = None):
     import datasets
 
     path, hub = Path(name).expanduser(), _hub_name(name)
-    if path.is_file() and kind_of(path) in READERS and not json_splits(path):
+    if path.is_file() and kind_of(path) in READERS and not _splits(path):
         rows = datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"path": str(path)})
         return datasets.IterableDatasetDict(train=rows)
     if path.exists() or not hub:
@@ -204,9 +204,12 @@ def _refusals_of_the_hub(name: str):
         raise UserError(f"{name}: {said} Name one: --dataset_config ...") from error
 
 
-def json_splits(path: Path) -> dict | None:
+def _splits(path: Path) -> dict | None:
+    return json_splits(read_json(path)) if kind_of(path) == ".json" else None
+
+
+def json_splits(content) -> dict | None:
     """Rows by split where a .json holds `{"train": [...], "test": [...]}`."""
-    content = read_json(path) if kind_of(path) == ".json" else None
     if not isinstance(content, dict) or "train" not in content:
         return None
     splits = {
@@ -229,7 +232,7 @@ def _read_file(path: Path):
     if kind_of(path) not in READERS:
         found = f"{path}: cannot read {kind_of(path) or 'a file without ending'}; expected one of {' '.join(READERS)}"
         raise UserError(f"{found} (.gz allowed).{_excel_hint(path)}")
-    if splits := json_splits(path):
+    if splits := _splits(path):
         return datasets.DatasetDict({name: _from_list(rows, path) for name, rows in splits.items()})
     names = list(next(read_rows(path), {}))
     if not names:

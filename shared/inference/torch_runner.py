@@ -44,8 +44,7 @@ class TorchRunner:
 
     def tokens_read(self, rows: Sequence[Sequence[int]]) -> int:
         """Tokens that are computed for these prompts together, padding among them."""
-        shares = self.padded and not getattr(self.model, "peft_config", None)
-        shared = common_prefix(rows, sliding_window(self.config)) if shares else 0
+        shared = shared_prefix(self.model, rows) if self.padded else 0
         return shared + len(rows) * (max(map(len, rows)) - shared)
 
     @torch.inference_mode()
@@ -85,6 +84,7 @@ class TorchDecoding:
     def __init__(self, model, rows: Sequence[Sequence[int]], pad: int):
         stateful = carries_state(model, model.config)
         rows, self.places = distinct(rows)
+        shared = shared_prefix(model, rows)
         ids, mask = (each.to(model.device) for each in pad_left(rows, pad))
         self.name, self.prompt = "input_ids", ids
         if getattr(model, "peft_config", None):  # virtual tokens (P-tuning) stand before the padding
@@ -98,7 +98,6 @@ class TorchDecoding:
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
         self.chunk = PROMPT_CHUNK if mask.all() and not stateful and self.cached else mask.shape[1]
         self.whole, self.mask, self.first = mask, mask[:, :0], None
-        shared = common_prefix(rows, sliding_window(model.config)) if self.name == "input_ids" else 0
         if shared:
             self.first = TorchDecoding(model, [rows[0][:shared]], pad)
 
@@ -223,9 +222,11 @@ class OneByOne:
         self.rows = [self.rows[place] for place in places]
 
 
-def sliding_window(config) -> int | None:
-    """Tokens that layers with a window keep."""
-    return getattr(config.get_text_config(), "sliding_window", None)
+def shared_prefix(model, rows: Sequence[Sequence[int]]) -> int:
+    """Tokens at the beginning of all rows that are read once; none where virtual tokens (P-tuning) stand before them."""
+    if getattr(model, "peft_config", None):
+        return 0
+    return common_prefix(rows, getattr(model.config.get_text_config(), "sliding_window", None))
 
 
 def takes_padding(model) -> bool:

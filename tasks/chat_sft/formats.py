@@ -78,8 +78,8 @@ class Unusable(Exception):
     """A row that is dropped: the reason, and in a second line where and with which value."""
 
 
-def read_rows(name: str) -> list[dict] | None:
-    """Rows of a local table or JSON file as they stand there; None for any other data set.
+def read(name: str, config: str | None = None) -> dict:
+    """The splits of any data, as `shared.data.load.load_data`; rows of a local table or JSON file as they stand there.
 
     Arrow would refuse rows whose values differ in type, turn whole numbers beside empty cells into decimals, and give each turn
     the keys of all others.
@@ -89,21 +89,14 @@ def read_rows(name: str) -> list[dict] | None:
     """
     path = Path(name).expanduser()
     if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
-        return None
+        return load_data(name, config)
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
+    if splits := json_splits(content):
+        return {split: _list_of_rows(rows, path) for split, rows in splits.items()}
     rows = list(files.read_rows(path)) if content is None else _list_of_rows(content, path)
     if not rows:
         raise UserError(f"{path}: holds no row.")
-    return rows
-
-
-def read(name: str, config: str | None) -> dict:
-    """The splits of any data: rows of a local file as they stand there (`read_rows`), or as `shared.data.load.load_data`."""
-    path = Path(name).expanduser()
-    if splits := json_splits(path) if path.is_file() else None:
-        return {split: _list_of_rows(rows, path) for split, rows in splits.items()}
-    rows = read_rows(name)
-    return {"train": rows} if rows is not None else load_data(name, config)
+    return {"train": rows}
 
 
 def _list_of_rows(content, path: Path) -> list[dict]:

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 from shared import UserError, one_spelling
-from shared.data.cleaning import clean_text, malformed, shown
+from shared.data.cleaning import clean_text, malformed
 
 # Of labels, as a table writes it: `['a', 'b']`, `[0, 1]`, `{"a": 1}`
 LIST = re.compile(r"""\s*(?:\[\s*["'].*["']\s*\]|\[(?:\s*\d+\s*,)+\s*\d+\s*\]|\{\s*["'].*:.*\})\s*""", re.S)
@@ -32,8 +32,8 @@ def to_row(
         UserError: a label that is a list or a dictionary.
     """
     text, label = row[places["text"]], row[places["label"]]
-    if reason := malformed(text):
-        return f"bad: {reason}{shown(text, places['text'])}"
+    if reason := malformed(text, places["text"]):
+        return f"bad: {reason}"
     if isinstance(label, list | dict) or isinstance(label, str) and LIST.fullmatch(label):
         raise UserError(
             f"the label of {text[:40]!r} is {str(label)[:60]}: this task gives each text one class. Write one, as text or number."

@@ -17,7 +17,7 @@ import regex
 from datasets import Dataset
 
 from shared import UserError, one_spelling
-from shared.data.cleaning import malformed, shown
+from shared.data.cleaning import malformed
 from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
 from shared.inference.qa_windows import Windows, gold_answer
@@ -129,8 +129,8 @@ def to_question(row: dict, places: dict[str, str]) -> dict | str:
     values = {name: row.get(column) for name, column in places.items()}
     context, question, answers = (values[name] for name in NEEDED)
     for name in ("context", "question"):
-        if reason := malformed(values[name]):
-            return f"bad: {reason}{shown(values[name], places[name])}"
+        if reason := malformed(values[name], places[name]):
+            return f"bad: {reason}"
     if isinstance(answers, str) and answers[:1] in ("{", "[") and answers not in context:
         answers = parse_answers(answers)
     if isinstance(answers, int | float) and not isinstance(answers, bool):
@@ -145,10 +145,10 @@ def to_question(row: dict, places: dict[str, str]) -> dict | str:
         pairs = [a if isinstance(a, dict) else {"text": a} for a in answers or []]
         texts, starts = [a.get("text") for a in pairs], [a.get("answer_start") for a in pairs]
     else:
-        return f"bad: wrong type{shown(answers, places['answers'])}"
+        return f"bad: {malformed(answers, places['answers'])}"
     texts = [number_text(text) if type(text) in (int, float) else text for text in texts]
     if not all(isinstance(text, str) for text in texts):
-        return f"bad: wrong type{shown(answers, places['answers'])}"
+        return f"bad: {malformed(answers, places['answers'])}"
     starts = [*starts, *[None] * (len(texts) - len(starts))]
     found = {"text": [], "answer_start": []}
     for text, start in zip(texts, starts, strict=False):

@@ -4,7 +4,7 @@ functions, used by train.py."""
 import numpy as np
 
 from shared import UserError, one_spelling
-from shared.data.cleaning import clean_text, malformed, shown
+from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
 from shared.metrics.rouge.rouge import WORD, split_sentences
 from shared.training.launch import log
@@ -41,11 +41,11 @@ def to_pair(row: dict, document: str, summary: str) -> dict | str:
     if isinstance(text, list):
         text = " ".join(part for part in text if isinstance(part, str))
     references = references if isinstance(references, list) else [references]
-    if reason := malformed(text):
-        return f"bad: document {reason}{shown(text, document)}"
-    reasons = [malformed(reference) for reference in references]
+    if reason := malformed(text, document):
+        return f"bad: document {reason}"
+    reasons = [malformed(reference, summary) for reference in references]
     if all(reasons):
-        return f"bad: summary {reasons[0] + shown(references[0], summary) if reasons else 'missing'}"
+        return f"bad: summary {reasons[0] if reasons else 'missing'}"
     summaries = [clean_text(text).strip() for text, bad in zip(references, reasons, strict=True) if not bad]
     text, summaries = clean_text(text).strip(), [summary for summary in summaries if summary]
     if not text or not summaries:

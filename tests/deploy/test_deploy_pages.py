@@ -200,7 +200,7 @@ def test_a_chat_is_saved_so_that_chat_sft_reads_it(open_page, tmp_path, monkeypa
         app.chat_input[0].set_value(text).run()
     assert not app.exception
     (tmp_path / "chats.jsonl").write_bytes(saved["chat.jsonl"] * 2)
-    rows = formats.read_rows(str(tmp_path / "chats.jsonl"))
+    rows = formats.read(str(tmp_path / "chats.jsonl"))["train"]
     read = formats.Reader("rows", formats.columns_of(rows), [])
     kept = [(turn["role"], turn["content"].strip()) for turn in read(rows[0])["messages"]]
     assert len(rows) == 2 and kept == [(turn["role"], turn["content"].strip()) for turn in rows[0]["messages"]]

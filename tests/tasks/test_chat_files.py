@@ -35,7 +35,7 @@ def plain(i: int) -> list[dict]:
 def read(path, columns=(), under=None):
     """Kept rows and the report, by the way of train.py."""
     under = under or chat()
-    rows = formats.read_rows(str(path))
+    rows = formats.read(str(path))["train"]
     names = formats.columns_of(rows)
     reader = formats.Reader("rows", names, list(columns), formats.talk_of_people("rows", rows, names, list(columns)))
 
@@ -457,7 +457,7 @@ def test_other_files(tmp_path):
         read(tmp_path / "asked.json")
     (tmp_path / "broken.jsonl").write_text('{"messages": []}\n{"messages": [}\n')
     with pytest.raises(UserError, match="broken.jsonl, line 2: not JSON"):
-        formats.read_rows(str(tmp_path / "broken.jsonl"))
+        formats.read(str(tmp_path / "broken.jsonl"))
 
 
 def test_tables_in_one_document_are_those_of_every_task(tmp_path):
@@ -468,7 +468,7 @@ def test_tables_in_one_document_are_those_of_every_task(tmp_path):
     tables += [rows, {"version": "1", "items": rows}, {"train": rows, "dev": rows[:4]}]
     for table in tables:
         (tmp_path / "a.json").write_text(json.dumps(table))
-        splits = formats.read(str(tmp_path / "a.json"), None)
+        splits = formats.read(str(tmp_path / "a.json"))
         assert {name: len(found) for name, found in splits.items()} in (
             {"train": ROWS},
             {"train": ROWS, "validation": 4},
