@@ -15,6 +15,7 @@ import streamlit as st
 from deploy.chat_page import chat_page
 from deploy.choices import engine_of, is_exposed, names_for, offered, refuse_foreign, shown_name
 from deploy.model_page import model_page
+from deploy.runs_page import runs_page
 from deploy.text_pages import ask_page, classify_page, fill_page, new_language, summarize_page
 from deploy.texts import PAGES, TRAINED_BY, literally, t
 from shared import UserError
@@ -32,13 +33,15 @@ SHOW = {
 
 
 def choose_model(page: str) -> str | None:
-    """The side bar's box; remembered for each page."""
+    """The side bar's box; remembered for each page. A link may name the model."""
     options = names_for(PAGES[page][0])
+    linked = [shown_name(name, options) for name in options]
+    asked = st.query_params.get("model")
     return st.selectbox(
         t("which"),
         options,
         key=f"model of {page}",
-        index=0 if options else None,
+        index=(linked.index(asked) if asked in linked else 0) if options else None,
         accept_new_options=not offered(),
         placeholder="org/name",
         help=None if offered() else t("which_help"),
@@ -66,6 +69,8 @@ def choose_page() -> str:
 def show_page() -> None:
     """What is below the tabs. Raises UserError."""
     page = choose_page()
+    if page == "runs":
+        return runs_page()
     with st.sidebar:
         name = choose_model(page)
     if not name:

@@ -11,6 +11,7 @@ PAGES = {  # task of its models, icon
     "fill": ("fill-mask", ":material/match_word:"),
     "classify": ("text-classification", ":material/category:"),
     "model": (None, ":material/monitoring:"),
+    "runs": (None, ":material/leaderboard:"),
 }
 TRAINED_BY = {"summarization": "summarize_t5", "question-answering": "qa_squad", "fill-mask": "mlm_bert"}
 TRAINED_BY |= {"text-classification": "classify_bert"}
@@ -21,6 +22,7 @@ TEXTS = {
     "fill": ("Fill the blank", "Điền từ"),
     "classify": ("Sort a text", "Phân loại"),
     "model": ("Model", "Mô hình"),
+    "runs": ("All runs", "Các lần chạy"),
     # The side bar
     "which": ("Model", "Mô hình"),
     "which_help": (
@@ -168,6 +170,28 @@ TEXTS = {
     "per_second": ("tokens or answers/s", "token hoặc câu trả lời/giây"),
     "settings": ("Settings of the run", "Thiết lập huấn luyện"),
     "card": ("Card", "Thẻ mô hình"),
+    # All runs
+    "no_runs": (
+        "No finished run in outputs/ yet. Train one: `accelerate launch tasks/chat_sft/train.py`.",
+        "Trong outputs/ chưa có lần chạy nào hoàn tất. Hãy huấn luyện một mô hình: `accelerate launch tasks/chat_sft/train.py`.",
+    ),
+    "runs_more": (
+        "Numbers of the test split. Green is the best of the runs that were scored on the same rows; others are not comparable.",
+        "Các số liệu trên tập kiểm tra. Màu xanh là tốt nhất trong những lần chạy được chấm trên cùng các dòng; còn lại không so "
+        "sánh được với nhau.",
+    ),
+    "with_intervals": ("With intervals and baselines", "Kèm khoảng tin cậy và các mốc so sánh"),
+    "curves_of": ("Loss curves of", "Đường loss của"),
+    "step": ("optimizer step", "bước tối ưu"),
+    "two_runs": ("What differs between the two", "Hai lần chạy khác nhau ở đâu"),
+    "choose_two": (
+        "Choose exactly two runs to see what differs between them, row by row.",
+        "Chọn đúng hai lần chạy để xem chúng khác nhau ở đâu, theo từng dòng.",
+    ),
+    "hardware": ("Hardware", "Phần cứng"),
+    "date": ("Date", "Ngày"),
+    "minutes_format": ("%.1f min", "%.1f phút"),
+    "opens_model": ("Opens the page of the model", "Mở trang của mô hình"),
     "no_run": (
         "This folder holds a model and no results of a run.",
         "Thư mục này chỉ có mô hình, không có kết quả huấn luyện.",

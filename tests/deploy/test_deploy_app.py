@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import streamlit
 from checkout import ROOT
+from finished_run import make_run
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
 
@@ -23,7 +24,8 @@ from shared.publish.results import plot_loss, write_results
 
 APP = str(ROOT / "deploy" / "app.py")
 SOURCES = [
-    ROOT / "deploy" / f"{name}.py" for name in ("app", "choices", "chat_page", "text_pages", "model_page", "uploads")
+    ROOT / "deploy" / f"{name}.py"
+    for name in ("app", "choices", "chat_page", "text_pages", "model_page", "runs_page", "uploads")
 ]
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
 
@@ -154,6 +156,35 @@ def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch)
     app.run()
     assert len(app.error) == 1 and not app.exception, "a folder without weights is one line"
     assert str(tmp_path) not in app.error[0].value.replace("\\", "")
+
+
+def test_all_runs_in_one_table(open_page, tmp_path, monkeypatch):
+    """Numbers to sort by, not texts; two runs in detail; a link opens the page of one. No path of the server is shown."""
+    same = {"test_perplexity": 12.5, "test_perplexity_ci95": [11.6, 13.3], "base_perplexity": 4149.0}
+    names = [make_run(tmp_path / name, **same, scores=[1.0, 2.0, 3.0]) for name in ("long", "other")]
+    names.append(make_run(tmp_path / "short", **same | {"test_perplexity": 100.5}, scores=[1.5, 2.5, 3.5]))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    (tmp_path / "damaged" / "all_results.json").write_text("[")
+    monkeypatch.setenv("TASKBOOK_MODELS", " ".join([*names, str(tmp_path / "damaged")]))
+    app = open_page("runs")
+    frame = app.dataframe[0].value
+    assert frame["Perplexity"].tolist() == [12.5, 12.5, 100.5] and frame["Training"].tolist() == [1.25] * 3
+    assert frame["Model"].tolist() == [f"?page=model&model={name}" for name in ("long", "other", "short")]
+    assert "EM" not in frame, "a number that no run has"
+    assert "12.5 (11.6 to 13.3); before 4,149" in " ".join(each.value for each in app.main.markdown).replace("\\", "")
+    choice = labelled(app.multiselect, "curves_of")
+    assert choice.value == ["long", "other", "short"] and not [
+        s for s in app.subheader if s.value == TEXTS["two_runs"][0]
+    ]
+    choice.set_value(["long", "short"]).run()
+    said = app.main.markdown[-1].value
+    assert not app.exception and "paired test over 3 rows: short is better on 0%" in said
+    assert not any(str(tmp_path) in str(each.value) for each in (*app.main.markdown, *app.main.caption))
+    app = AppTest.from_file(APP, default_timeout=60)
+    app.query_params["page"], app.query_params["model"] = "model", "other"
+    app.run()
+    assert app.sidebar.selectbox[0].value == names[1]
 
 
 @pytest.mark.parametrize(

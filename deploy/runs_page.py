@@ -1,0 +1,87 @@
+"""The page of all finished runs: one table to sort by any number, loss curves laid over each other, two runs in detail.
+Called by app.py.
+"""
+
+from collections import Counter
+from pathlib import Path
+from urllib.parse import quote
+
+import pandas as pd
+import streamlit as st
+
+from deploy.choices import names_for, read_json, shown_name
+from deploy.texts import as_markdown, t
+from shared.compare.table import COLUMNS, best_of, differences, markdown, read_run, table
+from shared.publish.redact import without_paths
+
+
+def runs_page() -> None:
+    """What `python -m shared.compare outputs/*` prints, to be sorted and looked at."""
+    names = names_for(None)
+    runs = [
+        read_run(name) | {"name": shown_name(name, names)}
+        for name in names
+        if Path(name).is_dir() and read_json(Path(name) / "all_results.json")
+    ]
+    if not runs:
+        st.info(t("no_runs"), icon=":material/info:")
+        return
+    st.caption(t("runs_more"))
+    show_table(runs)
+    with st.expander(t("with_intervals"), icon=":material/table_rows:"):
+        st.markdown(as_markdown(markdown(table(runs))))
+    st.subheader(t("loss"))
+    tasks = Counter(task_of(run) for run in runs)
+    most = [run["name"] for run in runs if task_of(run) == tasks.most_common(1)[0][0]]
+    chosen = st.multiselect(t("curves_of"), [run["name"] for run in runs], default=most[:6])
+    shown = [run for run in runs if run["name"] in chosen]
+    curves = {run["name"]: pd.Series(losses(run["folder"]), dtype=float) for run in shown}
+    if any(len(curve) for curve in curves.values()):
+        st.line_chart(pd.DataFrame(curves).interpolate(limit_area="inside"), x_label=t("step"), y_label=t("loss"))
+    if len(shown) == 2:
+        st.subheader(t("two_runs"))
+        st.markdown(as_markdown(without_paths("\n".join(differences(*shown)))))
+    elif len(runs) > 1:
+        st.caption(t("choose_two"))
+
+
+def show_table(runs: list[dict]) -> None:
+    """Numbers of the test split, without their intervals so that a column can be sorted; the best of the same test rows green."""
+    rows, best = [], best_of(runs)
+    for run in sorted(runs, key=lambda run: (task_of(run), run["name"])):
+        results, about = run["results"], run["results"].get("run") or {}
+        rows.append(
+            {
+                t("which"): f"?page=model&model={quote(run['name'])}",
+                t("task"): task_of(run),
+                t("data"): about.get("data"),
+            }
+            | {title: results.get(f"test_{metric}") for metric, (title, _) in COLUMNS.items()}
+            | {t("training_time"): results.get("train_minutes"), t("memory"): results.get("peak_memory_gb")}
+            | {t("hardware"): about.get("hardware"), t("date"): about.get("date"), "folder": run["folder"]}
+        )
+    frame = pd.DataFrame(rows)
+    folders = frame.pop("folder")
+    frame = frame.dropna(axis="columns", how="all")
+    title_of = {title: metric for metric, (title, _) in COLUMNS.items()}
+
+    def mark(column):
+        green = [(folder, title_of.get(column.name)) in best for folder in folders]
+        return ["background-color: #2e7d3255" if each else "" for each in green]
+
+    numbers = {title: st.column_config.NumberColumn(format="%.4g") for title in title_of}
+    numbers[t("training_time")] = st.column_config.NumberColumn(format=t("minutes_format"))
+    numbers[t("memory")] = st.column_config.NumberColumn(format="%.1f GB")
+    link = st.column_config.LinkColumn(display_text=r"&model=(.+)$", help=t("opens_model"))
+    st.dataframe(frame.style.apply(mark), hide_index=True, column_config={t("which"): link} | numbers)
+
+
+def task_of(run: dict) -> str:
+    """The folder in tasks/ that a run was made with."""
+    return str((run["results"].get("run") or {}).get("task", ""))
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step, as it was logged; nothing for a run that came without its log."""
+    history = read_json(folder / "trainer_state.json").get("log_history") or []
+    return {entry["step"]: entry["loss"] for entry in history if isinstance(entry, dict) and "loss" in entry}
