@@ -183,5 +183,10 @@ def assert_like_one(
 
 def losses(run: Path) -> dict[int, float]:
     """Logged training losses of a run by step."""
+    return logged(run, "loss")
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    """What a run logged by that name, by step."""
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return {entry["step"]: entry[name] for entry in history if name in entry}

@@ -68,6 +68,11 @@ def write_rows(task: str, path: Path, count: int, length: int) -> Path:
     for i in range(count):
         row = {
             "chat_sft": {"question": f"{i} {text(length // 4)}", "answer": text(length // 2)},
+            "dpo_chat": {
+                "prompt": f"{i} {text(length // 4)}",
+                "chosen": text(length // 2),
+                "rejected": text(length // 2),
+            },
             "classify_bert": {"text": f"{i} {text(length)}", "label": ("red", "green", "blue")[i % 3]},
             "mlm_bert": {"text": f"{i} {text(length)}"},
             "pretrain_gpt2": {"text": f"{i} {text(length)}"},

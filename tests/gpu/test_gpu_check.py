@@ -37,11 +37,12 @@ RECIPES = {
     "summarize_t5/configs/t4_bart.yaml": "BART",
     "chat_sft/configs/t4.yaml": "SmolLM2",
     "chat_sft/configs/t4_gpt2.yaml": "GPT-2",
+    "dpo_chat/configs/t4.yaml": "SmolLM2",
     "chat_sft/configs/t4_llama2_qlora.yaml": "Llama 2 7B",
     "chat_sft/configs/t4_llama2_p_tuning.yaml": "Llama 2 7B",
     "chat_sft/configs/t4_falcon_qlora.yaml": "Falcon 7B",
 }
-TRAINING = {"chat_sft": "trl.trainer.sft_config:SFTConfig"}
+TRAINING = {"chat_sft": "trl.trainer.sft_config:SFTConfig", "dpo_chat": "trl.trainer.dpo_config:DPOConfig"}
 TRAINING |= {"summarize_t5": "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"}
 PLAIN = "transformers.training_args:TrainingArguments"
 SHORT = {
@@ -130,6 +131,8 @@ def watched(monkeypatch):
         output = train(trainer, checkpoint)
         if torch.cuda.is_available():
             seen.allocated, seen.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         return output
 
     monkeypatch.setattr(transformers.Trainer, "training_step", watch_step)
@@ -219,6 +222,7 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
     main(recipe, [*flags(recipe, size, made, tmp_path / "plan"), "--dry_run"])
     planned = float(re.search(r"about ([\d.]+) GB memory", capsys.readouterr().out)[1])
     main(recipe, flags(recipe, size, made, tmp_path / "run"))
+    afterwards = torch.cuda.max_memory_reserved() if real else 0
     losses, results = (
         task_runs.losses(tmp_path / "run"),
         json.loads((tmp_path / "run" / "all_results.json").read_text()),
@@ -246,6 +250,7 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
     if real:
         ratio = planned / (watched.allocated / 1e9)
         row(f"{name}: memory in GB", f"{watched.reserved / 1e9:.1f}", "<= 14.5, a T4's", watched.reserved <= T4)
+        row(f"{name}: evaluation and replies in GB", f"{afterwards / 1e9:.1f}", "<= 14.5", afterwards <= T4)
         row(f"{name}: planned / measured memory", f"{ratio:.2f}", "0.75 to 1.25", 0.75 <= ratio <= 1.25)
 
     if "7B" not in RECIPES[recipe]:  # in fp32 they fit nowhere
@@ -253,6 +258,9 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
         exact = task_runs.losses(tmp_path / "fp32")
         apart = abs(sum(losses[step] for step in exact) / sum(exact.values()) - 1)
         row(f"{name}: losses against fp32", f"{apart:.2%} apart", "< 5 %", apart < 0.05)
+        norms = [task_runs.logged(tmp_path / run, "grad_norm")[1] for run in ("run", "fp32")]
+        apart = abs(norms[0] / norms[1] - 1)
+        row(f"{name}: first gradient's norm against fp32", f"{apart:.2%} apart", "< 5 %", apart < 0.05)
 
 
 def test_killed_it_goes_on(size, made, row, tmp_path):
