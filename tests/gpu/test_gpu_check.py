@@ -21,6 +21,7 @@ import transformers
 from checkout import ROOT, train_script
 from products import Products
 
+from shared.export.export import export
 from shared.publish.hub import check_peft
 from shared.training import checkpoints
 from shared.training.arguments import parse
@@ -285,6 +286,14 @@ def test_killed_it_goes_on(size, made, row, tmp_path):
     expected, found = (task_runs.losses(tmp_path / name) for name in ("whole", "killed"))
     apart = max(abs(found[step] / expected[step] - 1) for step in expected)
     row("killed after 2 of 8 steps: losses", f"{apart:.2%} apart", "< 0.1 %", apart < 1e-3)
+
+
+def test_a_4_bit_adapter_is_exported(size, made, row, tmp_path):
+    """It is merged into the weights that were not rounded; the graph passes the gate of `shared.export`."""
+    recipe = "chat_sft/configs/t4.yaml"
+    main(recipe, flags(recipe, size, made, tmp_path / "run", method="qlora"))
+    forms = export(str(tmp_path / "run"), ["onnx"], tmp_path / "forms")["artifacts"]
+    row("export of a 4-bit adapter", f"{forms['onnx']['megabytes']:,.0f} MB", "kept", "onnx" in forms)
 
 
 @pytest.mark.gpu
