@@ -9,11 +9,11 @@ from transformers import GenerationConfig
 
 from shared.inference.torch_runner import carries_state
 
-MOST, FEWEST = 128, 32  # new tokens of a sample reply
+MOST, FEWEST = 128, 32  # new tokens of a sample reply; as served it may have as many as in the card's example (methods.usage)
 
 
 def room(chat, talks: list[dict]) -> int:
-    """New tokens that replies may have: twice the longest reference, within bounds. What is longer does not end by itself."""
+    """New tokens that greedy replies may have, some of which are endless loops: twice the longest reference, within bounds."""
     longest = max((len(chat.plain.encode(talk["messages"][-1]["content"])) for talk in talks), default=0)
     return min(MOST, max(FEWEST, 2 * longest))
 
@@ -70,10 +70,11 @@ def reply(model, chat, conversations: list[dict], served: GenerationConfig, most
 def sample(model, chat, talks: list[dict], served: GenerationConfig, prefix: str, seed: int) -> tuple[list, list, dict]:
     """Replies to the last prompt of each talk as they are served, greedy ones, and the `counts` of the former."""
     prompts = [{**talk, "messages": talk["messages"][:-1]} for talk in talks]
-    most, references = room(chat, talks), [talk["messages"][-1]["content"] for talk in talks]
+    references = [talk["messages"][-1]["content"] for talk in talks]
     torch.manual_seed(seed)
-    drawn, ended = reply(model, chat, prompts, served, most, greedy=False)
-    return drawn, reply(model, chat, prompts, served, most)[0], counts(drawn, ended, references, prefix)
+    drawn, ended = reply(model, chat, prompts, served, MOST, greedy=False)
+    greedy, _ = reply(model, chat, prompts, served, room(chat, talks))
+    return drawn, greedy, counts(drawn, ended, references, prefix)
 
 
 def loops(text: str) -> bool:

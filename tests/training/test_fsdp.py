@@ -62,6 +62,16 @@ def test_all_weights_of_a_chat_model(tiny, data, tmp_path):
     assert sharded.stdout.count("holds 0.50 of the weights") == 4  # two models in two processes
 
 
+def test_an_adapter_in_bf16_with_checkpointing_is_merged(tiny, data, tmp_path):
+    options = {"model_name_or_path": tiny / "llama", "dataset": data, "max_length": 256, "save_merged": True}
+    options |= {"bf16": True, "use_cpu": True, "gradient_checkpointing": True}
+    sharded = task_runs.in_two_processes("chat_sft", flags(tmp_path / "sharded", **options), sharded=True)
+    one = task_runs.command(CHAT, *flags(tmp_path / "one", **options | {"per_device_train_batch_size": 8}))
+    assert sharded.returncode == one.returncode == 0, sharded.stderr[-3000:] + one.stderr[-3000:]
+    assert task_runs.losses(tmp_path / "sharded") == pytest.approx(task_runs.losses(tmp_path / "one"), rel=1e-3)
+    assert_equal(weights(tmp_path / "sharded" / "merged"), weights(tmp_path / "one" / "merged"))
+
+
 def test_a_bart_whose_encoder_is_frozen_and_whose_table_has_four_names(tiny_bert, tmp_path):
     model = task_runs.without_dropout(tiny_bert, tmp_path / "bert")
     rows = write_rows(tmp_path / "rows.jsonl", lambda i, text: {"document": text, "summary": f"{i} is red"})
