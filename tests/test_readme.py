@@ -143,7 +143,7 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
             words[words.index("--model_name_or_path") + 1] = str(tiny / "gpt2")
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--vocab_size", "400"]
         words += ["--block_length", "32", "--per_device_train_batch_size", "4"]
-    if "tasks/qa_squad/train.py" in words:
+    if {"tasks/qa_squad/train.py", "tasks/rag_docs/train.py"} & set(words):
         squad_file, rows_file = tmp_path / "squad.json", tmp_path / "rows.csv"
         texts = [f"{i} {i * 3}: {'red' if i % 2 else 'blue'}" for i in range(40)]
         asked = [

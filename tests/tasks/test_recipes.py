@@ -36,6 +36,7 @@ CUT = {
     "pretrain_gpt2": {"max_train_rows": 60, "max_validation_rows": 4, "max_test_rows": 12, "block_length": 128}
     | {"size": "nano", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     "qa_squad": {"max_train_rows": 40, "max_validation_rows": 8, "max_test_rows": 16},
+    "rag_docs": {"max_train_rows": 40, "max_validation_rows": 8, "max_test_rows": 16, "group_size": 4},
     "summarize_t5": {"max_train_rows": 20, "max_validation_rows": 2, "max_test_rows": 4, "max_target_length": 8},
 }
 HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")
