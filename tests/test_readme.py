@@ -12,6 +12,7 @@ import task_runs
 from checkout import ROOT
 
 from shared.data import assets
+from shared.retrieval.__main__ import main as retrieval
 
 # deploy/README.md: tests/deploy/test_deploy_api.py
 READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md"), *ROOT.glob("shared/**/README.md")])
@@ -103,6 +104,12 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(100)))
         words[words.index("--output") + 1] = str(tmp_path / words[words.index("--output") + 1])
         environment["PATH"] = f"{slurm_commands.write(tmp_path / 'slurm')}:{os.environ['PATH']}"
+    if "-m shared.retrieval" in command:
+        (tmp_path / "a.txt").write_text("DataLoader returns batches of samples.")
+        index = [str(tmp_path / "a.txt"), "--index", str(tmp_path / "x.sqlite"), "--model", str(tiny_bert)]
+        if "--ask" in words:
+            assert retrieval(index) == 0
+        words[3:] = [*index, "--ask", words[-1]] if "--ask" in words else index
     if "tasks/chat_sft/train.py" in words:
         if "--dataset" in words:
             words[words.index("--dataset") + 1] = str(data)

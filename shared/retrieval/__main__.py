@@ -23,14 +23,12 @@ log = logging.getLogger("taskbook")
 
 def texts_of(source: str) -> Iterator[dict]:
     """Documents of a source with their text as it stands there: places in it are lines of the file."""
-    from shared.corpora.build import clean_document
+    from shared.corpora.build import with_text
     from shared.corpora.readers import documents
     from shared.data.cleaning import malformed
 
     passed_over = Counter()
-    for row in documents(source):
-        if isinstance(row, dict) and ("html" in row or "wikitext" in row):
-            row = clean_document(row, 1, ())
+    for row in map(with_text, documents(source)):
         reason = row.removeprefix("bad: ") if isinstance(row, str) else malformed(row.get("text"))
         if reason:
             passed_over[reason.split("\n")[0]] += 1
@@ -65,10 +63,14 @@ def _run(options) -> None:
         raise UserError("nothing to do: name a SOURCE to index, or --ask a question.")
     if not options.source and not Path(options.index).is_file():
         raise UserError(f"{options.index}: no such index. Name a SOURCE to make it from.")
+    import transformers
+
     from shared.publish.hub import pull
     from shared.retrieval.encoder import Encoder
     from shared.retrieval.index import Index
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     index = Index(options.index, Encoder(pull(options.model)))
     if options.source:
         counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))

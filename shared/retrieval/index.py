@@ -33,7 +33,7 @@ CREATE TABLE documents (source TEXT PRIMARY KEY, digest TEXT);
 CREATE TABLE passages (id INTEGER PRIMARY KEY, source TEXT, title TEXT, heading TEXT, line INTEGER, start INTEGER, text TEXT,
     vector BLOB);
 CREATE INDEX passages_of ON passages (source);
-CREATE VIRTUAL TABLE words USING fts5(terms, detail=none,
+CREATE VIRTUAL TABLE words USING fts5(terms, content='', detail=none,
     tokenize="unicode61 remove_diacritics 0 categories 'L* N* M* Co' tokenchars '_.'");
 CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, row);
 """
@@ -98,13 +98,8 @@ class Index:
         self.path, self.encoder, self._vectors = str(path), encoder, None
         try:
             self.connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-            with self.connection:
-                self.connection.execute("BEGIN IMMEDIATE")  # of two processes one makes the tables
-                if not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    for statement in TABLES.strip().split(";\n"):
-                        self.connection.execute(statement.removesuffix(";"))
-                    facts = [("format", FORMAT), ("encoder", encoder.digest if encoder else None)]
-                    self.connection.executemany("INSERT INTO facts VALUES (?, ?)", facts)
+            if self._is_empty():
+                self._make_tables()
             facts = dict(self.connection.execute("SELECT name, value FROM facts"))
         except sqlite3.Error as error:
             raise UserError(f"{path}: no index, or it cannot be written ({error}). Name another file.") from error
@@ -113,6 +108,18 @@ class Index:
         if encoder and facts["encoder"] != encoder.digest:
             made = "with another encoder" if facts["encoder"] else "without an encoder"
             raise UserError(f"{path}: was made {made}. Name the one it was made with, or another file.")
+
+    def _is_empty(self) -> bool:
+        return not self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
+    def _make_tables(self) -> None:
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")
+            if self._is_empty():  # another process may have made them while this one waited
+                for statement in TABLES.strip().split(";\n"):
+                    self.connection.execute(statement.removesuffix(";"))
+                facts = [("format", FORMAT), ("encoder", self.encoder.digest if self.encoder else None)]
+                self.connection.executemany("INSERT INTO facts VALUES (?, ?)", facts)
 
     def __len__(self) -> int:
         """Passages."""
@@ -149,13 +156,15 @@ class Index:
         seen: set[str] = set()
         waiting: list[tuple] = []  # (source, digest, title, passages)
         for document in documents:
-            text, title = document["text"], str(document.get("title") or "")
-            source, number = str(document["source"]), 1
+            # Halves of characters cannot be stored; in their place stands one character each, so that places stay
+            given = (str(document.get(name) or "") for name in ("text", "title", "source"))
+            text, title, name = (value.encode("utf8", "replace").decode() for value in given)
+            source, number = name, 1
             while source in seen:
                 number += 1
-                source = f"{document['source']}#{number}"
+                source = f"{name}#{number}"
             seen.add(source)
-            digest = hashlib.sha256(json.dumps([title, text]).encode("utf8", "surrogatepass")).hexdigest()
+            digest = hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()
             if known.get(source) == digest:
                 counts["kept"] += 1
                 continue
@@ -193,8 +202,12 @@ class Index:
 
     def _remove(self, sources: list[str]) -> None:
         for source in sources:
-            ids = self.connection.execute("SELECT id FROM passages WHERE source = ?", (source,)).fetchall()
-            self.connection.executemany("DELETE FROM words WHERE rowid = ?", ids)
+            rows = self.connection.execute(
+                "SELECT id, title, text FROM passages WHERE source = ?", (source,)
+            ).fetchall()
+            # The table of words keeps lists of passages alone, and must be told which words to take this one from
+            words = [(identity, " ".join(terms(passage_text(title, text)))) for identity, title, text in rows]
+            self.connection.executemany("INSERT INTO words (words, rowid, terms) VALUES ('delete', ?, ?)", words)
             self.connection.execute("DELETE FROM passages WHERE source = ?", (source,))
             self.connection.execute("DELETE FROM documents WHERE source = ?", (source,))
         self._vectors = None if sources else self._vectors

@@ -36,7 +36,9 @@ def load_model(source: Path, dropout: float, settings: dict, device):
     """
     config = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        raise UserError(f"{source}: a {config.model_type} model gives no vectors of texts; take BERT or another encoder.")
+        raise UserError(
+            f"{source}: a {config.model_type} model gives no vectors of texts; take BERT or another encoder."
+        )
     changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     changes = {name: value for name, value in changes.items() if hasattr(config, name)}
     if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:

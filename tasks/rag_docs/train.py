@@ -148,7 +148,7 @@ def main(script_args, args, run_args) -> None:
         texts = tokenizer.batch_decode(groups["train"][i]["input_ids"])
         return "\n\n".join(f"{a}\n-> [[{b}]]" for a, b in zip(texts, texts[len(texts) // 2 :], strict=False))
 
-    show_data(run_args, groups["train"]["length"], seen, script_args.max_length)
+    show_data(run_args, groups["train"]["length"], seen, 2 * script_args.group_size * script_args.max_length)
 
     # Model
     set_seed(args.seed)
@@ -158,8 +158,8 @@ def main(script_args, args, run_args) -> None:
         return print_plan(model, args, run_args, supervised_share=0.0, texts=2 * script_args.group_size, **plan)
 
     # Train
-    facts_of_rows = [list(groups["train"][name]) for name in ("input_ids", "document")]
-    identity = run_identity(args, run_args, rows=facts_of_rows, dropout=script_args.dropout, settings=settings)
+    rows = groups["train"].to_list()
+    identity = run_identity(args, run_args, rows=rows, dropout=script_args.dropout, settings=settings)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = retriever.GroupCollator(tokenizer, packed=model.config._attn_implementation == retriever.PACKED)
@@ -180,8 +180,7 @@ def main(script_args, args, run_args) -> None:
     rows = first_rows(splits["test"], run_args.max_test_rows)
     others = splits["test"], splits["validation"], splits["train"]
     documents = question_rows.documents_for(rows, others, script_args.max_documents)
-    index = Index(":memory:")
-    index.update(documents)
+    (index := Index(":memory:")).update(documents)
     passages = list(index.passages())
     numbers = np.array([passage.id for passage in passages])
     gold = question_rows.gold_of(rows, documents, passages)
@@ -196,9 +195,8 @@ def main(script_args, args, run_args) -> None:
     trained = find(trainer.model, "test, trained model")
     base = find(beside(trainer, retriever.load_model(source, 0.0, settings, args.device)), "test, untrained model")
     words = [index.by_words(question) for question in rows["question"]]
-    draw = np.random.default_rng(args.seed)
-    found = {"test": trained, "base": base, "baseline_bm25": words}
-    found["baseline_random"] = [draw.permutation(numbers)[:DEPTH].tolist() for _ in asked]
+    random = np.random.default_rng(args.seed).permuted(np.tile(numbers, (len(asked), 1)), axis=1)[:, :DEPTH].tolist()
+    found = {"test": trained, "base": base, "baseline_bm25": words, "baseline_random": random}
     for system in ("test", "base"):
         both = zip(words, found[system], strict=True)
         found[f"{system}_fused"] = [[item for item, _ in fuse(pair, DEPTH)] for pair in both]

@@ -242,14 +242,15 @@ def test_errors_are_one_line(options, said, tiny, tiny_bert, questions, tmp_path
     assert "\n" not in str(refused.value).strip()
 
 
-def test_the_plan_and_the_rows_are_shown(tiny_bert, questions, tmp_path, capsys):
+def test_the_plan_and_the_rows_are_shown(tiny_bert, questions, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "taskbook")
     for extra, said in ((["--dry_run"], "GB memory"), (["--show_data", "1"], "[[")):
         argv = [*flags(tiny_bert, questions, tmp_path / "run"), *extra]
         try:
             rag_docs.main(*parse(rag_docs.ScriptArguments, TRAINING, argv))
         except SystemExit as left:
             assert not left.code
-        assert said in capsys.readouterr().out
+        assert said in capsys.readouterr().out + caplog.text
     assert not Path(tmp_path / "run").exists()
 
 
