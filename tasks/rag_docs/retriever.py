@@ -5,13 +5,12 @@ micro-batch as the wrong ones, so a step would be another one with more accumula
 Here they are those of a group, and a group is a row: a step is the same however its rows are split.
 """
 
-import inspect
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, Trainer
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, Trainer
 
 from shared import UserError
 from shared.retrieval.encoder import pool
@@ -41,8 +40,6 @@ def load_model(source: Path, dropout: float, settings: dict, device):
         )
     changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     changes = {name: value for name, value in changes.items() if hasattr(config, name)}
-    if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)]).parameters:
-        changes["add_pooling_layer"] = False  # nothing here would train it
     packed = config.model_type in PACKABLE and device.type == "cpu"
     model = AutoModel.from_pretrained(
         source,
@@ -51,6 +48,10 @@ def load_model(source: Path, dropout: float, settings: dict, device):
         use_safetensors=True,
         attn_implementation=PACKED if packed else None,
     )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler.requires_grad_(
+            False
+        )  # it is part of the architecture and saved with it, and no vector comes from it
     model.config.retrieval = settings
     return model
 
