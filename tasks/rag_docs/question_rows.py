@@ -81,7 +81,7 @@ def to_row(row: dict, places: dict[str, str]) -> dict | str:
 
 
 def groups(rows) -> list[str]:
-    """For each row the text that must stay on one side of a split: all contexts of its package, or of its title, or its own.
+    """For each row the text that must stay on one side of a split: its package's name, all contexts of its title, or its own.
 
     A qualified name, as `docs:questions` has them, begins with its package: what is tested is documentation of other packages.
     """
@@ -89,11 +89,13 @@ def groups(rows) -> list[str]:
         title.partition(".")[0] if title and " " not in title else title or context
         for title, context in zip(rows["title"], rows["context"], strict=True)
     ]
+    packages = {name for name, title in zip(names, rows["title"], strict=True) if title.startswith(f"{name}.")}
     contexts: dict[str, dict[str, None]] = {}
     for name, context in zip(names, rows["context"], strict=True):
-        contexts.setdefault(name, {})[context] = None
+        if name not in packages:  # one may have megabytes of them
+            contexts.setdefault(name, {})[context] = None
     joined = {name: "\n".join(sorted(texts)) for name, texts in contexts.items()}
-    return [joined[name] for name in names]
+    return [joined.get(name, name) for name in names]
 
 
 def gold_passages(row: dict, passages: list) -> list[int]:
