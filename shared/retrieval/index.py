@@ -33,7 +33,7 @@ CREATE TABLE documents (source TEXT PRIMARY KEY, digest TEXT);
 CREATE TABLE passages (id INTEGER PRIMARY KEY, source TEXT, title TEXT, heading TEXT, line INTEGER, start INTEGER, text TEXT,
     vector BLOB);
 CREATE INDEX passages_of ON passages (source);
-CREATE VIRTUAL TABLE words USING fts5(terms, content='', detail=none,
+CREATE VIRTUAL TABLE words USING fts5(terms, content='',
     tokenize="unicode61 remove_diacritics 0 categories 'L* N* M* Co' tokenchars '_.'");
 CREATE VIRTUAL TABLE vocabulary USING fts5vocab(words, row);
 """

@@ -13,6 +13,7 @@ from shared import UserError
 from shared.data.cleaning import malformed
 from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
+from shared.data.splits import first_rows
 from shared.retrieval.index import passage_text
 from shared.retrieval.passages import cut
 
@@ -105,8 +106,19 @@ def gold_passages(row: dict, passages: list) -> list[int]:
     return held if row["answer"] else list(range(len(passages)))
 
 
-def pairs(rows) -> list[dict]:
-    """`question`, `passage` as it is indexed, and `document`, a number that rows of one context share."""
+def contexts_of(*parts) -> dict[str, dict[str, None]]:
+    """For each question all contexts that it is asked of, word for word: each of them answers it."""
+    found: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for question, context in zip(part["question"], part["context"], strict=True):
+            found.setdefault(question, {})[context] = None
+    return found
+
+
+def pairs(rows, contexts: dict[str, dict[str, None]]) -> list[dict]:
+    """`question`, `passage` as it is indexed, `document`, a number that rows of one context share, and `contexts`, that of the
+    row and others that answer it.
+    """
     numbers: dict[str, int] = {}
     found = []
     for row in rows:
@@ -114,7 +126,8 @@ def pairs(rows) -> list[dict]:
         if held := gold_passages(row, parts):
             text = passage_text(row["title"], parts[held[0]].text)
             number = numbers.setdefault(row["context"], len(numbers))
-            found.append({"question": row["question"], "passage": text, "document": number, "title": row["title"]})
+            pair = {"question": row["question"], "passage": text, "document": number, "title": row["title"]}
+            found.append(pair | {"context": row["context"], "contexts": contexts[row["question"]]})
     return found
 
 
@@ -134,17 +147,22 @@ def make_groups(pairs: list[dict], size: int, seed: int) -> list[list[dict]]:
     return draw.sample(made, count)
 
 
-def group_rows(rows, size: int, seed: int, ids: Callable[[list[str], str], list[list[int]]]) -> Dataset:
-    """A row for each group: `input_ids` of its questions, then of its passages; `document` of each passage; `length` of all.
+def group_rows(
+    split, most: int | None, size: int, seed: int, ids: Callable[[list[str], str], list[list[int]]]
+) -> Dataset:
+    """A row for each group: `input_ids` of its questions, then of its passages; `document` of each passage; `length` of all;
+    `right`, for each question which of the passages answer it.
 
     Args:
+        most: rows of the split to take.
         ids: texts and what they are, `question` or `passage` -> the token ids of each.
     """
     made = []
-    for group in make_groups(pairs(rows), size, seed):
+    for group in make_groups(pairs(first_rows(split, most), contexts_of(split)), size, seed):
         texts = [text for kind in ("question", "passage") for text in ids([pair[kind] for pair in group], kind)]
         document = [pair["document"] for pair in group]
-        made.append({"input_ids": texts, "document": document, "length": sum(map(len, texts))})
+        right = [[other["context"] in pair["contexts"] for other in group] for pair in group]
+        made.append({"input_ids": texts, "document": document, "right": right, "length": sum(map(len, texts))})
     return Dataset.from_list(made)
 
 
@@ -159,16 +177,24 @@ def documents_for(rows, others, most: int) -> list[dict]:
     return [{"source": str(i), "title": title, "text": text} for i, (text, title) in enumerate(found.items())]
 
 
-def gold_of(rows, documents: list[dict], passages: list) -> list[set[int]]:
-    """For each row the ids of the passages of the index that hold its answer."""
+def gold_of(rows, others, documents: list[dict], passages: list) -> list[set[int]]:
+    """For each row the ids of the passages of the index that hold its answer, or that to the same question in `others`."""
+    asked = set(rows["question"])
+    same: dict[str, list[dict]] = {}
+    for part in others:
+        wanted = [i for i, question in enumerate(part["question"]) if question in asked]
+        for row in part.select(wanted):
+            same.setdefault(row["question"], []).append(row)
     number = {document["text"]: document["source"] for document in documents}
     of_source: dict[str, list] = {}
     for passage in passages:
         of_source.setdefault(passage.source, []).append(passage)
     found = []
-    for row in rows:
-        parts = of_source[number[row["context"]]]
-        found.append({parts[i].id for i in gold_passages(row, parts)})
+    for question in rows["question"]:
+        found.append(set())
+        for row in same[question]:
+            parts = of_source.get(number.get(row["context"]), [])
+            found[-1] |= {parts[i].id for i in gold_passages(row, parts)}
     return found
 
 

@@ -33,7 +33,7 @@ def load_model(source: Path, dropout: float, settings: dict, device):
     Raises:
         UserError: the architecture is no encoder.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(
             f"{source}: a {config.model_type} model gives no vectors of texts; take BERT or another encoder."
@@ -46,6 +46,7 @@ def load_model(source: Path, dropout: float, settings: dict, device):
         **changes,
         dtype=torch.float32,
         use_safetensors=True,
+        trust_remote_code=False,
         attn_implementation=PACKED if packed else None,
     )
     if getattr(model, "pooler", None) is not None:
@@ -75,7 +76,7 @@ class GroupCollator:
     def __call__(self, groups: list[dict]) -> dict:
         batch = self.texts([ids for group in groups for ids in group["input_ids"]])
         batch["pairs"] = torch.tensor([len(group["document"]) for group in groups])
-        batch["document"] = torch.tensor([number for group in groups for number in group["document"]])
+        batch["right"] = torch.tensor([each for group in groups for row in group["right"] for each in row])
         return batch
 
 
@@ -90,20 +91,20 @@ def embed(model, batch: dict, pooling: str) -> torch.Tensor:
 
 
 def group_losses(vectors: torch.Tensor, batch: dict) -> torch.Tensor:
-    """(groups,) the mean over a group's questions of the cross-entropy of finding the own passage among all of it, in nats.
+    """(groups,) the mean over a group's questions of the cross-entropy of finding the own passage among the wrong ones, in nats.
 
     Args:
-        vectors: (texts,) of `GroupCollator`'s batch: of each group the questions, then the passages. A passage of the same
-            document as the right one is no wrong one.
+        vectors: (texts, width) of `GroupCollator`'s batch: of each group the questions, then the passages. Another passage that
+            answers a question, too, is no wrong one.
     """
     losses, start, first = [], 0, 0
     for pairs in batch["pairs"].tolist():
         questions, passages = vectors[start : start + pairs], vectors[start + pairs : start + 2 * pairs]
-        document = batch["document"][first : first + pairs]
-        same = (document[:, None] == document) & ~torch.eye(pairs, dtype=torch.bool, device=document.device)
-        scores = (questions @ passages.T / TEMPERATURE).masked_fill(same, -torch.inf)
+        right = batch["right"][first : first + pairs**2].view(pairs, pairs)
+        too = right & ~torch.eye(pairs, dtype=torch.bool, device=right.device)
+        scores = (questions @ passages.T / TEMPERATURE).masked_fill(too, -torch.inf)
         losses.append(F.cross_entropy(scores, torch.arange(pairs, device=scores.device)))
-        start, first = start + 2 * pairs, first + pairs
+        start, first = start + 2 * pairs, first + pairs**2
     return torch.stack(losses)
 
 
@@ -116,7 +117,7 @@ class RetrieverTrainer(Trainer):
         self.pooling = pooling
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["input_ids", "document", "length"]
+        self._signature_columns = ["input_ids", "document", "right", "length"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean of `group_losses`."""

@@ -24,8 +24,7 @@ class ScriptArguments:
 
     max_length: int = field(default=256, metadata={"help": "Tokens of a question or passage; what is longer is cut."})
     group_size: int = field(
-        default=16,
-        metadata={"help": "Pairs of question and passage in a row: each finds its passage among those of the others."},
+        default=16, metadata={"help": "Pairs in a row: each question finds its passage among those of the others."}
     )
     dropout: float = field(default=0.1, metadata={"help": "Dropout on hidden states; inside attention there is none."})
     pooling: Literal["mean", "cls"] = field(
@@ -120,7 +119,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}
@@ -130,12 +129,13 @@ def main(script_args, args, run_args) -> None:
         return tokenize(tokenizer, list(texts), settings[f"{kind}_prompt"], script_args.max_length)
 
     groups = {
-        name: question_rows.group_rows(first_rows(splits[name], most), script_args.group_size, args.seed, ids)
+        name: question_rows.group_rows(splits[name], most, script_args.group_size, args.seed, ids)
         for name, most in limits.items()
     }
-    lengths = [len(text) for group in groups["train"]["input_ids"] for text in group]
+    pairs = [pair for ids in groups["train"]["input_ids"] for pair in zip(ids, ids[len(ids) // 2 :], strict=False)]
+    lengths = [len(text) for pair in pairs for text in pair]
     facts = {
-        "pairs": sum(map(len, groups["train"]["document"])),
+        "pairs": len(pairs),
         "groups": len(groups["train"]),
         "documents": len(set(sum(groups["train"]["document"], []))),
         "tokens": sum(lengths),
@@ -145,10 +145,10 @@ def main(script_args, args, run_args) -> None:
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
 
     def seen(i: int) -> str:
-        texts = tokenizer.batch_decode(groups["train"][i]["input_ids"])
-        return "\n\n".join(f"{a}\n-> [[{b}]]" for a, b in zip(texts, texts[len(texts) // 2 :], strict=False))
+        question, passage = tokenizer.batch_decode(pairs[i])
+        return f"{question}\n-> [[{passage}]]"
 
-    show_data(run_args, groups["train"]["length"], seen, 2 * script_args.group_size * script_args.max_length)
+    show_data(run_args, [len(q) + len(p) for q, p in pairs], seen, 2 * script_args.max_length)
 
     # Model
     set_seed(args.seed)
@@ -183,7 +183,7 @@ def main(script_args, args, run_args) -> None:
     (index := Index(":memory:")).update(documents)
     passages = list(index.passages())
     numbers = np.array([passage.id for passage in passages])
-    gold = question_rows.gold_of(rows, documents, passages)
+    gold = question_rows.gold_of(rows, others, documents, passages)
     asked = ids(rows["question"], "question")
     texts = ids((passage_text(each.title, each.text) for each in passages), "passage")
 

@@ -164,6 +164,21 @@ def test_a_package_stays_on_one_side():
     assert found == ["a", "a", "3\n5", "4", "3\n5"]
 
 
+def test_all_documents_that_a_question_is_asked_of_answer_it():
+    rows = Dataset.from_dict({"question": ["a?", "a?", "b?"], "context": ["a 1", "b 2", "b 2"], "title": ["", "", ""]})
+    rows = rows.add_column("answer", ["1", "2", "2"]).add_column("answer_start", [2, 2, 2])
+    group = question_rows.group_rows(rows, None, 3, 0, lambda texts, kind: [[len(text)] for text in texts])[0]
+    order = [
+        question_rows.pairs(rows, question_rows.contexts_of(rows)).index(p)
+        for p in question_rows.make_groups(question_rows.pairs(rows, question_rows.contexts_of(rows)), 3, 0)[0]
+    ]
+    wanted = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1]], dtype=bool)
+    np.testing.assert_array_equal(np.array(group["right"]), wanted[order][:, order])
+    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, (), 9))
+    passages = list(index.passages())
+    assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [{1, 2}, {2}]
+
+
 def test_groups_hold_each_pair_once():
     pairs = [{"question": str(i), "title": f"t{i // 3:02}"} for i in range(103)]
     made = question_rows.make_groups(pairs, 8, seed=0)
@@ -190,11 +205,12 @@ def test_documents_to_search_are_those_of_the_rows_then_others():
 def test_the_loss_of_a_group_by_hand():
     draw = torch.Generator().manual_seed(0)
     vectors = torch.nn.functional.normalize(torch.randn(10, 4, generator=draw), dim=-1)
-    batch = {"pairs": torch.tensor([3, 2]), "document": torch.tensor([7, 8, 7, 1, 2])}
+    right = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1]]).bool(), torch.eye(2).bool()
+    batch = {"pairs": torch.tensor([3, 2]), "right": torch.cat([each.flatten() for each in right])}
     found = retriever.group_losses(vectors, batch)
     q, p = vectors[:3], vectors[3:6]
     scores = (q @ p.T / 0.05).exp()
-    scores[0, 2] = scores[2, 0] = 0  # the same document is no wrong one
+    scores[0, 2] = 0  # that passage answers it, too
     assert found[0].item() == pytest.approx(-(scores.diagonal() / scores.sum(1)).log().mean().item(), rel=1e-5)
     q, p = vectors[6:8], vectors[8:]
     expected = torch.nn.functional.cross_entropy(q @ p.T / 0.05, torch.arange(2))
