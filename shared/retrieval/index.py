@@ -1,8 +1,9 @@
 """Documents in one SQLite file, found by BM25, by the vectors of an encoder, or both fused. Used by __main__.py and tasks.
 
-Words, vectors and texts of a document are written in one transaction, so a process that is killed leaves each document whole or
-absent; what has been indexed before is kept, and the next update goes on. BM25 is SQLite's own FTS5 (k1 1.2, b 0.75): bm25s would
-be a second store beside the file, which no transaction covers. Vectors are compared exactly, one matrix product a question:
+Words and texts of a document are written in one transaction, so a process that is killed leaves each document whole or
+absent; what was indexed before is kept, and the next update goes on. Vectors take nearly all of the time and come last:
+until a passage has its own, it is found by its words. BM25 is SQLite's own FTS5 (k1 1.2, b 0.75): bm25s would be a
+second store beside the file, which no transaction covers. Vectors are compared exactly, one matrix product a question:
 sqlite-vec does no less work, and needs loadable extensions, without which many builds of Python come.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from shared import UserError, one_spelling
 from shared.retrieval.passages import WORD, cut
@@ -26,7 +28,8 @@ LONGEST_QUESTION = 10_000  # characters
 DEPTH = 100  # places of each ranking that are fused
 AT_ONCE = 200  # passages encoded and written in one transaction
 # Words in more passages, and in a larger share of them, tell little, and reading their lists is what takes time
-COMMON, FEW = 0.1, 1000
+COMMON, FEW = 0.05, 1000
+TITLE = 4  # times that BM25 counts the words of a title
 TABLES = """
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE documents (source TEXT PRIMARY KEY, digest TEXT);
@@ -71,6 +74,11 @@ def terms(text: str) -> list[str]:
 def passage_text(title: str, text: str) -> str:
     """What is indexed of a passage, for both rankings: its document's title stands before it."""
     return f"{title}\n{text}" if title else text
+
+
+def _words(title: str, text: str) -> str:
+    """What BM25 counts of a passage."""
+    return " ".join(terms(title) * TITLE + terms(text))
 
 
 def fuse(rankings: Iterable[Iterable[int]], most: int) -> list[tuple[int, float]]:
@@ -180,24 +188,38 @@ class Index:
         counts["removed"] = len(gone)
         with self.connection:
             self._remove(gone)
+        if self.encoder:
+            self._encode()
         return counts
 
     def _write(self, documents: list[tuple]) -> None:
         """All of these documents or none, in the place of what the index had of them."""
-        texts = [passage_text(title, part.text) for _, _, title, passages in documents for part in passages]
-        vectors = iter(self.encoder.encode(texts, "passage") if self.encoder and texts else [None] * len(texts))
         with self.connection:
             self._remove([source for source, *_ in documents])
             for source, digest, title, passages in documents:
                 self.connection.execute("INSERT INTO documents VALUES (?, ?)", (source, digest))
                 for part in passages:
-                    vector = next(vectors)
-                    blob = None if vector is None else vector.astype(np.float16).tobytes()
-                    row = (source, title, part.heading, part.line, part.start, part.text, blob)
-                    names = "source, title, heading, line, start, text, vector"
-                    added = self.connection.execute(f"INSERT INTO passages ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-                    words = " ".join(terms(passage_text(title, part.text)))
+                    row = (source, title, part.heading, part.line, part.start, part.text)
+                    names = "source, title, heading, line, start, text"
+                    added = self.connection.execute(f"INSERT INTO passages ({names}) VALUES (?, ?, ?, ?, ?, ?)", row)
+                    words = _words(title, part.text)
                     self.connection.execute("INSERT INTO words (rowid, terms) VALUES (?, ?)", (added.lastrowid, words))
+
+    def _encode(self) -> None:
+        """Gives each passage without a vector its own; like lengths together, little is padded."""
+        rows = self.connection.execute("SELECT id FROM passages WHERE vector IS NULL ORDER BY length(text)").fetchall()
+        numbers = [row[0] for row in rows]
+        with tqdm(total=len(numbers), desc="vectors", unit=" passages", disable=None) as bar:
+            for start in range(0, len(numbers), AT_ONCE):
+                some = numbers[start : start + AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                rows = self.connection.execute(f"SELECT id, title, text FROM passages WHERE id IN ({marks})", some)
+                ids, texts = zip(*((number, passage_text(title, text)) for number, title, text in rows), strict=True)
+                vectors = self.encoder.encode(texts, "passage").astype(np.float16)
+                blobs = [(vector.tobytes(), number) for number, vector in zip(ids, vectors, strict=True)]
+                with self.connection:
+                    self.connection.executemany("UPDATE passages SET vector = ? WHERE id = ?", blobs)
+                bar.update(len(some))
         self._vectors = None
 
     def _remove(self, sources: list[str]) -> None:
@@ -206,7 +228,7 @@ class Index:
                 "SELECT id, title, text FROM passages WHERE source = ?", (source,)
             ).fetchall()
             # The table of words keeps lists of passages alone, and must be told which words to take this one from
-            words = [(identity, " ".join(terms(passage_text(title, text)))) for identity, title, text in rows]
+            words = [(identity, _words(title, text)) for identity, title, text in rows]
             self.connection.executemany("INSERT INTO words (words, rowid, terms) VALUES ('delete', ?, ?)", words)
             self.connection.execute("DELETE FROM passages WHERE source = ?", (source,))
             self.connection.execute("DELETE FROM documents WHERE source = ?", (source,))
@@ -237,15 +259,16 @@ class Index:
         if not len(ids):
             return []
         scores = matrix @ self.encoder.encode([question], "question")[0]
-        best = np.argsort(-scores, kind="stable")[:most]
-        return ids[best].tolist()
+        best = np.argpartition(-scores, most)[:most] if most < len(ids) else np.arange(len(ids))
+        return ids[best[np.lexsort((ids[best], -scores[best]))]].tolist()
 
     def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of all passages, read again when another process has written."""
         version = self.connection.execute("PRAGMA data_version").fetchone()[0]
         if self._vectors is None or self._vectors[0] != version:
-            rows = self.connection.execute("SELECT id, vector FROM passages ORDER BY id").fetchall()
-            matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float16).reshape(len(rows), -1)
+            query = "SELECT id, vector FROM passages WHERE vector IS NOT NULL ORDER BY id"
+            rows = self.connection.execute(query).fetchall()
+            matrix = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.float16).reshape(-1, self.encoder.width)
             self._vectors = version, np.array([row[0] for row in rows], dtype=np.int64), matrix.astype(np.float32)
         return self._vectors[1:]
 

@@ -173,6 +173,18 @@ def test_a_killed_index_answers_and_goes_on(tmp_path):
     assert [found.source for found in index.search("n899", 7)] == ["d899"] * 7 and not index.search("herons")
 
 
+def test_words_are_found_before_all_vectors_are_there(encoder, tmp_path, monkeypatch):
+    index = Index(tmp_path / "x.sqlite", encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index.update(DOCUMENTS)
+    assert len(index) == 5 and index.by_meaning("maps") == []
+    assert index.search("When does the library open?")[0].source == "b.md"
+    assert index.update(DOCUMENTS)["kept"] == 3 and len(index.by_meaning("maps")) == 5
+    assert len(index.by_meaning("maps", 2)) == 2 and index.by_meaning("maps", 2) == index.by_meaning("maps")[:2]
+
+
 def test_what_is_refused_is_one_line(encoder, tmp_path, tiny):
     index = Index(tmp_path / "x.sqlite", encoder)
     index.update(DOCUMENTS)
