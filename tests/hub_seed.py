@@ -336,6 +336,14 @@ def seed_datasets(hub, folder: Path) -> None:
             {("squad_v2", "squad_v2"): splits(questions, *two, unanswerable=0.33)},
             squad,
         ),
+        "taidng/UIT-ViQuAD2.0": (
+            None,
+            {
+                ("default", "data"): splits(questions, *two, unanswerable=0.33)
+                | {"test": [row | {"answers": None} for row in questions("to be sent in", 40)]}
+            },
+            squad,
+        ),
         "HuggingFaceTB/smoltalk": (
             None,
             {
@@ -584,6 +592,19 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=pieces, model_max_length=512)
 
 
+def e5_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import XLMRobertaTokenizer
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=1199, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(corpus(), trainer)
+    pieces = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], model_max_length=512)
+
+
 # Models
 
 
@@ -618,6 +639,8 @@ def seed_models(hub, folder: Path) -> None:
     end = gpt2.eos_token_id
     gpt2_config = GPT2Config(vocab_size=len(gpt2), n_embd=32, n_layer=2, n_head=4, bos_token_id=end, eos_token_id=end)
     bert_config = BertConfig(vocab_size=len(bert), max_position_embeddings=512, **sizes)
+    e5 = e5_tokenizer()
+    e5_config = BertConfig(vocab_size=len(e5), max_position_embeddings=512, **sizes)
     t5_config = T5Config(
         # 28 rows more than tokens, as 32128 is there
         vocab_size=len(t5) + 28, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -649,6 +672,8 @@ def seed_models(hub, folder: Path) -> None:
     smollm2_card |= {"pipeline_tag": "text-generation", "base_model": "HuggingFaceTB/SmolLM2-135M"}
     minilm_card = english | {"license": "apache-2.0", "library_name": "sentence-transformers"}
     minilm_card |= {"pipeline_tag": "sentence-similarity", "tags": ["sentence-transformers", "feature-extraction"]}
+    bge_card = minilm_card | {"license": "mit"}
+    e5_card = bge_card | {"language": ["multilingual", "en", "vi"]}
     float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
     models = {
         "openai-community/gpt2": (GPT2LMHeadModel, gpt2_config, gpt2, float32, english | {"license": "mit"}),
@@ -669,6 +694,8 @@ def seed_models(hub, folder: Path) -> None:
         ),
         "HuggingFaceTB/SmolLM2-135M-Instruct": (LlamaForCausalLM, smollm2_config, smollm2, bfloat16, smollm2_card),
         "sentence-transformers/all-MiniLM-L6-v2": (BertModel, bert_config, bert, float32, minilm_card),
+        "BAAI/bge-small-en-v1.5": (BertModel, bert_config, bert, float32, bge_card),
+        "intfloat/multilingual-e5-small": (BertModel, e5_config, e5, float32, e5_card),
     }  # fmt: skip
     for number, (name, (kind, config, tokenizer, dtype, metadata)) in enumerate(models.items()):
         here = folder / "models" / name
@@ -697,13 +724,15 @@ def seed_models(hub, folder: Path) -> None:
             kinds = {auto: f"modeling_falcon.{own}" for auto, own in kinds.items()}
             settings["auto_map"] = {"AutoConfig": "configuration_falcon.FalconConfig"} | kinds
             (here / "config.json").write_text(json.dumps(settings, indent=2))
-        if name.startswith("sentence-transformers"):
+        if metadata.get("library_name") == "sentence-transformers":
             parts = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
             steps = [{"path": path, "type": f"sentence_transformers.models.{part}"} for path, part in parts.items()]
             steps = [{"idx": i, "name": str(i), **step} for i, step in enumerate(steps)]
             (here / "modules.json").write_text(json.dumps(steps, indent=2))
             (here / "1_Pooling").mkdir()
-            pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+            first = name.startswith("BAAI")
+            pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": not first}
+            pooling |= {"pooling_mode_cls_token": first}
             (here / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
         gated = {"gated": "manual", "granted": {"alice"}} if name.startswith("meta-llama") else {}
         hub.create(name, **gated)

@@ -76,11 +76,13 @@ INSIDE_SHARED = {
     "inference": {"data", "metrics", "publish"},
     "export": {"data", "metrics", "publish", "inference"},
     "compare": {"metrics", "publish"},
+    "retrieval": {"data", "corpora", "publish"},
 }
 
 
 def arrows_inside_shared(root: Path) -> list[str]:
-    """{metrics, data} <- publish <- {training, inference, compare}; data <- corpora; inference <- export."""
+    """{metrics, data} <- publish <- {training, inference, compare}; {corpora, publish} <- retrieval; data <- corpora;
+    inference <- export."""
     found = []
     for path, _, tree in sources(root, "shared"):
         package = path.parts[1] if len(path.parts) > 2 else None
@@ -354,6 +356,7 @@ PLANTED = [
     (arrows_inside_shared, "shared/data/load.py", "from shared.publish import hub\n"),
     (arrows_inside_shared, "shared/inference/model.py", "from shared.training.plan import estimate\n"),
     (arrows_inside_shared, "shared/publish/card.py", "def f():\n    from shared import training\n"),
+    (arrows_inside_shared, "shared/corpora/build.py", "from shared.retrieval import index\n"),
     (arrows_inside_shared, "shared/helpers.py", "x = 1\n"),
     (long_files, "deploy/api.py", "x = 1\n" * 451),
     (shadows, "tasks/one/evaluate.py", "x = 1\n"),

@@ -12,6 +12,7 @@ import task_runs
 from checkout import ROOT
 
 from shared.data import assets
+from shared.retrieval.__main__ import main as retrieval
 
 # deploy/README.md: tests/deploy/test_deploy_api.py
 READMES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("tasks/*/README.md"), *ROOT.glob("shared/**/README.md")])
@@ -103,6 +104,12 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
         (tmp_path / "a.txt").write_text(" ".join(f"word{i}" for i in range(100)))
         words[words.index("--output") + 1] = str(tmp_path / words[words.index("--output") + 1])
         environment["PATH"] = f"{slurm_commands.write(tmp_path / 'slurm')}:{os.environ['PATH']}"
+    if "-m shared.retrieval" in command:
+        (tmp_path / "a.txt").write_text("DataLoader returns batches of samples.")
+        index = [str(tmp_path / "a.txt"), "--index", str(tmp_path / "x.sqlite"), "--model", str(tiny_bert)]
+        if "--ask" in words:
+            assert retrieval(index) == 0
+        words[3:] = [*index, "--ask", words[-1]] if "--ask" in words else index
     if "tasks/chat_sft/train.py" in words:
         if "--dataset" in words:
             words[words.index("--dataset") + 1] = str(data)
@@ -143,7 +150,7 @@ def test_the_command_runs(command, tiny, tiny_bert, hub, data, tmp_path):
             words[words.index("--model_name_or_path") + 1] = str(tiny / "gpt2")
         words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--vocab_size", "400"]
         words += ["--block_length", "32", "--per_device_train_batch_size", "4"]
-    if "tasks/qa_squad/train.py" in words:
+    if {"tasks/qa_squad/train.py", "tasks/rag_docs/train.py"} & set(words):
         squad_file, rows_file = tmp_path / "squad.json", tmp_path / "rows.csv"
         texts = [f"{i} {i * 3}: {'red' if i % 2 else 'blue'}" for i in range(40)]
         asked = [

@@ -44,8 +44,8 @@ TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
 BATCH = 500_000  # characters sent to another process at once
 
 
-def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict | str:
-    """A document of `documents` or `crawl` as the row to write, or the reason for dropping it."""
+def with_text(row: dict | str) -> dict | str:
+    """A document of `documents` or `crawl` with its `text`, `title` and `license`, not cleaned, or the reason why it has none."""
     if isinstance(row, str):
         return row
     text, title, terms = row.get("text"), row.get("title"), row.get("license")
@@ -72,13 +72,20 @@ def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict
             return "no text in the page"
     if isinstance(text, str) and (old := _old(text[:2000])):
         text = to_unicode(text, old)
+    return {"text": text, "source": str(row["source"]), "title": str(title or ""), "license": str(terms or "")}
+
+
+def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict | str:
+    """A document of `documents` or `crawl` as the row to write, or the reason for dropping it."""
+    row = with_text(row)
+    if isinstance(row, str):
+        return row
     filters = [words_between(fewest), repetitive, *([languages(*codes)] if codes else [])]
-    clean = document_cleaner(filters=filters)({"text": text})
+    clean = document_cleaner(filters=filters)({"text": row["text"]})
     if isinstance(clean, str):
         return clean
     digest = hashlib.sha256(clean["text"].encode("utf8")).hexdigest()
-    clean |= {"source": str(row["source"]), "title": str(title or ""), "license": str(terms or ""), "sha256": digest}
-    return clean
+    return row | clean | {"sha256": digest}
 
 
 def prepare(row: dict | str, fewest: int, codes: tuple[str, ...]) -> str | tuple[dict, np.ndarray]:

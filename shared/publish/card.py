@@ -35,6 +35,14 @@ METRICS = {
     "no_answer_f1": ("f1", "F1 of questions without an answer"),
     "best_exact_match": ("exact_match", "Exact match at the best threshold for these rows"),
     "best_f1": ("f1", "F1 at the best threshold for these rows"),
+    "mrr": ("mrr", "Mean reciprocal rank"),
+    "recall_at_1": ("recall", "Right passage first"),
+    "recall_at_5": ("recall", "Right passage among the first 5"),
+    "recall_at_10": ("recall", "Right passage among the first 10"),
+    "fused_mrr": ("mrr", "Mean reciprocal rank, together with BM25"),
+    "fused_recall_at_1": ("recall", "Right passage first, together with BM25"),
+    "fused_recall_at_5": ("recall", "Right passage among the first 5, together with BM25"),
+    "fused_recall_at_10": ("recall", "Right passage among the first 10, together with BM25"),
     "margin": ("margin", "Margin of chosen over rejected replies (nats per token)"),
 }
 NOT_METRICS = ("_ci95", "_threshold", "_rows", "_tokens", "_samples", "_runtime", "_seconds", "_per_second", "_time")

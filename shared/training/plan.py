@@ -128,7 +128,8 @@ def make_fake(model, mode: FakeTensorMode, dtypes: dict[int, torch.dtype]) -> li
 
 
 def one_loss(model, rows: int, length: int, target_length: int, kept: int) -> torch.Tensor:
-    """The loss of one micro-batch of zeros, built for what kind of model it is: causal, masked, seq2seq, spans or classes.
+    """The loss of one micro-batch of zeros, built for what kind of model it is: causal, masked, seq2seq, spans, classes or
+    vectors.
 
     Args:
         kept: positions of each row whose logits exist; 0 where there is no vocabulary.
@@ -146,7 +147,12 @@ def one_loss(model, rows: int, length: int, target_length: int, kept: int) -> to
         logits = inner.get_output_embeddings()(transform(hidden))
     else:
         output = model(input_ids=ids)
-        logits = output.logits if hasattr(output, "logits") else torch.stack([output.start_logits, output.end_logits])
+        if hasattr(output, "last_hidden_state"):  # an encoder without a head: one vector a row
+            logits = output.last_hidden_state.sum(1)
+        else:
+            logits = (
+                output.logits if hasattr(output, "logits") else torch.stack([output.start_logits, output.end_logits])
+            )
     logits = logits.float().flatten(0, -2)
     return torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
 
@@ -202,6 +208,7 @@ def print_plan(
     positions_at_once: int | None = None,
     in_4bit: bool = False,
     pairs: bool = False,
+    texts: int = 1,
     smaller: str = "a smaller model",
     **_,
 ) -> None:
@@ -216,6 +223,7 @@ def print_plan(
         in_4bit: see `estimate`.
         pairs: a row is a pair of texts (DPO), `longest_row` the longer of them and `tokens` those of both; a frozen reference
             reads them once more, half of the work of a step that trains an adapter.
+        texts: of a row; `longest_row` is then the longest of them, and `tokens` those of all.
         smaller: what else needs less memory in this task, in words.
     """
     here = run_args.hardware == "this"
@@ -233,7 +241,7 @@ def print_plan(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    texts = 2 if pairs else 1
+    texts = 2 if pairs else texts
     per_step = micro * accumulated * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_step * args.num_train_epochs)
 

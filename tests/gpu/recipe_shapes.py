@@ -81,6 +81,7 @@ def write_rows(task: str, path: Path, count: int, length: int) -> Path:
                 "question": f"Which is {i}?",
                 "answers": f"{i * 7919}",
             },
+            "rag_docs": {"context": f"{i} {text(length)}", "question": f"{i} {text(length // 8)}"},
             "summarize_t5": {"document": f"{i} {text(length)}", "summary": text(length // 6)},
         }[task]
         rows.append(json.dumps(row))

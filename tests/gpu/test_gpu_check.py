@@ -34,6 +34,7 @@ RECIPES = {
     "mlm_bert/configs/t4.yaml": "BERT",
     "classify_bert/configs/t4.yaml": "BERT",
     "qa_squad/configs/t4.yaml": "BERT",
+    "rag_docs/configs/t4.yaml": "BERT",
     "summarize_t5/configs/t4.yaml": "T5",
     "summarize_t5/configs/t4_bart.yaml": "BART",
     "chat_sft/configs/t4.yaml": "SmolLM2",

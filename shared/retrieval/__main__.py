@@ -1,0 +1,89 @@
+"""Indexes documents, and finds passages for a question.
+
+    python -m shared.retrieval docs:prose --index docs.sqlite
+    python -m shared.retrieval --index docs.sqlite --ask "What does DataLoader return?"
+
+The same command again indexes what has changed, and removes what is gone. A SOURCE is what `python -m shared.corpora` reads from
+this machine: a file or folder (txt, md, html, pdf, jsonl, csv, a wiki dump), or a `docs:` name.
+"""
+
+import argparse
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shared import UserError
+
+log = logging.getLogger("taskbook")
+
+
+def texts_of(source: str) -> Iterator[dict]:
+    """Documents of a source with their text as it stands there: places in it are lines of the file."""
+    from shared.corpora.build import with_text
+    from shared.corpora.readers import documents
+    from shared.data.cleaning import malformed
+
+    passed_over = Counter()
+    for row in map(with_text, documents(source)):
+        reason = row.removeprefix("bad: ") if isinstance(row, str) else malformed(row.get("text"))
+        if reason:
+            passed_over[reason.split("\n")[0]] += 1
+        else:
+            yield row
+    if passed_over:
+        log.warning("%s: passed over: %s", source, ", ".join(f"{count:,} {why}" for why, count in passed_over.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shared.retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", nargs="?", help="what to index; the index then holds this and nothing else")
+    parser.add_argument("--index", required=True, help="the file of the index; it is made where there is none")
+    parser.add_argument("--model", default="pypi:minilm-l6", help="encoder: a folder, org/name or pypi:name")
+    parser.add_argument("--ask", help="a question; the passages that answer best are shown, with their places")
+    parser.add_argument("--most", type=int, default=5, help="passages to show (default: 5)")
+    options = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options) -> None:
+    if not options.source and options.ask is None:
+        raise UserError("nothing to do: name a SOURCE to index, or --ask a question.")
+    if not options.source and not Path(options.index).is_file():
+        raise UserError(f"{options.index}: no such index. Name a SOURCE to make it from.")
+    import transformers
+
+    from shared.publish.hub import pull
+    from shared.retrieval.encoder import Encoder
+    from shared.retrieval.index import Index
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    index = Index(options.index, Encoder(pull(options.model)))
+    if options.source:
+        counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))
+        said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        print(f"{options.index}: {len(index):,} passages; documents: {said}")
+    if options.ask is not None:
+        found = index.search(options.ask, options.most)
+        if not found:
+            print(f"Nothing in {options.index} has to do with that.")
+        for number, passage in enumerate(found, 1):
+            place = " > ".join(filter(None, (passage.title, passage.heading)))
+            print(f"[{number}] {place} ({passage.source}, line {passage.line})\n{passage.text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

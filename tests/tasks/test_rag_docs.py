@@ -1,0 +1,278 @@
+"""tasks/rag_docs: rows, groups, rankings and their scores, the loss, a run end to end, resume, errors. Tiny models, real code."""
+
+import json
+import random
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import question_rows
+import retriever
+import task_runs
+import torch
+from checkout import ROOT, train_script
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+from shared import UserError
+from shared.retrieval.encoder import SETTINGS, Encoder
+from shared.retrieval.index import Index
+from shared.retrieval.passages import cut
+from shared.training.arguments import parse
+
+rag_docs = train_script("rag_docs")
+TASK = ROOT / "tasks" / "rag_docs"
+TRAINING = "transformers.training_args:TrainingArguments"
+WORDS = {
+    "red": "crimson",
+    "green": "lime",
+    "blue": "navy",
+    "white": "snow",
+    "black": "coal",
+    "grey": "ash",
+    "pink": "rose",
+}
+CITIES = {"Hanoi": "Vietnam", "Paris": "France", "Lima": "Peru", "Oslo": "Norway", "Cairo": "Egypt", "Rome": "Italy"}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """SQuAD's JSON: 42 articles of a colour and a city, asked for in words that the text does not have; BM25 finds none."""
+    path, articles = tmp_path_factory.mktemp("questions") / "squad.json", []
+    for i, (colour, city) in enumerate((colour, city) for colour in WORDS for city in CITIES):
+        context = f"A {colour} house stands in {city}."
+        asked = [
+            f"Which {WORDS[colour]} building is {where} {CITIES[city]}?" for where in ("at", "inside", "of", "from")
+        ]
+        answers = [{"text": city, "answer_start": context.index(city)}]
+        qas = [{"id": f"{i}-{j}", "question": question, "answers": answers} for j, question in enumerate(asked)]
+        articles.append({"title": f"t{i}", "paragraphs": [{"context": context, "qas": qas}]})
+    path.write_text(json.dumps({"data": articles}))
+    return path
+
+
+def flags(model, questions, output, **options):
+    options = {
+        "model_name_or_path": model,
+        "dataset": questions,
+        "output_dir": output,
+        "max_length": 24,
+        "group_size": 8,
+        "dropout": 0.0,
+        "max_steps": 60,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "logging_steps": 5,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    } | options
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+command = partial(task_runs.command, TASK / "train.py")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert, questions, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "rag"
+    ran = command(*flags(tiny_bert, questions, output))
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return output
+
+
+def test_it_learns_what_words_mean_and_is_saved_whole(run):
+    """Documents of the test split were never trained on: their colours and cities were, each with others."""
+    results = json.loads((run / "all_results.json").read_text())
+    losses = list(task_runs.losses(run).values())
+    assert losses[-1] < 0.6 * losses[0], losses
+    assert results["test_recall_at_1"] > results["base_recall_at_1"] + 0.2, results
+    assert results["test_mrr"] > results["baseline_random_mrr"] and results["baseline_bm25_mrr"] <= results["test_mrr"]
+    assert results["documents"] == results["passages"] == 42 and results["test_fused_mrr"] > results["base_fused_mrr"]
+    low, high = results["test_mrr_ci95"]
+    assert low <= results["test_mrr"] <= high
+    text = ["A red house stands in Oslo."]
+    ours = Encoder(run)
+    assert ours.settings == SETTINGS | {"max_length": 24}
+    theirs = SentenceTransformer(str(run), device="cpu").encode_document(text)
+    np.testing.assert_allclose(ours.encode(text, "passage"), theirs, atol=1e-5)
+    index = Index(":memory:", ours)
+    texts = {row["context"] for row in map(json.loads, (run / "test.jsonl").read_text().splitlines())}
+    index.update([{"source": text, "text": text} for text in sorted(texts)])
+    row = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert index.search(row["prompt"]) and {"prompt", "base", "trained", "reference"} <= row.keys()
+    card = (run / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card and "Right passage first, together with BM25" in card
+    assert "Did it help? Better than" in card and not list(run.glob("*.sqlite*"))
+
+
+def test_a_killed_run_ends_with_the_same_weights(tiny_bert, questions, tmp_path):
+    from safetensors.numpy import load_file
+
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    argv = {name: flags(tiny_bert, questions, tmp_path / name, dropout=0.1, **options) for name in ("whole", "killed")}
+    assert command(*argv["whole"]).returncode == 0
+    killed = tmp_path / "killed"
+    assert task_runs.interrupt(TASK / "train.py", argv["killed"], killed, 4, signal.SIGKILL) == -signal.SIGKILL
+    again = command(*argv["killed"])
+    assert again.returncode == 0 and "Resumes from" in again.stdout, again.stderr[-3000:]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"answers": {"text": ["b"], "answer_start": [4]}}, ("b", 4)),
+        ({"answers": {"text": ["b"], "answer_start": [3]}}, ("b", 2)),  # its place is wrong
+        ({"answers": [{"text": "c", "answer_start": 6}]}, ("c", 6)),
+        ({"answers": " c "}, ("c", 6)),
+        ({"answers": ["c", "b"]}, ("c", 6)),
+        ({"answers": {"text": [], "answer_start": []}}, "no answer"),
+        ({"answers": []}, "no answer"),
+        ({"answers": None}, "no answer"),
+        ({"answers": "x"}, "bad: answer not in its context"),
+        ({"answers": 7}, "bad: wrong type"),
+        ({"question": " "}, "bad: empty"),
+        ({"context": None}, "bad: missing"),
+    ],
+)
+def test_rows(row, expected):
+    row = {"context": "a b b c", "question": "?", "answers": "c", "title": None} | row
+    found = question_rows.to_row(row, dict.fromkeys(row) | {name: name for name in row})
+    assert (found if isinstance(found, str) else (found["answer"], found["answer_start"])) == expected
+
+
+def test_without_answers_the_whole_text_is_the_answer():
+    found = question_rows.to_row({"body": "x " * 300, "question": "?"}, {"context": "body", "question": "question"})
+    assert found["answer"] == "" and question_rows.gold_passages(found, cut(found["context"])) == [0, 1, 2]
+
+
+def test_the_passage_with_the_answer_is_the_right_one():
+    context = "\n\n".join(f"Paragraph {i} " + "word " * 80 + f"end{i}." for i in range(4))
+    row = {"context": context, "answer": "end2", "answer_start": context.index("end2")}
+    assert question_rows.gold_passages(row, cut(context)) == [2]
+
+
+def test_a_package_stays_on_one_side():
+    rows = {"title": ["a.b", "a", "The river", "", "The river"], "context": ["1", "2", "3", "4", "5"]}
+    found = question_rows.groups(rows)
+    assert found == ["a", "a", "3\n5", "4", "3\n5"]
+
+
+def test_all_documents_that_a_question_is_asked_of_answer_it():
+    rows = Dataset.from_dict({"question": ["a?", "a?", "b?"], "context": ["a 1", "b 2", "b 2"], "title": ["", "", ""]})
+    rows = rows.add_column("answer", ["1", "2", "2"]).add_column("answer_start", [2, 2, 2])
+    group = question_rows.group_rows(rows, None, 3, 0, lambda texts, kind: [[len(text)] for text in texts])[0]
+    order = [
+        question_rows.pairs(rows, question_rows.contexts_of(rows)).index(p)
+        for p in question_rows.make_groups(question_rows.pairs(rows, question_rows.contexts_of(rows)), 3, 0)[0]
+    ]
+    wanted = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1]], dtype=bool)
+    np.testing.assert_array_equal(np.array(group["right"]), wanted[order][:, order])
+    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, (), 9))
+    passages = list(index.passages())
+    assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [{1, 2}, {2}]
+
+
+def test_groups_hold_each_pair_once():
+    pairs = [{"question": str(i), "title": f"t{i // 3:02}"} for i in range(103)]
+    made = question_rows.make_groups(pairs, 8, seed=0)
+    assert sorted(int(pair["question"]) for group in made for pair in group) == list(range(103))
+    assert {len(group) for group in made} <= {8, 9, 10} and len(made) == 12
+    assert made == question_rows.make_groups(pairs, 8, seed=0) != question_rows.make_groups(pairs, 8, seed=1)
+
+
+def test_scores_by_hand():
+    found = question_rows.score([[5, 6, 7], [1, 2], [3, *range(20, 30), 9]], [{6, 7}, {8}, {9}])
+    assert found["mrr"] == [1 / 2, 0.0, 1 / 12]
+    assert (found["recall_at_1"], found["recall_at_5"], found["recall_at_10"]) == ([0, 0, 0], [1, 0, 0], [1, 0, 0])
+
+
+def test_documents_to_search_are_those_of_the_rows_then_others():
+    rows = [
+        {"context": ["a", "b", "a"], "title": ["A", "B", "A"]},
+        {"context": ["c", "b", "d"], "title": ["C", "B", "D"]},
+    ]
+    for most, expected in ((1, "ab"), (3, "abc"), (9, "abcd")):
+        assert "".join(each["text"] for each in question_rows.documents_for(rows[0], rows[1:], most)) == expected
+
+
+def test_the_loss_of_a_group_by_hand():
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(10, 4, generator=draw), dim=-1)
+    right = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1]]).bool(), torch.eye(2).bool()
+    batch = {"pairs": torch.tensor([3, 2]), "right": torch.cat([each.flatten() for each in right])}
+    found = retriever.group_losses(vectors, batch)
+    q, p = vectors[:3], vectors[3:6]
+    scores = (q @ p.T / 0.05).exp()
+    scores[0, 2] = 0  # that passage answers it, too
+    assert found[0].item() == pytest.approx(-(scores.diagonal() / scores.sum(1)).log().mean().item(), rel=1e-5)
+    q, p = vectors[6:8], vectors[8:]
+    expected = torch.nn.functional.cross_entropy(q @ p.T / 0.05, torch.arange(2))
+    assert found[1].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_packed_vectors_are_padded_ones(pooling, tiny_bert):
+    draw, tokenizer = random.Random(0), AutoTokenizer.from_pretrained(tiny_bert)
+    model = retriever.load_model(tiny_bert, 0.0, SETTINGS, torch.device("cpu")).eval()
+    texts = [[101, *(draw.randrange(2000, 9000) for _ in range(length)), 102] for length in (3, 40, 11, 1)]
+    packed = retriever.embed(model, retriever.GroupCollator(tokenizer, True).texts(texts), pooling)
+    model.set_attn_implementation("sdpa")
+    padded = retriever.embed(model, retriever.GroupCollator(tokenizer, False).texts(texts), pooling)
+    assert packed.shape == (4, 32) and torch.allclose(packed, padded, atol=1e-5)
+
+
+def test_no_document_lies_on_two_sides(questions):
+    _, args, run_args = parse(
+        rag_docs.ScriptArguments, TRAINING, ["--dataset", str(questions), "--model_name_or_path", "x"]
+    )
+    splits, _ = rag_docs.load_rows(run_args, args.seed)
+    sides = [set(rows["context"]) for rows in splits.values()]
+    assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == 42
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"group_size": 1}, "holds no wrong passage"),
+        ({"max_length": 4000}, "reads 512 tokens at most"),
+        ({"model_name_or_path": "gpt2"}, "gives no vectors of texts"),
+        ({"dataset": "broken.json"}, "not SQuAD's JSON"),
+    ],
+)
+def test_errors_are_one_line(options, said, tiny, tiny_bert, questions, tmp_path):
+    (tmp_path / "broken.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "x", "qas": [{}]}]}]}))
+    options = {
+        name: {"gpt2": tiny / "gpt2", "broken.json": tmp_path / "broken.json"}.get(value, value)
+        for name, value in options.items()
+    }
+    argv = flags(tiny_bert, questions, tmp_path / "run", **options)
+    with pytest.raises(UserError, match=said) as refused:
+        rag_docs.main(*parse(rag_docs.ScriptArguments, TRAINING, argv))
+    assert "\n" not in str(refused.value).strip()
+
+
+def test_the_plan_and_the_rows_are_shown(tiny_bert, questions, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "taskbook")
+    for extra, said in ((["--dry_run"], "GB memory"), (["--show_data", "1"], "[[")):
+        argv = [*flags(tiny_bert, questions, tmp_path / "run"), *extra]
+        try:
+            rag_docs.main(*parse(rag_docs.ScriptArguments, TRAINING, argv))
+        except SystemExit as left:
+            assert not left.code
+        assert said in capsys.readouterr().out + caplog.text
+    assert not Path(tmp_path / "run").exists()
+
+
+def test_rows_of_the_hub_and_of_tables_are_the_same(questions, tmp_path):
+    rows = question_rows.read(str(questions), None)["train"]
+    Dataset.from_list(list(rows)).to_json(tmp_path / "rows.jsonl")
+    again = question_rows.read(str(tmp_path / "rows.jsonl"), None)["train"]
+    places = {name: name for name in ("context", "question", "title", "answers")}
+    assert [question_rows.to_row(a, places) for a in rows] == [question_rows.to_row(b, places) for b in again]
