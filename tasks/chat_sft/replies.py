@@ -9,7 +9,8 @@ from transformers import GenerationConfig
 
 from shared.inference.torch_runner import carries_state
 
-MOST, FEWEST = 128, 32  # new tokens of a sample reply; as served it may have as many as in the card's example (methods.usage)
+# New tokens of a sample reply: as served, as many as in the card's example (methods.usage)
+MOST, FEWEST = 128, 32
 
 
 def room(chat, talks: list[dict]) -> int:
