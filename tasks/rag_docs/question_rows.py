@@ -166,14 +166,21 @@ def group_rows(
     return Dataset.from_list(made)
 
 
-def documents_for(rows, others, most: int) -> list[dict]:
-    """Documents to search: the contexts of `rows`, then those of `others` until there are `most`; each once."""
+def documents_for(rows, test, others, most: int) -> list[dict]:
+    """Documents to search: the contexts of `rows`, then those of all of `test` and of `others` until there are `most`; each once.
+
+    Of `others`, which the model may know from training, none that a question of `rows` is asked of, too: it would answer.
+    """
+    asked, known = set(rows["question"]), set()
+    for part in others:
+        known |= {c for question, c in zip(part["question"], part["context"], strict=True) if question in asked}
     found: dict[str, str] = {}
-    for part in (rows, *others):
+    for part in (rows, test, *others):
         for context, title in zip(part["context"], part["title"], strict=True):
             if len(found) >= most and part is not rows:
                 break
-            found.setdefault(context, title)
+            if part is rows or context not in known:
+                found.setdefault(context, title)
     return [{"source": str(i), "title": title, "text": text} for i, (text, title) in enumerate(found.items())]
 
 

@@ -178,12 +178,12 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     rows = first_rows(splits["test"], run_args.max_test_rows)
-    others = splits["test"], splits["validation"], splits["train"]
-    documents = question_rows.documents_for(rows, others, script_args.max_documents)
+    others = splits["validation"], splits["train"]
+    documents = question_rows.documents_for(rows, splits["test"], others, script_args.max_documents)
     (index := Index(":memory:")).update(documents)
     passages = list(index.passages())
     numbers = np.array([passage.id for passage in passages])
-    gold = question_rows.gold_of(rows, others, documents, passages)
+    gold = question_rows.gold_of(rows, [splits["test"]], documents, passages)
     asked = ids(rows["question"], "question")
     texts = ids((passage_text(each.title, each.text) for each in passages), "passage")
 

@@ -174,7 +174,7 @@ def test_all_documents_that_a_question_is_asked_of_answer_it():
     ]
     wanted = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1]], dtype=bool)
     np.testing.assert_array_equal(np.array(group["right"]), wanted[order][:, order])
-    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, (), 9))
+    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, rows, (), 9))
     passages = list(index.passages())
     assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [({1, 2}, {1, 2}), ({2}, {2})]
 
@@ -198,11 +198,13 @@ def test_scores_by_hand():
 
 def test_documents_to_search_are_those_of_the_rows_then_others():
     rows = [
-        {"context": ["a", "b", "a"], "title": ["A", "B", "A"]},
-        {"context": ["c", "b", "d"], "title": ["C", "B", "D"]},
+        {"context": ["a", "b", "a"], "title": ["A", "B", "A"], "question": ["1", "2", "3"]},
+        {"context": ["c", "b", "e", "d"], "title": ["C", "B", "E", "D"], "question": ["4", "5", "2", "6"]},
     ]
     for most, expected in ((1, "ab"), (3, "abc"), (9, "abcd")):
-        assert "".join(each["text"] for each in question_rows.documents_for(rows[0], rows[1:], most)) == expected
+        assert (
+            "".join(each["text"] for each in question_rows.documents_for(rows[0], rows[0], rows[1:], most)) == expected
+        )
 
 
 def test_the_loss_of_a_group_by_hand():
