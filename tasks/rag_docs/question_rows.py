@@ -166,19 +166,28 @@ def group_rows(
     return Dataset.from_list(made)
 
 
-def documents_for(rows, others, most: int) -> list[dict]:
-    """Documents to search: the contexts of `rows`, then those of `others` until there are `most`; each once."""
+def documents_for(rows, test, others, most: int) -> list[dict]:
+    """Documents to search: the contexts of `rows`, then those of all of `test` and of `others` until there are `most`; each once.
+
+    Of `others`, which the model may know from training, none that a question of `rows` is asked of, too: it would answer.
+    """
+    asked, known = set(rows["question"]), set()
+    for part in others:
+        known |= {c for question, c in zip(part["question"], part["context"], strict=True) if question in asked}
     found: dict[str, str] = {}
-    for part in (rows, *others):
+    for part in (rows, test, *others):
         for context, title in zip(part["context"], part["title"], strict=True):
             if len(found) >= most and part is not rows:
                 break
-            found.setdefault(context, title)
+            if part is rows or context not in known:
+                found.setdefault(context, title)
     return [{"source": str(i), "title": title, "text": text} for i, (text, title) in enumerate(found.items())]
 
 
-def gold_of(rows, others, documents: list[dict], passages: list) -> list[set[int]]:
-    """For each row the ids of the passages of the index that hold its answer, or that to the same question in `others`."""
+def gold_of(rows, others, documents: list[dict], passages: list) -> list[tuple[set[int], set[int]]]:
+    """For each row the ids of the passages of the index that hold its answer, or that to the same question in `others`; and those
+    of all passages of these documents.
+    """
     asked = set(rows["question"])
     same: dict[str, list[dict]] = {}
     for part in others:
@@ -191,21 +200,30 @@ def gold_of(rows, others, documents: list[dict], passages: list) -> list[set[int
         of_source.setdefault(passage.source, []).append(passage)
     found = []
     for question in rows["question"]:
-        found.append(set())
+        right, near = set(), set()
         for row in same[question]:
             parts = of_source.get(number.get(row["context"]), [])
-            found[-1] |= {parts[i].id for i in gold_passages(row, parts)}
+            right |= {parts[i].id for i in gold_passages(row, parts)}
+            near |= {part.id for part in parts}
+        found.append((right, near))
     return found
 
 
-def score(rankings: list[list[int]], gold: list[set[int]]) -> dict[str, list[float]]:
-    """For each row, by metric: the reciprocal of the first right place (0 where there is none), whether it is among the first."""
-    ranks = [
-        next((place for place, item in enumerate(ranking, 1) if item in right), None)
-        for ranking, right in zip(rankings, gold, strict=True)
-    ]
+def score(rankings: list[list[int]], gold: list[tuple[set[int], set[int]]]) -> dict[str, list[float]]:
+    """For each row, by metric: the reciprocal of the first right place (0 where there is none), whether it is among the first,
+    and whether any passage of a right document is.
+    """
+    ranks, near = (
+        [
+            next((place for place, item in enumerate(ranking, 1) if item in wanted[which]), None)
+            for ranking, wanted in zip(rankings, gold, strict=True)
+        ]
+        for which in (0, 1)
+    )
     found = {"mrr": [1 / rank if rank else 0.0 for rank in ranks]}
-    return found | {f"recall_at_{k}": [float(rank is not None and rank <= k) for rank in ranks] for k in PLACES}
+    for name, places in (("recall", ranks), ("document_recall", near)):
+        found |= {f"{name}_at_{k}": [float(rank is not None and rank <= k) for rank in places] for k in PLACES}
+    return found
 
 
 def names_its_subject(row: dict) -> bool:

@@ -72,8 +72,8 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     return {name: rows.remove_columns("group").shuffle(seed) for name, rows in splits.items()}, str(report)
 
 
-def compute_metrics(rankings: list[list[int]], gold: list[set[int]], prefix: str, **where) -> tuple[dict, dict]:
-    """MRR and recall at 1, 5 and 10 with 95 % intervals over questions, named `<prefix>_<metric>`; the scores of each row.
+def compute_metrics(rankings: list[list[int]], gold: list[tuple], prefix: str, **where) -> tuple[dict, dict]:
+    """MRR and recalls at 1, 5 and 10 with 95 % intervals over questions, named `<prefix>_<metric>`; the scores of each row.
 
     Args:
         where: by name a list that says for each row whether it counts, for the same once more as `<prefix>_<name>_<metric>`.
@@ -178,12 +178,12 @@ def main(script_args, args, run_args) -> None:
 
     # Evaluate
     rows = first_rows(splits["test"], run_args.max_test_rows)
-    others = splits["test"], splits["validation"], splits["train"]
-    documents = question_rows.documents_for(rows, others, script_args.max_documents)
+    others = splits["validation"], splits["train"]
+    documents = question_rows.documents_for(rows, splits["test"], others, script_args.max_documents)
     (index := Index(":memory:")).update(documents)
     passages = list(index.passages())
     numbers = np.array([passage.id for passage in passages])
-    gold = question_rows.gold_of(rows, others, documents, passages)
+    gold = question_rows.gold_of(rows, [splits["test"]], documents, passages)
     asked = ids(rows["question"], "question")
     texts = ids((passage_text(each.title, each.text) for each in passages), "passage")
 
@@ -214,7 +214,7 @@ def main(script_args, args, run_args) -> None:
     shown = {passage.id: passage_text(passage.title, passage.text)[:400] for passage in passages}
     samples = [
         {"prompt": row["question"], "base": shown[b[0]], "trained": shown[t[0]], "reference": shown[min(right)]}
-        for row, b, t, right, _ in zip(rows, base, found["test_fused"], gold, range(20), strict=False)
+        for row, b, t, (right, _), _ in zip(rows, base, found["test_fused"], gold, range(20), strict=False)
     ]
     if args.should_save:
         save_settings(Path(args.output_dir), settings, trainer.model.config.hidden_size)

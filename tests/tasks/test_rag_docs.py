@@ -174,9 +174,9 @@ def test_all_documents_that_a_question_is_asked_of_answer_it():
     ]
     wanted = np.array([[1, 1, 1], [1, 1, 1], [0, 1, 1]], dtype=bool)
     np.testing.assert_array_equal(np.array(group["right"]), wanted[order][:, order])
-    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, (), 9))
+    (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, rows, (), 9))
     passages = list(index.passages())
-    assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [{1, 2}, {2}]
+    assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [({1, 2}, {1, 2}), ({2}, {2})]
 
 
 def test_groups_hold_each_pair_once():
@@ -188,18 +188,23 @@ def test_groups_hold_each_pair_once():
 
 
 def test_scores_by_hand():
-    found = question_rows.score([[5, 6, 7], [1, 2], [3, *range(20, 30), 9]], [{6, 7}, {8}, {9}])
+    found = question_rows.score(
+        [[5, 6, 7], [1, 2], [3, *range(20, 30), 9]], [({6, 7}, {5, 6, 7}), ({8}, {8}), ({9}, {9, 29})]
+    )
     assert found["mrr"] == [1 / 2, 0.0, 1 / 12]
     assert (found["recall_at_1"], found["recall_at_5"], found["recall_at_10"]) == ([0, 0, 0], [1, 0, 0], [1, 0, 0])
+    assert [found[f"document_recall_at_{k}"] for k in (1, 5, 10)] == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
 
 
 def test_documents_to_search_are_those_of_the_rows_then_others():
     rows = [
-        {"context": ["a", "b", "a"], "title": ["A", "B", "A"]},
-        {"context": ["c", "b", "d"], "title": ["C", "B", "D"]},
+        {"context": ["a", "b", "a"], "title": ["A", "B", "A"], "question": ["1", "2", "3"]},
+        {"context": ["c", "b", "e", "d"], "title": ["C", "B", "E", "D"], "question": ["4", "5", "2", "6"]},
     ]
     for most, expected in ((1, "ab"), (3, "abc"), (9, "abcd")):
-        assert "".join(each["text"] for each in question_rows.documents_for(rows[0], rows[1:], most)) == expected
+        assert (
+            "".join(each["text"] for each in question_rows.documents_for(rows[0], rows[0], rows[1:], most)) == expected
+        )
 
 
 def test_the_loss_of_a_group_by_hand():
