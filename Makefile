@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test gpu-check lint lock new-task clean
+.PHONY: help setup demo chat ask test gpu-check lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,13 @@ demo: setup ## train, evaluate and compare a chat model on this machine: no GPU,
 # `python -m`: the working directory, and so deploy/, is on the path. The page chooses outputs/chat_sft if it is there.
 chat: setup ## open a page to chat with the model of `make demo`, or with a packaged one
 	.venv/bin/python -m streamlit run deploy/app.py $(ARGS)
+
+# The page is open while documents are indexed beside it, and answers from those that are. Both end together; the next `make ask`
+# goes on where this one stopped. The shell lets Ctrl-C pass its background job by: hence the trap.
+ask: setup ## open a page that answers from the documentation installed on this machine, with its sources
+	@mkdir -p outputs
+	@nice .venv/bin/python -m shared.retrieval docs:prose --index outputs/docs.sqlite & trap "kill $$! 2>/dev/null" EXIT INT TERM; \
+	TASKBOOK_DOCUMENTS=outputs/docs.sqlite .venv/bin/python -m streamlit run deploy/app.py $(ARGS)
 
 # `pytest`, not `python -m pytest`: the latter would find `shared` in this directory and hide a broken installation.
 # A process for each core; each makes for itself what tests share.

@@ -24,7 +24,7 @@ from shared.data.encoding import TooLong
 log = logging.getLogger("uvicorn.error")
 HEALTH = ("/livez", "/readyz")
 WORK = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
-WORK += ("/summarize", "/answer", "/fill-mask", "/classify")
+WORK += ("/search", "/summarize", "/answer", "/fill-mask", "/classify")
 DOCS = ("/docs", "/redoc", "/openapi.json")  # a browser opens them, and asks for the key as a password
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]+)?")
 
@@ -292,7 +292,7 @@ def is_loopback(host: str) -> bool:
 
 ERRORS = {
     400: "no JSON, too long for the model, or not what this model does",
-    404: "no such model",
+    404: "no such model or documents",
     408: "the body did not come in time",
     413: "body too large",
     422: "a value that is not allowed",

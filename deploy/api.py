@@ -1,10 +1,11 @@
-"""Serves models over HTTP: OpenAI's chat, completions, responses and embeddings; /summarize, /answer, /fill-mask, /classify.
+"""Serves models over HTTP: OpenAI's chat, completions, responses and embeddings; /search, /summarize, /answer and so on.
 
     python -m deploy.api --model outputs/chat_sft --model pypi:smollm2-135m-instruct
     uvicorn deploy.api:app --http h11         # the same with TASKBOOK_MODELS="outputs/chat_sft pypi:..."
 
 Environment: TASKBOOK_API_KEY (asked on every route but health; needed to listen beyond this machine), TASKBOOK_MODELS,
-TASKBOOK_ORIGINS (web pages that may call it, none by default), and the fields of `Limits` as TASKBOOK_LIMIT_QUEUED and so on.
+TASKBOOK_DOCUMENTS (indexes to answer from), TASKBOOK_ORIGINS (web pages that may call it, none by default), and the fields of
+`Limits` as TASKBOOK_LIMIT_QUEUED and so on.
 Neither prompts nor keys are logged.
 """
 
@@ -17,7 +18,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 from contextlib import aclosing, asynccontextmanager, suppress
 
 import uvicorn
@@ -41,6 +41,8 @@ from deploy.admission import (
     is_not_503,
     log,
 )
+from deploy.completions import CHAT, as_answer, as_chunks
+from deploy.documents import Collection, answer_from, cited, open_collections, reply_from
 from deploy.generation import Chunk, Usage
 from deploy.inference import DEFAULT_MODEL, Engine, model_id
 from deploy.responses import response_events
@@ -54,12 +56,14 @@ from deploy.schemas import (
     NotJSON,
     ResponsesBody,
     SamplingBody,
+    SearchBody,
     SummarizeBody,
     openapi_schemas,
     parse,
 )
-from deploy.workers import Workers
+from deploy.workers import Task, Workers
 from shared import UserError
+from shared.retrieval.answers import citations
 
 
 class Service:
@@ -68,8 +72,9 @@ class Service:
     accepted = finished + failed + cancelled + those in `admitted` now.
     """
 
-    def __init__(self, names: list[str], limits: Limits):
-        self.names, self.limits, self.engines = names, limits, {}
+    def __init__(self, names: list[str], limits: Limits, documents: tuple[str, ...] = ()):
+        self.names, self.documents, self.limits = names, documents, limits
+        self.engines, self.collections, self.workers = {}, {}, None
         self.ready = self.draining = False
         self.error: UserError | None = None
         self.admitted, self.deadlines, self.turn = 0, set(), asyncio.Lock()
@@ -85,23 +90,35 @@ class Service:
         Gauge("taskbook_admitted", "Requests inside now", registry=self.registry).set_function(lambda: self.admitted)
 
     def load(self) -> None:
-        """Loads and warms up every model; runs in a thread."""
-        workers = Workers()
+        """Loads and warms up every model, opens every index; runs in a thread."""
+        self.workers, self.collections = Workers(), open_collections(self.documents)
         for name in self.names:
-            self.engines[model_id(name)] = Engine(name, workers=workers, replies=self.limits.running)
+            self.engines[model_id(name)] = Engine(name, workers=self.workers, replies=self.limits.running)
         gc.collect()
         gc.freeze()  # libraries and models stay: looking through them again for garbage halts the server for 0.2 s each time
         self.ready = True
 
-    def engine(self, model: str | None) -> Engine:
-        """Looks a name up among the models that were loaded; it is never a path. Without a name: the only one."""
+    def works(self) -> None:
+        """Raises Refused while models are loaded, and when the server stops."""
         if not self.ready or self.draining:
             raise Refused(503, "the server is " + ("stopping." if self.draining else "loading its models."), 5)
+
+    def engine(self, model: str | None) -> Engine:
+        """Looks a name up among the models that were loaded; it is never a path. Without a name: the only one."""
+        self.works()
         if model is None and len(self.engines) == 1:
             return next(iter(self.engines.values()))
         if model not in self.engines:
             raise Refused(404, f"no model {model!r} here; GET /v1/models lists them.")
         return self.engines[model]
+
+    def collection(self, name: str) -> Collection:
+        """Looks a name up among the documents that were opened; it is never a path."""
+        self.works()
+        if name not in self.collections:
+            there = f"there are: {', '.join(self.collections)}" if self.collections else "none were named at the start"
+            raise Refused(404, f"no documents {name!r} here; {there}.")
+        return self.collections[name]
 
     def drain(self) -> None:
         """No new work; what runs may finish within `drain_seconds`."""
@@ -154,11 +171,16 @@ async def _first(queue: asyncio.Queue, seconds: float, otherwise: str):
 
 
 def create_app(
-    names: list[str], limits: Limits | None = None, key: str | None = None, origins: tuple[str, ...] = ()
+    names: list[str],
+    limits: Limits | None = None,
+    key: str | None = None,
+    origins: tuple[str, ...] = (),
+    documents: tuple[str, ...] = (),
 ) -> FastAPI:
-    """The server of these models. They are loaded when it starts, in the background: /livez answers at once, /readyz then."""
+    """The server of these models and indexes. They are loaded when it starts, in the background: /livez answers at once, /readyz
+    then."""
     limits = limits or Limits()
-    service = Service(names, limits)
+    service = Service(names, limits, documents)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -230,55 +252,37 @@ def create_app(
             result = event
         return result
 
-    async def text(request: Request, body: SamplingBody, submit, kind: str, prompts: int = 1):
-        """Both of OpenAI's routes for text; `kind` is the object's name in its answers."""
-        count, chat = prompts * body.n, kind == "chat.completion"
-        name = body.model or next(iter(service.engines))
-        head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": name,
-        }
+    async def text(request: Request, body: SamplingBody, submit, kind: str, prompts: int = 1, more=dict):
+        """Both of OpenAI's routes for text."""
+        events, name = service.events(request, submit), body.model or next(iter(service.engines))
         if body.stream:
-            return EventStream(streamed(request, body, submit, head, chat))
-        texts, reasons = [""] * count, [None] * count
-        async for event in service.events(request, submit):
-            if isinstance(event, Chunk):
-                texts[event.row] += event.text
-                reasons[event.row] = event.reason or reasons[event.row]
-            else:
-                usage = as_usage(event)
-        choices = [
-            {"index": row, **({"message": {"role": "assistant", "content": t}} if chat else {"text": t})}
-            | {"logprobs": None, "finish_reason": reason}
-            for row, (t, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**head, "object": kind, "choices": choices, "usage": usage}
-
-    async def streamed(request, body, submit, head, chat):
-        """The chunks of a stream."""
-        head = head | {"object": "chat.completion.chunk" if chat else "text_completion"}
-
-        def chunk(row, text, reason=None, **delta):
-            content = {"delta": delta | ({"content": text} if text else {})} if chat else {"text": text}
-            return head | {"choices": [{"index": row, **content, "logprobs": None, "finish_reason": reason}]}
-
-        begun = set()
-        async with aclosing(service.events(request, submit)) as events:
-            async for event in events:
-                if isinstance(event, Chunk):
-                    role = {"role": "assistant"} if chat and event.row not in begun else {}
-                    begun.add(event.row)
-                    yield chunk(event.row, event.text, event.reason, **role)
-                elif body.stream_options and body.stream_options.include_usage:
-                    yield head | {"choices": [], "usage": as_usage(event)}
+            return EventStream(as_chunks(events, body, name, kind, more))
+        return await as_answer(events, name, kind, prompts * body.n, more)
 
     @post("/v1/chat/completions", ChatBody)
     async def chat_completions(request: Request, body: ChatBody):
-        """A reply to a conversation."""
+        """A reply to a conversation; with `documents`, from what they say, with `citations`."""
         messages = [message.turn() for message in body.messages]
         model = service.engine(body.model)
-        return await text(request, body, lambda emit: model.chat(messages, body.sampling(), emit), "chat.completion")
+        if body.documents is None:
+            return await text(request, body, lambda emit: model.chat(messages, body.sampling(), emit), CHAT)
+        collection, found = service.collection(body.documents), []
+
+        def submit(emit):
+            found.append(collection.find(messages[-1]["content"]))
+            return reply_from(found[0], model, messages, body.sampling(), emit)
+
+        return await text(request, body, submit, CHAT, more=lambda: {"citations": cited(found[0])})
+
+    @post("/search", SearchBody)
+    async def search(request: Request, body: SearchBody):
+        """The passages of documents that answer a question best, the best first."""
+        collection = service.collection(body.documents)
+
+        def run(jobs):
+            jobs[0].emit(citations(collection.find(body.query, body.top_k).passages))
+
+        return {"passages": await one(request, lambda emit: service.workers.submit(Task(emit, run)))}
 
     @post("/v1/completions", CompletionBody)
     async def completions(request: Request, body: CompletionBody):
@@ -343,9 +347,17 @@ def create_app(
 
     @post("/answer", AnswerBody)
     async def answer(request: Request, body: AnswerBody):
-        """Where the answer stands: `answer` ("" if the text has none), `start`, `end`, `score`."""
+        """Where the answer stands: `answer` ("" if none does), `start`, `end`, `score`; with `documents` the citation."""
         model = service.engine(body.model)
-        return await one(request, lambda emit: model.answer(body.question, body.context, emit))
+        if body.documents is None:
+            return await one(request, lambda emit: model.answer(body.question, body.context, emit))
+        collection, found = service.collection(body.documents), []
+
+        def submit(emit):
+            found.append(collection.find(body.question))
+            return answer_from(found[0], model, body.question, emit)
+
+        return await one(request, submit) | {"citations": cited(found[0])}
 
     @post("/fill-mask", FillBody)
     async def fill_mask(request: Request, body: FillBody):
@@ -382,26 +394,20 @@ def create_app(
     return app
 
 
-def as_usage(event: Usage) -> dict:
-    """In OpenAI's words."""
-    return {
-        "prompt_tokens": event.prompt_tokens,
-        "completion_tokens": event.completion_tokens,
-        "total_tokens": event.prompt_tokens + event.completion_tokens,
-    }
-
-
-def from_environment(names: list[str] | None = None) -> FastAPI:
-    """The application as the environment describes it."""
+def from_environment(names: list[str] | None = None, documents: list[str] | None = None) -> FastAPI:
+    """The application as the environment describes it, where arguments do not."""
     names = names or os.environ.get("TASKBOOK_MODELS", DEFAULT_MODEL).split()
+    documents = documents or os.environ.get("TASKBOOK_DOCUMENTS", "").split()
     origins = tuple(os.environ.get("TASKBOOK_ORIGINS", "").split())
-    return create_app(names, Limits.from_environment(), os.environ.get("TASKBOOK_API_KEY") or None, origins)
+    key = os.environ.get("TASKBOOK_API_KEY") or None
+    return create_app(names, Limits.from_environment(), key, origins, tuple(documents))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line above; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m deploy.api", description="Serves models over HTTP.")
     parser.add_argument("--model", action="append", help="Hub id, folder or pypi: name; may be repeated")
+    parser.add_argument("--documents", action="append", help="an index to answer from; may be repeated")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     options = parser.parse_args(argv)
@@ -411,7 +417,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--host {options.host} is reached from other machines, and there is no key: set TASKBOOK_API_KEY to a long "
                 "random text, which clients send as their API key."
             )
-        app = from_environment(options.model)
+        app = from_environment(options.model, options.documents)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,19 +1,26 @@
 """The page for conversations: replies as they are written, any own message changed, base and trained model side by side; and
-texts that a model without a chat template continues. Called by app.py.
+texts that a model without a chat template continues; replies from documents. Called by app.py.
 """
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 
 import streamlit as st
 
 from deploy.choices import base_name, engine_of
+from deploy.documents import Collection, Evidence, reply_from
+from deploy.documents_page import choose_documents, show_sources
 from deploy.generation import Chunk, Sampling
 from deploy.inference import Engine, stream
 from deploy.text_pages import text_box
 from deploy.texts import as_markdown, literally, t
+from deploy.workers import Job
 from shared import UserError
+from shared.retrieval.answers import citations
 
 
 def chat_page(engine: Engine) -> None:
@@ -23,6 +30,7 @@ def chat_page(engine: Engine) -> None:
         base = base_of(engine) if st.session_state.get("compare") else None
         if base_name(engine.folder):
             st.toggle(t("compare"), key="compare")
+        collection = choose_documents() if engine.chats else None
         st.text_area(t("system"), key="system", height=80, persist_state="session")
         with st.expander(t("sampling"), icon=":material/tune:"):
             sampling = Sampling(
@@ -40,6 +48,9 @@ def chat_page(engine: Engine) -> None:
     if said := st.chat_input(t("say")):
         edit(None)
         chat.append({"role": "user", "content": said})
+    if not chat and collection:
+        st.subheader(t("hello_documents"))
+        return st.caption(t("hello_documents_more"))
     if not chat:
         st.subheader(t("hello"))
         st.caption(t("hello_more"))
@@ -58,7 +69,7 @@ def chat_page(engine: Engine) -> None:
     if edited is not None:
         return
     if chat[-1]["role"] == "user":
-        return reply(chat, [engine, base] if base else [engine], sampling)
+        return reply(chat, [engine, base] if base else [engine], sampling, collection)
     with st.container(horizontal=True, gap="small"):
         last = max(i for i, message in enumerate(chat) if message["role"] == "user")
         st.button(t("again"), icon=":material/refresh:", type="tertiary", on_click=cut, args=(chat, last + 1))
@@ -141,12 +152,29 @@ def show_message(message: dict, number: int) -> None:
                 if len(columns) > 1:
                     st.caption(f"**{t(title)}**")
                 st.markdown(as_markdown(each["text"]) or f"*{t('nothing')}*")
-                st.caption(t("speed", each["tokens"], each["rate"]) + ("" if each["whole"] else f" · {t('stopped')}"))
+                if each["enough"]:
+                    st.caption(
+                        t("speed", each["tokens"], each["rate"]) + ("" if each["whole"] else f" · {t('stopped')}")
+                    )
+                if each["sources"]:
+                    st.caption(t("sources" if each["enough"] else "nearest"))
+                    show_sources(each["sources"])
 
 
-def reply(chat: list[dict], engines: list[Engine], sampling: Sampling) -> None:
+def reply(chat: list[dict], engines: list[Engine], sampling: Sampling, collection: Collection | None = None) -> None:
     """Streams the next turn. Any click ends this run of the page: the generation stops and what there is stays in the chat."""
-    replies = [{"text": "", "tokens": 0, "rate": 0.0, "whole": False} for _ in engines]
+    found = None
+    if collection:
+        try:
+            found = collection.find(chat[-1]["content"])
+        except UserError:
+            del chat[-1:]
+            raise
+    evidence = [replace(found, passages=list(found.passages)) if found else None for _ in engines]
+    replies = [
+        {"text": "", "tokens": 0, "rate": 0.0, "whole": False, "sources": [], "enough": not found or found.enough}
+        for _ in engines
+    ]
     histories = [history(chat, i) for i in range(len(engines))]
     with st.chat_message("assistant", avatar=":material/smart_toy:"):
         columns = st.columns(len(engines))
@@ -158,7 +186,7 @@ def reply(chat: list[dict], engines: list[Engine], sampling: Sampling) -> None:
     st.button(t("stop"), icon=":material/stop_circle:", key="stop")
     with ExitStack() as opened:
         streams = {
-            i: opened.enter_context(closing(stream(lambda emit, e=e, i=i: e.chat(histories[i], sampling, emit))))
+            i: opened.enter_context(closing(stream(partial(begin, e, histories[i], sampling, evidence[i]))))
             for i, e in enumerate(engines)
         }
         for box in boxes:
@@ -169,6 +197,8 @@ def reply(chat: list[dict], engines: list[Engine], sampling: Sampling) -> None:
             while streams:
                 for i in list(streams):
                     event, mine = next(streams[i]), replies[i]
+                    if evidence[i] and not mine["sources"]:
+                        mine["sources"] = citations(evidence[i].passages)
                     if isinstance(event, Chunk):
                         mine["text"] += event.text
                         mine["tokens"] += 1
@@ -183,6 +213,13 @@ def reply(chat: list[dict], engines: list[Engine], sampling: Sampling) -> None:
             del chat[-2:]
             raise
     st.rerun()
+
+
+def begin(engine: Engine, messages: list[dict], sampling: Sampling, evidence: Evidence | None, emit: Callable) -> Job:
+    """One reply, from documents where there is evidence of them."""
+    if evidence is None:
+        return engine.chat(messages, sampling, emit)
+    return reply_from(evidence, engine, messages, sampling, emit, t("documents_silent"))
 
 
 def history(chat: list[dict], which: int) -> list[dict]:

@@ -95,10 +95,24 @@ class Engine:
             questions, contexts = (list(texts) for texts in zip(*(job.item for job in jobs), strict=True))
             found = self.model.answer(questions, contexts, cancelled=all_cancelled(jobs))
             for job, answer in zip(jobs, found, strict=True):
-                none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
-                job.emit(answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))})
+                job.emit(with_confidence(answer))
 
         return self.workers.submit(Task(emit, run, (id(self), "answer"), (question, context)))
+
+    def answer_from(self, question: str, texts: list[str], emit: Callable) -> Job:
+        """Finds the answer in one of several texts. Emits as `answer`, with the `number` of the text, counted from 1."""
+        self._needs("question-answering")
+        self._encode(question)
+        for text in texts:
+            self._deadline.run(self._text.split, text)
+
+        def run(jobs):
+            found = self.model.answer([question] * len(texts), texts, cancelled=all_cancelled(jobs))
+            # of those that have one the text that holds it most surely; where none has, the nearest text says so
+            best = min(range(len(texts)), key=lambda i: (not found[i]["answer"], found[i]["no_answer_score"], i))
+            jobs[0].emit(with_confidence(found[best]) | {"number": best + 1})
+
+        return self.workers.submit(Task(emit, run))
 
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
@@ -180,6 +194,12 @@ class Engine:
 def model_id(name: str) -> str:
     """What clients call a model: the last part of a folder's name, other names as they are."""
     return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
+
+
+def with_confidence(answer: dict) -> dict:
+    """What `Model.answer` found, with `confidence` that there is an answer, from 0 to 1."""
+    none, threshold = answer["no_answer_score"], answer["threshold"] or 0.0
+    return answer | {"confidence": 1 / (1 + math.exp(min(none - threshold, 700)))}
 
 
 def all_cancelled(jobs: list[Task]) -> Callable[[], bool]:

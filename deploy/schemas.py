@@ -158,12 +158,22 @@ class ChatBody(SamplingBody):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1000)
+    documents: str | None = Field(
+        None, max_length=200, description="answer the last message from these, with `citations`"
+    )
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     tools: only([]) = None
     tool_choice: only("none", "auto") = None
     parallel_tool_calls: bool | None = Field(None, description="there are no tools")
     response_format: only({"type": "text"}) = None
     modalities: only(["text"]) = None
+
+    @model_validator(mode="after")
+    def somebody_asks(self):
+        """Documents are searched for what the user said last."""
+        if self.documents is not None and self.messages[-1].role != "user":
+            raise ValueError("documents: the last message has to be the user's question")
+        return self
 
     @model_validator(mode="after")
     def one_limit(self):
@@ -268,6 +278,14 @@ class EmbeddingsBody(Accepted):
     encoding_format: Literal["float", "base64"] = "float"
 
 
+class SearchBody(Strict):
+    """A question to documents."""
+
+    documents: str = Field(max_length=200, description="the name of an index: its file without folder and ending")
+    query: str = Field(min_length=1)
+    top_k: int = Field(5, ge=1, le=50)
+
+
 class SummarizeBody(Body):
     """A text, and the most tokens of its summary."""
 
@@ -276,10 +294,18 @@ class SummarizeBody(Body):
 
 
 class AnswerBody(Body):
-    """A question about a text."""
+    """A question about a text, or to documents."""
 
     question: str = Field(min_length=1, max_length=2000)
-    context: str = Field(min_length=1, max_length=100_000)
+    context: str | None = Field(None, min_length=1, max_length=100_000)
+    documents: str | None = Field(None, max_length=200, description="in the place of a context")
+
+    @model_validator(mode="after")
+    def one_place(self):
+        """Where the answer is looked for."""
+        if (self.context is None) == (self.documents is None):
+            raise ValueError("context: give it, or documents, and not both")
+        return self
 
 
 class FillBody(Body):
@@ -296,7 +322,7 @@ class ClassifyBody(Body):
     top_k: int = Field(5, ge=1, le=1000)
 
 
-def parse(schema: type[Body], raw: bytes) -> Body:
+def parse(schema: type[Strict], raw: bytes) -> Strict:
     """A body as its schema has it. Within bounds that hold whatever was sent, so it takes milliseconds.
 
     Raises:
@@ -344,6 +370,7 @@ def openapi_schemas() -> dict:
         CompletionBody,
         ResponsesBody,
         EmbeddingsBody,
+        SearchBody,
         SummarizeBody,
         AnswerBody,
         FillBody,

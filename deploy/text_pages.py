@@ -1,16 +1,19 @@
-"""The pages for texts: summaries, answers, missing words, labels; a text is typed, an example, or comes out of a file. Called by
-app.py.
+"""The pages for texts: summaries, answers, missing words, labels; a text is typed, an example, or comes out of a file;
+questions also to documents. Called by app.py.
 """
 
 from contextlib import closing
 
 import streamlit as st
 
+from deploy.documents import Collection, answer_from
+from deploy.documents_page import choose_documents, show_sources
 from deploy.example_texts import EXAMPLES, Example
 from deploy.inference import Engine, stream
-from deploy.texts import TEXTS, as_markdown, literally, t
+from deploy.texts import TEXTS, as_markdown, literally, t, with_mark
 from deploy.uploads import KINDS, LARGEST_MB, read_upload
 from shared import UserError
+from shared.retrieval.answers import citations
 
 
 def text_of(example: Example, page: str) -> str:
@@ -92,7 +95,11 @@ def ask(question: str) -> None:
 
 
 def ask_page(engine: Engine) -> None:
-    """A question, and the place in the text that answers it."""
+    """A question, and the place in the text or in documents that answers it."""
+    with st.sidebar:
+        collection = choose_documents()
+    if collection:
+        return ask_documents(engine, collection)
     context = text_box("ask")
     question = st.text_input(t("question"), key="ask: question", persist_state="session")
     if example := example_of(context, "ask"):
@@ -106,10 +113,25 @@ def ask_page(engine: Engine) -> None:
             st.caption(t("answer"))
             st.markdown(f"#### {literally(found['answer'])}" if found["answer"] else f"*{t('no_answer')}*")
             st.progress(found["confidence"], t("confidence", found["confidence"]))
-            start, end = found["start"], found["end"]
-            # the mark may not begin or end with white space, nor hold an empty line, which would end it
-            middle = f":green-background[{literally(context[start:end])}]" if found["answer"] else ""
-            st.markdown(literally(context[:start]) + middle + literally(context[end:]))
+            st.markdown(with_mark(context, found["start"], found["end"]))
+
+
+def ask_documents(engine: Engine, collection: Collection) -> None:
+    """A question, and the place in the nearest passages that answers it."""
+    question = st.text_input(t("question"), key="ask: question", persist_state="session")
+    if st.button(t("find"), type="primary", icon=":material/search:") and question.strip():
+        evidence = collection.find(question)
+        with (
+            closing(stream(lambda emit: answer_from(evidence, engine, question, emit))) as results,
+            st.spinner(""),
+        ):
+            found = next(results)
+        with st.container(border=True):
+            st.caption(t("answer"))
+            st.markdown(f"#### {literally(found['answer'])}" if found["answer"] else f"*{t('documents_silent')}*")
+            if evidence.enough:
+                st.progress(found["confidence"], t("confidence", found["confidence"]))
+        show_sources(citations(evidence.passages), found if found["answer"] else None)
 
 
 def fill_in(sentence: str) -> None:

@@ -83,6 +83,36 @@ TEXTS = {
     "speed": ("{} tokens · {:.1f} tokens/s", "{} token · {:.1f} token/giây"),
     "stopped": ("stopped", "đã dừng"),
     "nothing": ("(no text)", "(không có nội dung)"),
+    # Documents
+    "documents": ("Answer from documents", "Trả lời dựa trên tài liệu"),
+    "no_documents": ("None: the model alone", "Không dùng tài liệu"),
+    "own_files": ("Your own files", "Tệp của bạn"),
+    "not_indexed": (
+        "These documents are not indexed yet. Click anywhere in a moment.",
+        "Tài liệu này chưa được lập chỉ mục. Hãy thử lại sau giây lát.",
+    ),
+    "passages": ("{:,} passages", "{:,} đoạn"),
+    "passages_so_far": (
+        "{:,} passages so far: not all documents are indexed yet.",
+        "Đã có {:,} đoạn, việc lập chỉ mục chưa xong.",
+    ),
+    "indexing": ("Reading and indexing", "Đang đọc và lập chỉ mục"),
+    "files_long": (
+        "{}: left out, as all files together would have more than {:,} characters.",
+        "{}: bỏ qua tệp này, vì tổng độ dài các tệp sẽ vượt quá {:,} ký tự.",
+    ),
+    "hello_documents": ("What would you like to know?", "Bạn muốn biết điều gì?"),
+    "hello_documents_more": (
+        "Each question is answered from the passages that come nearest to it, and they are shown. Small models make things up "
+        "even so: look at the sources.",
+        "Mỗi câu hỏi được trả lời dựa trên những đoạn gần nghĩa nhất, và các đoạn đó được hiện kèm theo. Mô hình nhỏ vẫn có thể "
+        "bịa đặt, nên hãy đối chiếu với nguồn.",
+    ),
+    "documents_silent": ("The documents do not say.", "Tài liệu không đề cập điều này."),
+    "sources": ("Passages that the model was given:", "Các đoạn mà mô hình đã đọc:"),
+    "nearest": ("The nearest passages:", "Các đoạn gần nghĩa nhất:"),
+    "source_line": ("{}, line {:,}", "{}, dòng {:,}"),
+    "open_source": ("Open", "Mở"),
     # Texts and files
     "text": ("Text", "Văn bản"),
     "open_file": ("Open a file", "Mở tệp"),
@@ -190,3 +220,9 @@ def as_markdown(text: str) -> str:
 def literally(text: str) -> str:
     """Text whose every character is shown as it is by st.markdown."""
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~$:&])", r"\\\1", text).replace("\n", "  \n")
+
+
+def with_mark(text: str, start: int, end: int) -> str:
+    """As `literally`, with a mark from `start` to `end`: no blanks around it, no empty line in it, which would end it."""
+    middle = f":green-background[{literally(text[start:end])}]" if start < end else ""
+    return literally(text[:start]) + middle + literally(text[end:])

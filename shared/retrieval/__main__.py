@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", nargs="?", help="what to index; the index then holds this and nothing else")
     parser.add_argument("--index", required=True, help="the file of the index; it is made where there is none")
-    parser.add_argument("--model", default="pypi:minilm-l6", help="encoder: a folder, org/name or pypi:name")
+    parser.add_argument(
+        "--model",
+        help="encoder: a folder, org/name or pypi:name (default: that of the index; of a new one pypi:minilm-l6)",
+    )
     parser.add_argument("--ask", help="a question; the passages that answer best are shown, with their places")
     parser.add_argument("--most", type=int, default=5, help="passages to show (default: 5)")
     options = parser.parse_args(argv)
@@ -66,23 +69,33 @@ def _run(options) -> None:
     import transformers
 
     from shared.publish.hub import pull
+    from shared.retrieval.answers import encoder_name, fact, find, note, place
     from shared.retrieval.encoder import Encoder
     from shared.retrieval.index import Index
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    index = Index(options.index, Encoder(pull(options.model)))
+    model = options.model or encoder_name(options.index)
+    index = Index(options.index, Encoder(pull(model)))
     if options.source:
-        counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))
+        note(index, "model", model)
+        before = fact(index, "whole")
+        note(index, "whole", "no")  # what answers meanwhile, or after a kill, can say so
+        try:
+            counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))
+        except UserError:
+            note(index, "whole", before or "no")
+            raise
+        note(index, "whole", "yes")
         said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         print(f"{options.index}: {len(index):,} passages; documents: {said}")
     if options.ask is not None:
-        found = index.search(options.ask, options.most)
+        found, _ = find(index, options.ask, options.most)
         if not found:
             print(f"Nothing in {options.index} has to do with that.")
         for number, passage in enumerate(found, 1):
-            place = " > ".join(filter(None, (passage.title, passage.heading)))
-            print(f"[{number}] {place} ({passage.source}, line {passage.line})\n{passage.text}\n")
+            where = place(passage.title, passage.heading, passage.source)
+            print(f"[{number}] {where} ({passage.source}, line {passage.line})\n{passage.text}\n")
 
 
 if __name__ == "__main__":

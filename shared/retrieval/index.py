@@ -262,6 +262,16 @@ class Index:
         best = np.argpartition(-scores, most)[:most] if most < len(ids) else np.arange(len(ids))
         return ids[best[np.lexsort((ids[best], -scores[best]))]].tolist()
 
+    def likeness(self, question: str, found: list[Found]) -> float:
+        """How like the question the likest of all passages is, from -1 to 1; of those without a vector yet only `found` count."""
+        marks = ", ".join("?" * len(found))
+        query = f"SELECT title, text FROM passages WHERE vector IS NULL AND id IN ({marks})"
+        rows = self.connection.execute(query, [passage.id for passage in found]).fetchall()
+        missing = self.encoder.encode([passage_text(*row) for row in rows], "passage") if rows else []
+        vectors = [part for part in (self._matrix()[1], missing) if len(part)]
+        asked = self.encoder.encode([question], "question")[0]
+        return max((float((part @ asked).max()) for part in vectors), default=-1.0)
+
     def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of all passages, read again when another process has written."""
         version = self.connection.execute("PRAGMA data_version").fetchone()[0]

@@ -73,8 +73,9 @@ def wait_for(condition, seconds=10.0):
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tiny_served):
-    with Server([tiny / "gpt2", *tiny_served.values()], limits=Limits(admitted=4, running=2, body=100_000)) as running:
+def server(tiny, tiny_served, mill):
+    names, limits = [tiny / "gpt2", *tiny_served.values()], Limits(admitted=4, running=2, body=100_000)
+    with Server(names, limits=limits, documents=(str(mill),)) as running:
         yield running
 
 
@@ -542,6 +543,7 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
     }
     right["/v1/embeddings"] = tiny_bert.name
     right["/fill-mask"] = tiny_bert.name
+    right["/search"] = None
     for operation in (found.ok() for found in schema.get_all_operations()):
         if mode == GenerationMode.NEGATIVE and operation.path not in right:
             continue  # nothing to send that could be wrong
@@ -552,7 +554,10 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
         )
         def check(case, named):
             if isinstance(case.body, dict) and named and case.operation.path in right:
-                case.body["model"] = right[case.operation.path]
+                if right[case.operation.path]:
+                    case.body["model"] = right[case.operation.path]
+                if "documents" in case.body:
+                    case.body["documents"] = "mill"
                 for most in ("max_tokens", "max_output_tokens"):
                     if isinstance(case.body.get(most), int):
                         case.body[most] = min(case.body[most], 20)
@@ -563,7 +568,7 @@ def test_fuzzed_requests_are_never_a_defect(server, tiny_bert, mode, monkeypatch
         check()
     if mode == GenerationMode.POSITIVE:
         by_chance = ("/fill-mask", "/v1/models/{name}")  # a [MASK], a model's name
-        assert len(seen) == 13 and all(200 in seen[path] for path in seen if path not in by_chance), seen
+        assert len(seen) == 14 and all(200 in seen[path] for path in seen if path not in by_chance), seen
     else:
         assert set(seen) == set(right) and all(422 in seen[path] for path in right), seen
     assert server.http.get("/readyz").status_code == 200
@@ -600,12 +605,6 @@ def status(url):
         return None
 
 
-@pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
-
-
 @pytest.mark.parametrize("how", ["python -m deploy.api", "uvicorn deploy.api:app"])
 def test_sigterm_lets_streams_finish(tiny, port, how):
     arguments = (
@@ -640,7 +639,7 @@ def test_the_commands_of_the_readme(tiny_served, port, tmp_path, capsys):
     text = (ROOT / "deploy" / "README.md").read_text(encoding="utf8").replace(":8000", f":{port}")
     bash = re.findall(r"```bash\n(.*?)```", text, re.S)
     start, curl = (next(block for block in bash if block.startswith(word)) for word in ("python", "curl"))
-    assert sorted(bash) == sorted([start, curl, "make chat\n"]), "a command that no test runs"
+    assert sorted(bash) == sorted([start, curl, "make chat\n", "make ask\n"]), "a command that no test runs"
     for name, task in (("chat_sft", "text-generation"), ("qa_squad", "question-answering")):
         shutil.copytree(tiny_served[task], tmp_path / "outputs" / name)
     words = [sys.executable, *start.split()[1:], "--port", str(port)]

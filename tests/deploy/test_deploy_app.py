@@ -23,7 +23,8 @@ from shared.publish.results import plot_loss, write_results
 
 APP = str(ROOT / "deploy" / "app.py")
 SOURCES = [
-    ROOT / "deploy" / f"{name}.py" for name in ("app", "choices", "chat_page", "text_pages", "model_page", "uploads")
+    ROOT / "deploy" / f"{name}.py"
+    for name in ("app", "choices", "chat_page", "documents_page", "text_pages", "model_page", "uploads")
 ]
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if Path(path).exists()), None)
 
