@@ -75,8 +75,14 @@ def test_what_documents_say_and_what_they_do_not(tmp_path):
         "line": 1,
         "text": "# Prices\n\nA sack of flour costs nine crowns.",
     }
-    for elsewhere in ("Who won the chess championship in 1972?", "How do I merge two branches in git?"):
-        assert find(index, elsewhere)[1] < LIKENESS
+    for vectors in ("all", "none yet"):
+        if vectors == "none yet":
+            with index.connection:
+                index.connection.execute("UPDATE passages SET vector = NULL")
+            index = Index(tmp_path / "x.sqlite", index.encoder)
+        assert find(index, "What does a sack of flour cost?")[1] == pytest.approx(likeness, abs=1e-3)
+        for elsewhere in ("Who won the chess championship in 1972?", "How do I merge two branches in git?"):
+            assert find(index, elsewhere)[1] < LIKENESS
 
 
 def test_an_index_names_its_encoder_and_what_is_wrong_with_it(tiny_bert, tmp_path, capsys):
