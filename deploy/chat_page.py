@@ -20,7 +20,7 @@ from deploy.text_pages import text_box
 from deploy.texts import as_markdown, literally, t
 from deploy.workers import Job
 from shared import UserError
-from shared.retrieval.answers import citations
+from shared.retrieval.answers import citations, place
 
 
 def chat_page(engine: Engine) -> None:
@@ -74,7 +74,10 @@ def chat_page(engine: Engine) -> None:
         last = max(i for i, message in enumerate(chat) if message["role"] == "user")
         st.button(t("again"), icon=":material/refresh:", type="tertiary", on_click=cut, args=(chat, last + 1))
         messages = history(chat, 0)
-        for kind, content in (("messages", as_messages(messages)), ("markdown", as_document(messages, engine.name))):
+        for kind, content in (
+            ("messages", as_messages(messages)),
+            ("markdown", as_document(chat, messages, engine.name)),
+        ):
             st.download_button(
                 t(f"save_{kind}"),
                 content.encode(),
@@ -123,9 +126,14 @@ def as_messages(messages: list[dict]) -> str:
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
-def as_document(messages: list[dict], name: str) -> str:
-    """A conversation to read, in Markdown."""
+def as_document(chat: list[dict], messages: list[dict], name: str) -> str:
+    """A conversation to read, in Markdown; below a reply from documents the passages that it had, by their numbers."""
     turns = [f"**{t(message['role'])}**\n\n{message['content']}" for message in messages]
+    for number, message in enumerate(reversed(chat), 1):  # before the first of `chat` there may be a system prompt
+        first = message["replies"][0] if "replies" in message else {}
+        for each in first.get("sources", []) if first.get("enough") else []:
+            where = place(each["title"], each["heading"], each["source"])
+            turns[-number] += f"\n\n{each['number']}. {where}: {t('source_line', each['source'], each['line'])}"
     return "\n\n".join([f"# {t('chat_with', name)}", *turns]) + "\n"
 
 

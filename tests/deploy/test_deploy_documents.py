@@ -15,6 +15,7 @@ from test_deploy_api import Server, status, wait_for
 from test_deploy_app import labelled
 
 from deploy.api import main
+from deploy.chat_page import as_document, history
 from deploy.documents import NOT_THERE, Collection, open_collections
 from deploy.documents_page import OWN, indexes
 from deploy.texts import TEXTS, as_markdown, literally
@@ -187,6 +188,8 @@ def test_the_page_answers_from_documents(open_page, mill, tmp_path, monkeypatch,
     shown = said.expander[headings.index("Salt")]
     assert shown.caption[0].value == literally(TEXTS["source_line"][vi].format("salt.md", 1))
     assert "im\\_start" in shown.markdown[0].value and "<|" not in shown.markdown[0].value, "as plain characters"
+    saved = as_document(app.session_state.chat, history(app.session_state.chat, 0), "llama")
+    assert saved.endswith(f"\n\n3. The mill > {headings[2]}: {reply['sources'][2]['source']}, line 1\n")
     said = ask_the_page(app, "Who won the chess championship in 1972?")
     assert said.markdown[0].value == as_markdown(TEXTS["documents_silent"][vi])
     assert said.caption[0].value == TEXTS["nearest"][vi] and len(said.expander) == 3
