@@ -24,8 +24,11 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
     if task in ("text-generation", "summarization"):
         graph = onnx.load(source)
         if bits == 4:
-            _to_four_bits(graph)
-        _round_weights(graph).save_model_to_file(str(target), use_external_data_format=True)
+            _keep_four_bits(graph)
+            products = (node for node in graph.graph.node if node.op_type == "MatMul")
+            kept = [node.name for node in products if any(part in node.input[1] for part in EIGHT_BITS)]
+            graph = _round_weights(graph, 4, kept).model
+        _round_weights(graph, 8, []).save_model_to_file(str(target), use_external_data_format=True)
     else:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -51,13 +54,14 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
             logging.disable(logging.NOTSET)
 
 
-def _to_four_bits(model) -> None:
-    """Replaces the products of an onnx.ModelProto whose weights are to have 4 bits, and are held in fp32.
+def _keep_four_bits(model) -> None:
+    """Replaces the products of an onnx.ModelProto whose weights 4 bits hold exactly: each block of 32 has 16 levels, from its
+    smallest to its largest, as what was read from Q4_1 of llama.cpp.
 
-    Each block of 32 weights is 16 levels from its smallest to its largest, as in Q4_1 of llama.cpp, so that what was read from
-    such a file stays exactly what it was. MatMulNBits knows only levels of which one is zero: moved there, all weights of a
-    block would be wrong by the same, up to half a step. So the lowest levels are a product of their own, with the sums over the
-    blocks of what the weights are multiplied with: a 32nd of the work.
+    MatMulNBits knows only levels of which one is zero: moved there, all weights of a block would be wrong by the same, up to
+    half a step. So the lowest levels are a product of their own, with the sums over the blocks of what the weights are
+    multiplied with: a 32nd of the work. Of weights that lie anywhere (an adapter was merged in, say) that grid would be the worst
+    one: it takes away what little each was moved by in training.
     """
     from onnx import helper, numpy_helper
 
@@ -73,7 +77,7 @@ def _to_four_bits(model) -> None:
     for node in graph.node:
         found = None
         if node.op_type == "MatMul" and node.input[1] in weights:
-            found = _levels(numpy_helper.to_array(weights[node.input[1]]), any(p in node.input[1] for p in EIGHT_BITS))
+            found = _levels(numpy_helper.to_array(weights[node.input[1]]))
         if found is None:
             nodes.append(node)
             continue
@@ -91,9 +95,8 @@ def _to_four_bits(model) -> None:
         sizes = {"K": blocks * BLOCK, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
         where = {"name": f"{node.name}_levels", "domain": "com.microsoft"}
         nodes.append(helper.make_node("MatMulNBits", inputs, [f"{out}_levels"], **where, **sizes))
-        moved = constant(
-            f"{name}_lowest", np.ascontiguousarray((lowest + 8 * step).T)
-        )  # MatMulNBits multiplies level - 8
+        # What MatMulNBits multiplies is the level less 8
+        moved = constant(f"{name}_lowest", np.ascontiguousarray((lowest + 8 * step).T))
         nodes.append(helper.make_node("MatMul", [f"{x}_sums", moved], [f"{out}_lowest"], f"{node.name}_lowest"))
         nodes.append(helper.make_node("Add", [f"{out}_levels", f"{out}_lowest"], [out], f"{node.name}_added"))
     used = [tensor for tensor in graph.initializer if tensor.name not in replaced]
@@ -102,11 +105,11 @@ def _to_four_bits(model) -> None:
         kept.extend(changed)
 
 
-def _levels(weight: np.ndarray, exactly: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _levels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """A weight (inputs, outputs) by blocks of 32 inputs: the level of each, 0 to 15 (outputs, blocks, 32), the step from level
-    to level and the lowest (outputs, blocks). None where inputs make no blocks or, with `exactly`, weights are between levels.
+    to level and the lowest (outputs, blocks). None where inputs make no blocks or weights lie between levels.
     """
-    if len(weight) % BLOCK or (exactly and weight.shape[1] > 8 and _levels(weight[:, :8], exactly) is None):
+    if len(weight) % BLOCK or (weight.shape[1] > 8 and _levels(weight[:, :8]) is None):
         return None
     blocks = weight.T.reshape(weight.shape[1], -1, BLOCK)
     lowest = blocks.min(-1)
@@ -114,16 +117,16 @@ def _levels(weight: np.ndarray, exactly: bool) -> tuple[np.ndarray, np.ndarray, 
     step[step == 0] = 1
     level = np.rint((blocks - lowest[..., None]) / step[..., None])
     missed = np.abs(level * step[..., None] + lowest[..., None] - blocks).max(-1)
-    return None if exactly and (missed > 1e-3 * step).any() else (level.astype(np.uint8), step, lowest)
+    return None if (missed > 1e-4 * step).any() else (level.astype(np.uint8), step, lowest)
 
 
-def _round_weights(model):
-    """The graph, as onnxruntime wraps it, with products in 8 bits, but for what `_to_four_bits` made."""
+def _round_weights(model, bits: int, kept: list[str]):
+    """The graph, as onnxruntime wraps it, with all matrix products but those kept on weights in 8 or 4 bits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
-    kept = [node.name for node in model.graph.node if node.name.endswith("_lowest")]
-    options = {"block_size": BLOCK, "is_symmetric": True, "accuracy_level": 4, "nodes_to_exclude": kept}
-    quantizer = MatMulNBitsQuantizer(model, bits=8, **options)
+    kept = kept + [node.name for node in model.graph.node if node.name.endswith("_lowest")]
+    options = {"block_size": BLOCK, "is_symmetric": bits == 8, "accuracy_level": 4, "nodes_to_exclude": kept}
+    quantizer = MatMulNBitsQuantizer(model, bits=bits, **options)
     quantizer.process()
     return quantizer.model
