@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 
 from deploy.inference import Engine, Sampling, stream
 from shared import UserError
-from shared.export import quantize, score
+from shared.export import litert_file, quantize, score
 from shared.export.export import export, main
 from shared.export.formats import FORMATS, impossible
-from shared.inference.model import load
+from shared.inference.model import Model, load
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
 
@@ -619,6 +619,25 @@ def test_impossible_pairs_are_refused_at_once_with_what_is_possible(models, tiny
     ).save_pretrained(tmp_path / "prompted")
     with pytest.raises(UserError, match="adapters of type PREFIX_TUNING cannot be used here"):
         load(tmp_path / "prompted")
+
+
+def test_litert_has_an_environment_of_its_own_and_no_windows(models, tmp_path, monkeypatch):
+    """What its files give is tested there: tests/export/litert_checks.py."""
+    monkeypatch.setattr(litert_file, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="cannot become litert: litert-torch has an environment of its own: make litert-env"
+    ):
+        export(str(models / "bert"), ["litert"], tmp_path / "out")
+    monkeypatch.setattr(litert_file, "find_spec", lambda name: name)
+    assert "litert" not in impossible(models / "bert", "fill-mask")
+    config = transformers.MistralConfig.from_pretrained(models / "llama", sliding_window=16)
+    config.save_pretrained(tmp_path / "mistral")
+    shutil.copy(models / "llama" / "tokenizer.json", tmp_path / "mistral")
+    assert "its layers see a window" in impossible(tmp_path / "mistral", "text-generation")["litert"]
+    for package in ("ai_edge_litert", "tensorflow"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="run by ai-edge-litert or tensorflow: pip install ai-edge-litert"):
+        Model(models / "bert", "litert")
 
 
 def test_other_models_and_data_are_refused(models, tmp_path):
