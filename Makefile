@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat ask test gpu-check lint lock new-task clean
+.PHONY: help setup demo chat ask test gpu-check litert-env test-litert lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,18 @@ test: setup ## run all tests; one of them: make test ARGS="tests/test_layout.py 
 # Also in outputs/gpu_check.json. `make test` runs the same with tiny models on a CPU.
 gpu-check: setup ## show on a GPU what only a GPU can: kernels, precision, memory, speed; no account, no model hub
 	.venv/bin/pytest -m gpu $(ARGS) tests/gpu tests/test_notebook.py
+
+litert-env: .venv-litert/.installed ## build .venv-litert, which `--to litert` needs: TensorFlow and JAX beside PyTorch, 4.6 GB
+
+.venv-litert/.installed: requirements.txt requirements-litert.txt pyproject.toml
+	@.venv-litert/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-litert
+	@echo "Installing into .venv-litert; that takes some minutes."
+	@.venv-litert/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements-litert.txt
+	@touch $@
+
+# Not part of `make test`: the environment is large and takes longer to install than the tests of export take.
+test-litert: litert-env ## show that files of TensorFlow Lite give what PyTorch gives, in LiteRT and in TensorFlow
+	.venv-litert/bin/python -m pytest -q $(ARGS) tests/export/litert_checks.py
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .

@@ -202,7 +202,7 @@ def _shown(name: str) -> str:
 
 
 def _megabytes(folder: Path) -> float:
-    weights = (".safetensors", ".onnx", ".data", ".gguf")
+    weights = (".safetensors", ".onnx", ".data", ".gguf", ".tflite")
     return round(sum(path.stat().st_size for path in folder.iterdir() if path.suffix in weights) / 1e6, 1)
 
 

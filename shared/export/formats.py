@@ -8,13 +8,14 @@ from pathlib import Path
 
 from shared import UserError
 
-FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "onnx", "onnx-int8", "int4")
+FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "litert", "onnx", "onnx-int8", "int4")
 HELP = {
     "merged": "safetensors in fp32, adapters merged in",
     "fp16": "safetensors of half the size",
     "int8": "safetensors with 8-bit weights (bitsandbytes)",
     "gguf": "llama.cpp, Ollama, LM Studio in fp16",
     "gguf-q8_0": "the same with 8-bit weights",
+    "litert": "TensorFlow Lite in fp32; needs make litert-env",
     "onnx": "ONNX Runtime in fp32",
     "onnx-int8": "ONNX Runtime with 8-bit weights",
     "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
@@ -37,7 +38,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from shared.export import gguf_file
+    from shared.export import gguf_file, litert_file
 
     adapter, tokens = _read(folder / "adapter_config.json"), folder
     if adapter:
@@ -50,6 +51,8 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
         folder = pull(adapter["base_model_name_or_path"])
     found = {}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if reason := litert_file.cannot(config, task):
+        found["litert"] = reason
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")
@@ -91,6 +94,15 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         from shared.export import gguf_file
 
         gguf_file.write(model, source, target, quantized=name == "gguf-q8_0")
+    elif name == "litert":
+        from transformers import AutoTokenizer
+
+        from shared.export import litert_file
+        from shared.inference.positions import longest_input
+
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        length = longest_input(model.config, tokenizer) or litert_file.LONGEST
+        litert_file.write(model, folder, target, task, length, "token_type_ids" in tokenizer.model_input_names)
     else:
         from shared.export import graphs, quantize
 

@@ -36,7 +36,7 @@ BLOCK = 8  # rows scored at once, between two looks at the interval
 # How much worse than the original a format may be: a share of the perplexity, else points
 LOSSES = {"perplexity": 0.01, "masked_accuracy": 0.5, "f1": 0.5, "rougeL": 0.3, "accuracy": 0.5, "macro_f1": 1.0}
 INT4_PERPLEXITY = 0.05
-EXACT = ("merged", "onnx")  # compute what the original computes, so that they must write what it writes
+EXACT = ("merged", "onnx", "litert")  # compute what the original computes, so that they must write what it writes
 SAME_OUTPUTS = 0.95
 
 

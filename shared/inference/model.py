@@ -4,8 +4,8 @@ deploy, and by shared/export/export.py to compare what it writes with the origin
     model = load("outputs/chat_sft")  # a run, a folder that shared/export/export.py wrote, or one format of it
     model.generate([model.tokenizer("Hello").input_ids], max_new_tokens=20)
 
-Beneath is PyTorch (safetensors, fp16, int8) or ONNX Runtime (onnx, onnx-int8, int4). Nothing here loads a pickle or runs code
-that came with a model.
+Beneath is PyTorch (safetensors, fp16, int8), ONNX Runtime (onnx, onnx-int8, int4) or LiteRT. Nothing here loads a pickle or
+runs code that came with a model.
 """
 
 import functools
@@ -20,15 +20,18 @@ from shared import UserError
 from shared.inference import golden
 from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
+from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
 from shared.inference.positions import longest_input
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
 
-# On a CPU, measured: see shared/export/README.md. Files for llama.cpp come last: PyTorch reads them slowly
-FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0")
-ONNX = ("int4", "onnx-int8", "onnx")
+# On a CPU, measured: see shared/export/README.md. Files for llama.cpp come late: PyTorch reads them slowly
+FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0", "litert")
+RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {
+    "litert": LiteRTRunner
+}  # all others are PyTorch's
 
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
@@ -117,7 +120,7 @@ class Model:
             if self.task not in TASKS:
                 raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self._runner = (OnnxRunner if artifact in ONNX else TorchRunner)(folder, self.task)
+            self._runner = RUNNERS.get(artifact, TorchRunner)(folder, self.task)
         except UserError:
             raise
         except Exception as error:  # each library has classes of its own for a file that it cannot read
@@ -129,6 +132,7 @@ class Model:
         self.config, self.generation = self._runner.config, self._runner.generation
         # T5's positions are relative; it was trained on 512 tokens
         self.context = longest_input(self.config, self.tokenizer) or 512
+        self.context = min(self.context, getattr(self._runner, "length", self.context))
         ends = self.generation.eos_token_id if self.generation else None
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.stop_ids = tuple(dict.fromkeys([*ends, *([self.tokenizer.eos_token_id] if not ends else [])]))
@@ -329,7 +333,7 @@ class Model:
         Raises:
             Cancelled: `cancelled`, asked between batches, was true.
         """
-        if self.task not in EMBEDS or self.artifact in ONNX:
+        if self.task not in EMBEDS or self.artifact in RUNNERS:
             raise UserError(
                 f"{self.folder} is a model for {self.task} ({self.artifact}): embeddings come from an encoder in PyTorch, for "
                 f"{' or '.join(EMBEDS)}."

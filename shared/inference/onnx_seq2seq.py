@@ -18,25 +18,16 @@ class _Callable:
         return self.forward(*arguments, **named)
 
 
-class OnnxEncoderDecoder(PreTrainedModel, GenerationMixin):
-    """What `generate` needs of a model, on two sessions; one object a call, since it keeps what the encoder has said.
-
-    Args:
-        encoder, decoder: sessions of the graphs that shared/export/graphs.py writes.
-    """
+class EncoderDecoder(PreTrainedModel, GenerationMixin):
+    """What `generate` asks of a model that is not PyTorch's: a subclass encodes and decodes."""
 
     main_input_name = "input_ids"
     base_model_prefix = "model"
     _supports_sdpa = True  # not asked for; what the configuration names would be refused otherwise
 
-    def __init__(self, config, generation, encoder, decoder):
+    def __init__(self, config, generation):
         super().__init__(config)
         self.generation_config = generation
-        self.encoder_session, self.decoder_session = encoder, decoder
-        self.names = [each.name for each in decoder.get_inputs()]
-        self.outputs = [each.name for each in decoder.get_outputs()]
-        shape = next(each.shape for each in decoder.get_inputs() if each.name.startswith("past_"))
-        self.heads, self.width = shape[1], shape[3]
 
     @property
     def device(self):
@@ -55,6 +46,22 @@ class OnnxEncoderDecoder(PreTrainedModel, GenerationMixin):
     def get_encoder(self, *_, **__):
         """Asked by `generate`, which calls it once with all rows."""
         return _Callable(self.encode)
+
+
+class OnnxEncoderDecoder(EncoderDecoder):
+    """On two sessions; one object a call, since it keeps what the encoder has said.
+
+    Args:
+        encoder, decoder: sessions of the graphs that shared/export/graphs.py writes.
+    """
+
+    def __init__(self, config, generation, encoder, decoder):
+        super().__init__(config, generation)
+        self.encoder_session, self.decoder_session = encoder, decoder
+        self.names = [each.name for each in decoder.get_inputs()]
+        self.outputs = [each.name for each in decoder.get_outputs()]
+        shape = next(each.shape for each in decoder.get_inputs() if each.name.startswith("past_"))
+        self.heads, self.width = shape[1], shape[3]
 
     def encode(self, input_ids, attention_mask=None, **_):
         """The keys and values of each decoder layer's cross-attention, in the place of the encoder's states."""

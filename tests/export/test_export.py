@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -21,10 +22,10 @@ from transformers import AutoTokenizer
 
 from deploy.inference import Engine, Sampling, stream
 from shared import UserError
-from shared.export import score
+from shared.export import litert_file, quantize, score
 from shared.export.export import export, main
 from shared.export.formats import FORMATS, impossible
-from shared.inference.model import load
+from shared.inference.model import Model, load
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
 
@@ -415,7 +416,7 @@ def weights_by_bits(folder):
     """Names of the weights of a graph's products by the bits they are held in; 32 are fp32."""
     found = {}
     for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node:
-        if node.op_type in ("MatMul", "MatMulInteger", "MatMulNBits"):
+        if node.op_type in ("MatMul", "MatMulInteger", "MatMulNBits") and not node.input[1].endswith("_lowest"):
             bits = {"MatMul": 32, "MatMulInteger": 8}.get(node.op_type)
             bits = bits or next(each.i for each in node.attribute if each.name == "bits")
             found.setdefault(bits, []).append(node.input[1])
@@ -432,6 +433,39 @@ def test_weights_that_rounding_distorts_most_have_more_bits(exports):
     assert len(found[8]) == 2 * 5 and not any("layer.0.output.dense" in weight for weight in found[8])
     kept = [weight for weight in found[32] if "weight" in weight]
     assert len(kept) == 3 and any("qa_outputs" in weight for weight in kept), kept
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_weights_that_lie_on_sixteen_levels_keep_them_in_four_bits(tmp_path, rank):
+    """As those read from a GGUF of type Q4_1 do; what is multiplied are whole numbers, which 8 bits hold."""
+    draw = np.random.default_rng(0)
+    levels = draw.integers(0, 16, (2, 32, 24))
+    levels[:, :2] = [[0], [15]]  # both ends occur in each block
+    levels = levels * draw.uniform(0.01, 0.1, (2, 1, 24)) + draw.uniform(-1, 1, (2, 1, 24))
+    levels = levels.reshape(64, 24).astype(np.float32)
+    between = draw.normal(size=(64, 24)).astype(np.float32)
+    weights = {"lm_head": levels, "gate_proj": levels[:, ::-1].copy(), "down_proj": between, "up_proj": between + 1}
+    shape = ["batch", "sequence", 64][-rank:]
+    helper, real = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", name], [f"{name}_out"], name) for name in weights],
+        "products",
+        [helper.make_tensor_value_info("x", real, shape)],
+        [helper.make_tensor_value_info(f"{name}_out", real, [*shape[:-1], 24]) for name in weights],
+        [onnx.numpy_helper.from_array(weight, name) for name, weight in weights.items()],
+    )
+    versions = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=versions, ir_version=10), tmp_path / "model.onnx")
+    (tmp_path / "int4").mkdir()
+    quantize.quantize(tmp_path / "model.onnx", tmp_path / "int4" / "model.onnx", 4, "text-generation")
+    found = weights_by_bits(tmp_path / "int4")
+    assert [name.split("_")[0] for name in found[4]] == ["lm", "gate", "up"] and len(found[8]) == 1 and len(found) == 2
+    x = draw.integers(-127, 128, (3, 5, 64)[-rank:]).astype(np.float32)
+    x[..., ::32] = 127
+    session = onnxruntime.InferenceSession(tmp_path / "int4" / "model.onnx")
+    for (name, weight), out in zip(weights.items(), session.run(None, {"x": x}), strict=True):
+        missed, most = np.abs(out - x @ weight).max(), np.abs(x @ weight).max()
+        assert missed < 1e-5 * most if name in ("lm_head", "gate_proj") else 1e-4 * most < missed < 0.1 * most, name
 
 
 def lora(folder, base, **options):
@@ -585,6 +619,25 @@ def test_impossible_pairs_are_refused_at_once_with_what_is_possible(models, tiny
     ).save_pretrained(tmp_path / "prompted")
     with pytest.raises(UserError, match="adapters of type PREFIX_TUNING cannot be used here"):
         load(tmp_path / "prompted")
+
+
+def test_litert_has_an_environment_of_its_own_and_no_windows(models, tmp_path, monkeypatch):
+    """What its files give is tested there: tests/export/litert_checks.py."""
+    monkeypatch.setattr(litert_file, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match="cannot become litert: litert-torch has an environment of its own: make litert-env"
+    ):
+        export(str(models / "bert"), ["litert"], tmp_path / "out")
+    monkeypatch.setattr(litert_file, "find_spec", lambda name: name)
+    assert "litert" not in impossible(models / "bert", "fill-mask")
+    config = transformers.MistralConfig.from_pretrained(models / "llama", sliding_window=16)
+    config.save_pretrained(tmp_path / "mistral")
+    shutil.copy(models / "llama" / "tokenizer.json", tmp_path / "mistral")
+    assert "its layers see a window" in impossible(tmp_path / "mistral", "text-generation")["litert"]
+    for package in ("ai_edge_litert", "tensorflow"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match="run by ai-edge-litert or tensorflow: pip install ai-edge-litert"):
+        Model(models / "bert", "litert")
 
 
 def test_other_models_and_data_are_refused(models, tmp_path):
