@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pandas as pd
 import streamlit as st
 
-from deploy.choices import names_for, read_json, shown_name
+from deploy.choices import offered, read_json, shown_name, task_of
 from deploy.texts import as_markdown, t
 from shared.compare.table import COLUMNS, best_of, differences, markdown, read_run, table
 from shared.publish.redact import without_paths
@@ -17,12 +17,9 @@ from shared.publish.redact import without_paths
 
 def runs_page() -> None:
     """What `python -m shared.compare outputs/*` prints, to be sorted and looked at."""
-    names = names_for(None)
-    runs = [
-        read_run(name) | {"name": shown_name(name, names)}
-        for name in names
-        if Path(name).is_dir() and read_json(Path(name) / "all_results.json")
-    ]
+    folders = map(Path, offered()) if offered() else sorted(Path("outputs").glob("*"))
+    names = [str(folder) for folder in folders if read_json(folder / "all_results.json")]
+    runs = [read_run(name) | {"name": shown_name(name, names)} for name in names]
     if not runs:
         st.info(t("no_runs"), icon=":material/info:")
         return
@@ -31,8 +28,8 @@ def runs_page() -> None:
     with st.expander(t("with_intervals"), icon=":material/table_rows:"):
         st.markdown(as_markdown(markdown(table(runs))))
     st.subheader(t("loss"))
-    tasks = Counter(task_of(run) for run in runs)
-    most = [run["name"] for run in runs if task_of(run) == tasks.most_common(1)[0][0]]
+    tasks = Counter(task_name(run) for run in runs)
+    most = [run["name"] for run in runs if task_name(run) == tasks.most_common(1)[0][0]]
     chosen = st.multiselect(t("curves_of"), [run["name"] for run in runs], default=most[:6])
     shown = [run for run in runs if run["name"] in chosen]
     curves = {run["name"]: pd.Series(losses(run["folder"]), dtype=float) for run in shown}
@@ -48,17 +45,16 @@ def runs_page() -> None:
 def show_table(runs: list[dict]) -> None:
     """Numbers of the test split, without their intervals so that a column can be sorted; the best of the same test rows green."""
     rows, best = [], best_of(runs)
-    for run in sorted(runs, key=lambda run: (task_of(run), run["name"])):
+    for run in sorted(runs, key=lambda run: (task_name(run), run["name"])):
         results, about = run["results"], run["results"].get("run") or {}
+        has_page = task_of(run["folder"])  # an encoder that finds passages has none
+        opens = f"?page=model&model={quote(run['name'])}" if has_page else None
         rows.append(
-            {
-                t("which"): f"?page=model&model={quote(run['name'])}",
-                t("task"): task_of(run),
-                t("data"): about.get("data"),
-            }
+            {t("which"): run["name"], t("task"): task_name(run), t("data"): about.get("data")}
             | {title: results.get(f"test_{metric}") for metric, (title, _) in COLUMNS.items()}
             | {t("training_time"): results.get("train_minutes"), t("memory"): results.get("peak_memory_gb")}
-            | {t("hardware"): about.get("hardware"), t("date"): about.get("date"), "folder": run["folder"]}
+            | {t("hardware"): about.get("hardware"), t("date"): about.get("date"), t("opens_model"): opens}
+            | {"folder": run["folder"]}
         )
     frame = pd.DataFrame(rows)
     folders = frame.pop("folder")
@@ -72,11 +68,11 @@ def show_table(runs: list[dict]) -> None:
     numbers = {title: st.column_config.NumberColumn(format="%.4g") for title in title_of}
     numbers[t("training_time")] = st.column_config.NumberColumn(format=t("minutes_format"))
     numbers[t("memory")] = st.column_config.NumberColumn(format="%.1f GB")
-    link = st.column_config.LinkColumn(display_text=r"&model=(.+)$", help=t("opens_model"))
-    st.dataframe(frame.style.apply(mark), hide_index=True, column_config={t("which"): link} | numbers)
+    link = st.column_config.LinkColumn(display_text=t("opens_model"))
+    st.dataframe(frame.style.apply(mark), hide_index=True, column_config={t("opens_model"): link} | numbers)
 
 
-def task_of(run: dict) -> str:
+def task_name(run: dict) -> str:
     """The folder in tasks/ that a run was made with."""
     return str((run["results"].get("run") or {}).get("task", ""))
 

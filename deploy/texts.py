@@ -221,7 +221,7 @@ TEXTS = {
     "hardware": ("Hardware", "Phần cứng"),
     "date": ("Date", "Ngày"),
     "minutes_format": ("%.1f min", "%.1f phút"),
-    "opens_model": ("Opens the page of the model", "Mở trang của mô hình"),
+    "opens_model": ("Open", "Mở"),
     "no_run": (
         "This folder holds a model and no results of a run.",
         "Thư mục này chỉ có mô hình, không có kết quả huấn luyện.",

@@ -36,9 +36,18 @@ COLUMNS = {
     "accuracy": ("Accuracy", True),
     "macro_f1": ("Macro-F1", True),
     "margin": ("Margin", True),
+    "mrr": ("MRR", True),
+    "recall_at_5": ("Recall at 5", True),
 }
 BY_TOKEN = ("perplexity", "accuracy", "margin")  # of language models: numbers of different tokenizers are not compared
-PART_OF_A_METRIC = ("macro", "has_answer", "no_answer", "best")  # no baseline's name: `baseline_macro_f1` is no F1
+PART_OF_A_METRIC = (
+    "macro",
+    "has_answer",
+    "no_answer",
+    "best",
+    "named",
+    "document",
+)  # no baseline's name: `baseline_macro_f1` is no F1
 LANGUAGE_MODELS = ("bits_per_byte", "perplexity")
 
 

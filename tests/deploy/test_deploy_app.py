@@ -168,7 +168,8 @@ def test_all_runs_in_one_table(open_page, tmp_path, monkeypatch):
     app = open_page("runs")
     frame = app.dataframe[0].value
     assert frame["Perplexity"].tolist() == [12.5, 12.5, 100.5] and frame["Training"].tolist() == [1.25] * 3
-    assert frame["Model"].tolist() == [f"?page=model&model={name}" for name in ("long", "other", "short")]
+    assert frame["Model"].tolist() == ["long", "other", "short"]
+    assert frame["Open"].tolist() == [f"?page=model&model={name}" for name in ("long", "other", "short")]
     assert "EM" not in frame, "a number that no run has"
     assert "12.5 (11.6 to 13.3); before 4,149" in " ".join(each.value for each in app.main.markdown).replace("\\", "")
     choice = labelled(app.multiselect, "curves_of")
