@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--html", type=Path, help="write one HTML file with curves and samples, which can be mailed")
     options = parser.parse_args(argv)
     try:
-        many = [name for name in options.runs if not Path(name).is_dir() or (Path(name) / "all_results.json").is_file()]
+        many = [name for name in options.runs if not Path(name).exists() or (Path(name) / "all_results.json").is_file()]
         if not many:
             raise UserError(f"{options.runs[0]}: no all_results.json; a run writes it at its end.")
         for name in sorted(set(options.runs) - set(many)):
