@@ -29,9 +29,8 @@ from shared.publish.hub import pull, refuse_unsafe
 
 # On a CPU, measured: see shared/export/README.md. Files for llama.cpp come late: PyTorch reads them slowly
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0", "litert")
-RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {
-    "litert": LiteRTRunner
-}  # all others are PyTorch's
+# All others are PyTorch's
+RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": LiteRTRunner}
 
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
