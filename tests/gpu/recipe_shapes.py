@@ -65,25 +65,22 @@ def write_rows(task: str, path: Path, count: int, length: int) -> Path:
     def text(length: int) -> str:
         return " ".join(draw.choices(words, [1 / (i + 1) for i in range(len(words))], k=length))
 
+    makers = {
+        "chat_sft": lambda i: {"question": f"{i} {text(length // 4)}", "answer": text(length // 2)},
+        "classify_bert": lambda i: {"text": f"{i} {text(length)}", "label": ("red", "green", "blue")[i % 3]},
+        "dpo_chat": lambda i: (
+            {"prompt": f"{i} {text(length // 4)}"} | {name: text(length // 2) for name in ("chosen", "rejected")}
+        ),
+        "mlm_bert": lambda i: {"text": f"{i} {text(length)}"},
+        "pretrain_gpt2": lambda i: {"text": f"{i} {text(length)}"},
+        "qa_squad": lambda i: (
+            {"context": f"{text(length)} {i * 7919}"} | {"question": f"Which is {i}?", "answers": f"{i * 7919}"}
+        ),
+        "rag_docs": lambda i: {"context": f"{i} {text(length)}", "question": f"{i} {text(length // 8)}"},
+        "summarize_t5": lambda i: {"document": f"{i} {text(length)}", "summary": text(length // 6)},
+    }
     for i in range(count):
-        row = {
-            "chat_sft": {"question": f"{i} {text(length // 4)}", "answer": text(length // 2)},
-            "dpo_chat": {
-                "prompt": f"{i} {text(length // 4)}",
-                "chosen": text(length // 2),
-                "rejected": text(length // 2),
-            },
-            "classify_bert": {"text": f"{i} {text(length)}", "label": ("red", "green", "blue")[i % 3]},
-            "mlm_bert": {"text": f"{i} {text(length)}"},
-            "pretrain_gpt2": {"text": f"{i} {text(length)}"},
-            "qa_squad": {
-                "context": f"{text(length)} {i * 7919}",
-                "question": f"Which is {i}?",
-                "answers": f"{i * 7919}",
-            },
-            "rag_docs": {"context": f"{i} {text(length)}", "question": f"{i} {text(length // 8)}"},
-            "summarize_t5": {"document": f"{i} {text(length)}", "summary": text(length // 6)},
-        }[task]
+        row = makers[task](i)
         rows.append(json.dumps(row))
     path.write_text("\n".join(rows))
     return path

@@ -71,7 +71,7 @@ def made(tmp_path_factory):
     def make(task: str, shape: str, size: str):
         rows, model = folder / f"{task}-{size}.jsonl", folder / f"{shape}-{size}"
         if not rows.exists():
-            recipe_shapes.write_rows(task, rows, *((500, 1000) if size == "real" else (60, 40)))
+            recipe_shapes.write_rows(task, rows, *((500, 1000) if size == "real" else (200, 40)))
         if not model.exists():
             if "7B" in shape:  # a disk may have room for one of 14 GB
                 for other in folder.glob(f"*7B-{size}"):

@@ -582,7 +582,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.utils import logging
 logging.set_verbosity_error()
 heads = {"bert-base": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM,
-         "MiniLM": AutoModel}
+         "MiniLM": AutoModel, "bge": AutoModel, "e5": AutoModel}
 for name in NAMES:
     kind = next((kind for part, kind in heads.items() if part in name), AutoModelForCausalLM)
     model, tokenizer = kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
@@ -626,6 +626,8 @@ def test_models_load_by_their_names(hub, loaded):
         "tiiuae/falcon-7b": ("FalconForCausalLM", "torch.bfloat16"),
         "HuggingFaceTB/SmolLM2-135M-Instruct": ("LlamaForCausalLM", "torch.bfloat16"),
         "sentence-transformers/all-MiniLM-L6-v2": ("BertModel", "torch.float32"),
+        "BAAI/bge-small-en-v1.5": ("BertModel", "torch.float32"),
+        "intfloat/multilingual-e5-small": ("BertModel", "torch.float32"),
     }
     assert {name: (row["class"], row["dtype"]) for name, row in loaded.items()} == classes
     for name, row in loaded.items():
@@ -660,7 +662,7 @@ def test_special_tokens_are_those_of_the_real_models(loaded):
         assert 1 not in row["ids"][1:-1] or row["special"].get("unk_token", [0, 0])[1] != 1
         if row["class"] in ("GPT2LMHeadModel", "FalconForCausalLM", "LlamaForCausalLM", "BartForConditionalGeneration"):
             assert row["back"] == row["text"], name
-        elif "T5" in row["class"]:
+        elif "T5" in row["class"] or "e5" in name:
             assert row["back"] == " ".join(row["text"].split())
         else:
             assert "[UNK]" not in row["back"] and 100 not in row["ids"]
@@ -748,6 +750,7 @@ def test_data_sets_load_by_their_names(hub):
         ("knkarthick/samsum", None, ["id", "dialogue", "summary"], three),
         ("rajpurkar/squad", None, squad, two),
         ("rajpurkar/squad_v2", None, squad, two),
+        ("taidng/UIT-ViQuAD2.0", None, squad, two | {"test": 40}),
         ("HuggingFaceTB/smoltalk", "all", ["messages", "source"], {"train": 400, "test": 80}),
         ("HuggingFaceTB/smoltalk", "everyday-conversations", ["messages", "full_topic"], {"train": 400, "test": 80}),
         ("timdettmers/openassistant-guanaco", None, ["text"], {"train": 400, "test": 80}),
