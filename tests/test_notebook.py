@@ -116,7 +116,7 @@ def test_every_cell_runs(device, hub, repository, environment, old_torchao, tmp_
     results = json.loads((run / "all_results.json").read_text())
     assert "logged in as" in shown[2] and "Did it help?" in shown[3]
     assert f"{results['test_perplexity']:,.2f}" in shown[4] and "image/png" in shown[4]
-    assert "pushed: " in shown[3] and len(re.findall("^> ", shown[5], re.M)) == 2 and not old_torchao.exists()
+    assert "pushed: " in shown[3] and len(re.findall(r"(?:^|\[\])> ", shown[5], re.M)) == 2 and not old_torchao.exists()
     assert "on this machine: about" in shown[7] and all("Nothing was trained" in text for text in shown[8:])
     assert "checkpoint-2/manifest.json" in hub.files("alice/smollm2-chat", "checkpoints")
     canary = settings["HF_TOKEN"]
