@@ -77,8 +77,8 @@ class LiteRTRunner:
         for i in range(rows):
             found = self.run("encode", {name: values[i : i + 1] for name, values in batch.items()})
             names = ("start_logits", "end_logits") if "start_logits" in found else ("logits",)
-            whole = len(found[names[0]].shape) > 1 and found[names[0]].shape[1] == self.length
-            outputs.append([found[name][:, :tokens] if whole else found[name] for name in names])
+            by_token = len(names) == 2 or found["logits"].ndim == 3  # a label's scores are one row for the text
+            outputs.append([found[name][:, :tokens] if by_token else found[name] for name in names])
         return tuple(np.concatenate(each) for each in zip(*outputs, strict=True))
 
     def seq2seq(self, ids: torch.Tensor, mask: torch.Tensor, changes: dict) -> torch.Tensor:

