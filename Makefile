@@ -5,7 +5,7 @@ ARGS ?=
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat ask test gpu-check litert-env test-litert lint lock new-task clean
+.PHONY: help setup demo chat ask test gpu-check litert-env test-litert clients-env test-clients lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,18 @@ litert-env: .venv-litert/.installed ## build .venv-litert, which `--to litert` n
 # Not part of `make test`: the environment is large and takes longer to install than the tests of export take.
 test-litert: litert-env ## show that files of TensorFlow Lite give what PyTorch gives, in LiteRT and in TensorFlow
 	.venv-litert/bin/python -m pytest -q $(ARGS) tests/export/litert_checks.py
+
+clients-env: .venv-clients/.installed ## build .venv-clients, which `make test-clients` needs: litellm and Gradio, 0.9 GB
+
+.venv-clients/.installed: requirements-clients.txt
+	@.venv-clients/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-clients
+	@echo "Installing into .venv-clients; that takes a minute."
+	@.venv-clients/bin/python -m pip install --quiet --quiet --disable-pip-version-check -r requirements-clients.txt
+	@touch $@
+
+# --noconftest: what tests/conftest.py imports is in .venv, where the server runs. The other clients are tests of `make test`.
+test-clients: setup clients-env ## show that litellm, and a person at a chat page of Gradio, can use the API
+	.venv-clients/bin/python -m pytest -q --noconftest --disable-warnings $(ARGS) tests/deploy/client_checks.py
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .

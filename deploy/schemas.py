@@ -33,7 +33,7 @@ def only(*values):
 
     def check(value):
         if value not in values:
-            raise ValueError("not offered")
+            raise ValueError("not offered by this server; leave it out")
         return value
 
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
@@ -359,7 +359,10 @@ def parse(schema: type[Strict], raw: bytes) -> Strict:
 
 def one_line(errors: list[dict]) -> str:
     """The first of pydantic's errors, without values, which may be as long as the body."""
-    lines = [f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in errors[:5]]
+    lines = [
+        f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg'].removeprefix('Value error, ')}"
+        for each in errors[:5]
+    ]
     return "; ".join(line.translate(SURROGATES)[:300] for line in lines)
 
 

@@ -246,7 +246,7 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
         ({"top_p": 0}, 422, "top_p"),
         ({"n": 5}, 422, "n:"),
         ({"logprobs": True}, 422, "logprobs"),
-        ({"tools": [{"type": "function"}]}, 422, "tools: "),
+        ({"tools": [{"type": "function"}]}, 422, "tools: not offered by this server; leave it out"),
         ({"response_format": {"type": "json_object"}}, 422, "response_format: "),
         ({"nonsense": 1}, 422, "nonsense"),
         ({"stop": ["a"] * 5}, 422, "stop"),
@@ -402,7 +402,8 @@ def test_fields_that_ask_for_nothing(server):
     assert reply(**dict.fromkeys([*nothing, "temperature", "top_p", "n", "stream", "user", "logprobs"])) == plain
     assert reply(stop="") == reply(stop=[]) == plain
     said = [*CHAT, {"role": "assistant", "content": None}, {"role": "user", "content": "And?"}]
-    assert reply(messages=said)
+    as_gradio = [turn | {"metadata": None, "options": None} for turn in said]
+    assert reply(messages=as_gradio) == reply(messages=said)
     developer, system = ([{"role": role, "content": "Be kind."}, *CHAT] for role in ("developer", "system"))
     assert reply(messages=developer) == reply(messages=system)
 
