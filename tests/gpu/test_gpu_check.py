@@ -5,12 +5,17 @@
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +31,7 @@ from shared.publish.hub import check_peft
 from shared.training import checkpoints
 from shared.training.arguments import parse
 from shared.training.hardware import choose_precision, gpus, matmul_flops
-from shared.training.packed_attention import packed_attention
+from shared.training.packed_attention import flash_dtype, packed_attention
 from shared.training.plan import LiveBytes
 
 RECIPES = {
@@ -107,10 +112,28 @@ def main(recipe: str, argv: list[str]) -> None:
         torch.cuda.empty_cache()
 
 
+@contextmanager
+def host_memory():
+    """Yields a list of readings, in bytes, of the memory of this process without the files that it has mapped."""
+    readings, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            readings.append(1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield readings
+    finally:
+        done.set()
+        watcher.join()
+
+
 @pytest.fixture
 def watched(monkeypatch):
     """What the steps of a run are seen to do: when each began, its positions, the products of the second, memory at most."""
-    seen = SimpleNamespace(starts=[], positions=[], products=None, allocated=0, reserved=0)
+    seen = SimpleNamespace(starts=[], positions=[], products=None, allocated=0, reserved=0, trainer=None)
     step, train = transformers.Trainer.training_step, checkpoints.train
 
     def now() -> float:
@@ -127,6 +150,7 @@ def watched(monkeypatch):
             return step(self, model, inputs, *more)
 
     def watch_train(trainer, checkpoint):
+        seen.trainer = trainer
         seen.starts.clear(), seen.positions.clear()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -186,7 +210,7 @@ class Kernels(LiveBytes):
         self.names = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "softmax" in str(func) or "scaled_dot_product" in str(func):
+        if any(word in str(func) for word in ("softmax", "scaled_dot_product", "varlen")):
             self.names.add(str(func).split(".")[1].removeprefix("_scaled_dot_product_"))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -214,6 +238,24 @@ def test_attention_grows_with_the_length_and_not_with_its_square(model, packed, 
     row(name, f"{', '.join(names)}; {grows:.1f} x", "no softmax; < 2.5 x for twice the length", passed)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+def test_texts_of_a_packed_row_in_one_call(window, row, monkeypatch):
+    """Against a call each. tests/training/test_packed_attention.py shows on a CPU what the kernel is given."""
+    layer, lengths, found = SimpleNamespace(num_key_value_groups=3, is_causal=True), (300, 17, 1, 706), []
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    given = [torch.randn(1, n, 1024, 64, device="cuda", dtype=torch.float16, requires_grad=True) for n in (9, 3, 3)]
+    name = f"packed row, {'a window of 100' if window else 'whole texts'}: outputs and gradients"
+    if flash_dtype(given[0], 0.0) is None:
+        return row(name, "a call for each text: this card or this PyTorch has no FlashAttention for all")
+    for _ in range(2):
+        out = packed_attention(layer, *given, None, cu_seq_lens_q=starts, sliding_window=window)[0]
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
+        monkeypatch.setattr("shared.training.packed_attention.flash_dtype", lambda query, dropout: None)
+    apart = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+    row(name, f"{apart:.2%} from a call each", "< 1 %", apart < 0.01)
+
+
 ON_CPU = [recipe for recipe in RECIPES if recipe.endswith("/t4.yaml") or "llama2_qlora" in recipe]
 
 
@@ -223,7 +265,8 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
     name, real = recipe.replace("/configs", ""), size == "real"
     main(recipe, [*flags(recipe, size, made, tmp_path / "plan"), "--dry_run"])
     planned = float(re.search(r"about ([\d.]+) GB memory", capsys.readouterr().out)[1])
-    main(recipe, flags(recipe, size, made, tmp_path / "run"))
+    with host_memory() as on_host:
+        main(recipe, flags(recipe, size, made, tmp_path / "run"))
     afterwards = torch.cuda.max_memory_reserved() if real else 0
     losses, results = (
         task_runs.losses(tmp_path / "run"),
@@ -238,6 +281,9 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
         row(f"{name}: products in half precision", f"{half:.1%}", "without the feed-forward layers")
     else:
         row(f"{name}: products in half precision", f"{half:.1%}", ">= 95 %", half >= 0.95)
+
+    most = max(on_host) / 1e9
+    row(f"{name}: memory of the process in GB", f"{most:.1f}", "< 6", most < 6)
 
     first = min(5, len(watched.starts) - 2)
     seconds = watched.starts[-1] - watched.starts[first]
@@ -263,6 +309,29 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys):
         norms = [task_runs.logged(tmp_path / run, "grad_norm")[1] for run in ("run", "fp32")]
         apart = abs(norms[0] / norms[1] - 1)
         row(f"{name}: first gradient's norm against fp32", f"{apart:.2%} apart", "< 5 %", apart < 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["chat_sft/configs/t4.yaml", "pretrain_gpt2/configs/t4.yaml"])
+def test_the_scale_of_fp16_moves(recipe, made, watched, row, tmp_path, monkeypatch):
+    """From one at which the gradients overflow: those steps are skipped, and nothing infinite stays behind."""
+    finite, step = [], transformers.Trainer.training_step
+
+    def look(self, *given, **more):
+        states = [x for state in self.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        finite.append(all(x.isfinite().all() for x in [*self.model.parameters(), *states]))
+        return step(self, *given, **more)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", look)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**30))
+    main(recipe, flags(recipe, "real", made, tmp_path / "run", fp16=True, bf16=False))
+    scale, name = (
+        watched.trainer.accelerator.scaler.get_scale(),
+        f"{recipe.split('/')[0]}: scale of fp16 that overflows",
+    )
+    row(name, f"2^30 -> 2^{math.log2(scale):.0f}", "falls", scale < 2.0**30)
+    finite += [math.isfinite(loss) for loss in task_runs.losses(tmp_path / "run").values()]
+    row(f"{name}: weights, momenta, losses", "finite" if all(finite) else "not finite", "finite", all(finite))
 
 
 def test_killed_it_goes_on(size, made, row, tmp_path):
