@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 ARGS ?=
+TASKS := $(notdir $(wildcard tasks/*))
 TOOL := $(or $(wildcard .venv/bin/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat ask test gpu-check litert-env test-litert clients-env test-clients lint lock new-task clean
+.PHONY: help setup demo chat ask test gpu-check litert-env test-litert clients-env test-clients results lint lock new-task clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,6 +70,12 @@ clients-env: .venv-clients/.installed ## build .venv-clients, which `make test-c
 # --noconftest: what tests/conftest.py imports is in .venv, where the server runs. The other clients are tests of `make test`.
 test-clients: setup clients-env ## show that litellm, and a person at a chat page of Gradio, can use the API
 	.venv-clients/bin/python -m pytest -q --noconftest --disable-warnings $(ARGS) tests/deploy/client_checks.py
+
+# Each command as a user types it; a task that has finished is not run again. What they left is where the table's figures come from.
+results: setup ## run the command of every task, an hour in all, and write their figures into the READMEs' table
+	@for task in $(TASKS); do test -e outputs/$$task/all_results.json || .venv/bin/accelerate launch --quiet --num_processes 1 \
+	  --num_machines 1 --mixed_precision no --dynamo_backend no tasks/$$task/train.py || exit; done
+	.venv/bin/python -m shared.compare $(TASKS:%=outputs/%) --readme README.md README.vi.md
 
 lint: setup ## check style and format
 	.venv/bin/ruff check .

@@ -117,7 +117,8 @@ def test_every_cell_runs(device, hub, repository, environment, old_torchao, tmp_
     assert "logged in as" in shown[2] and "Did it help?" in shown[3]
     assert f"{results['test_perplexity']:,.2f}" in shown[4] and "image/png" in shown[4]
     assert "pushed: " in shown[3] and len(re.findall(r"(?:^|\[\])> ", shown[5], re.M)) == 2 and not old_torchao.exists()
-    assert "on this machine: about" in shown[7] and all("Nothing was trained" in text for text in shown[8:])
+    assert "on this machine: about" in shown[8] and all("Nothing was trained" in text for text in shown[9:11])
+    assert "Not asked for" in shown[6] and "Not asked for" in shown[11]
     assert "checkpoint-2/manifest.json" in hub.files("alice/smollm2-chat", "checkpoints")
     canary = settings["HF_TOKEN"]
     assert not any(canary in text for text in shown)
@@ -136,7 +137,7 @@ def test_the_chat_cell_takes_what_each_recipe_leaves(method, tiny, tmp_path, mon
     model.save_pretrained(tmp_path / "me" / "chat")
     methods.load_tokenizer(tiny / "llama").save_pretrained(tmp_path / "me" / "chat")
     (tmp_path / "me" / "chat" / "run.yaml").write_text(f"method: {name}\n" + "load_in_4bit: true\n" * ("4" in method))
-    cell = nbformat.read(NOTEBOOK, as_version=4).cells[-1].source
+    cell = nbformat.read(NOTEBOOK, as_version=4).cells[11].source
     names = {"Path": Path, "TRAINED": True, "OUTPUT": "me/chat", "HUB_NAME": "chat", "ASK": ["One?", "Two?"]}
     monkeypatch.chdir(tmp_path)
     exec(cell.replace("max_new_tokens=128", "max_new_tokens=4"), names | {"whoami": lambda: {"name": "me"}})

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from shared import UserError
+from shared.compare.readme import fill
 from shared.metrics import paired_difference
 from shared.publish.compare import short_number
 from shared.publish.hub import pull
@@ -263,6 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", help="finished runs: folders such as outputs/*, or names on the Hub")
     parser.add_argument("--output", type=Path, help="write the table as Markdown here, too")
     parser.add_argument("--html", type=Path, help="write one HTML file with curves and samples, which can be mailed")
+    parser.add_argument(
+        "--readme", nargs="+", type=Path, default=[], help="write the runs' figures into the table of these"
+    )
     options = parser.parse_args(argv)
     try:
         many = [name for name in options.runs if not Path(name).exists() or (Path(name) / "all_results.json").is_file()]
@@ -278,6 +282,9 @@ def main(argv: list[str] | None = None) -> None:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(path, content.encode("utf8", "backslashreplace"))
+        filled = {path: fill(path.read_text("utf8"), runs) for path in options.readme}
+        for path, content in filled.items():
+            replace_file(path, content.encode("utf8"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,8 @@
 
 Each format becomes a folder of its own that `shared.inference.model.load` opens, with tokenizer, template, generation settings
 and golden.json. Beside them: export.json and a card with the table of what each format gains and loses. A format that loses
-more than its tolerance is removed again, unless --accept_loss is given.
+more than its tolerance is removed again, unless --accept_loss is given; before that, an encoder's onnx-int8 gets back the layers
+in fp32 whose rounding moves its outputs most.
 """
 
 import argparse
@@ -47,7 +48,8 @@ def export(
     """
     from transformers import AutoTokenizer
 
-    from shared.export.measure import in_a_process, start_measuring, write_golden
+    from shared.export.measure import WRITING, in_a_process, start_measuring, write_golden
+    from shared.export.quantize import fewer_rounded, quantize
     from shared.export.score import METRIC, golden_prompts, past_the_window, settled, too_different
     from shared.export.score import test_rows as rows_of
     from shared.inference.model import task_of
@@ -106,17 +108,33 @@ def export(
         found = {"original": in_a_process(str(source), None, task, rows, prompts, True)}
         found["original"]["megabytes"] = _megabytes(whole)
         rows = settled(rows, found["original"]["scored_rows"])
-        for each in written:
-            say(f"{each}: measuring")
+
+        def measured(each: str) -> dict:
             numbers = in_a_process(str(output / each), each, task, rows, prompts, False)
             golden = [numbers[key] for key in ("outputs", "input_ids", "stop_ids")]
             if golden[1:] != [found["original"][key] for key in ("input_ids", "stop_ids")]:
                 raise UserError(f"{output / each}: other token or stop ids than {name} for the same prompts.")
             same = sum(a == b for a, b in zip(golden[0], found["original"]["outputs"], strict=True))
-            numbers |= {"identical_outputs": round(same / len(prompts), 3), "megabytes": _megabytes(output / each)}
             write_golden(output / each, each, prompts, *golden)
+            return numbers | {
+                "identical_outputs": round(same / len(prompts), 3),
+                "megabytes": _megabytes(output / each),
+            }
+
+        for each in written:
+            say(f"{each}: measuring")
+            numbers = measured(each)
+            reason = too_different(task, each, found["original"], numbers)
+            if reason and each == "onnx-int8" and task not in WRITING:
+                for kept in fewer_rounded(output / ".graphs" / "model.onnx", found["original"]["input_ids"]):
+                    say(f"{each}: {reason}; measuring with {_layers(kept)} in fp32")
+                    quantize(output / ".graphs" / "model.onnx", output / each / "model.onnx", 8, task, kept)
+                    numbers = measured(each) | {"fp32_layers": kept}
+                    reason = too_different(task, each, found["original"], numbers)
+                    if not reason:
+                        break
             found[each] = numbers
-            if reason := too_different(task, each, found["original"], numbers):
+            if reason:
                 numbers["refused"] = reason
                 if not accept_loss:
                     losers[each] = reason
@@ -137,6 +155,12 @@ def export(
     return result
 
 
+def _layers(numbers: list[str]) -> str:
+    inside = sorted((number for number in numbers if number), key=int)
+    words = [f"layer{'s' * (len(inside) > 1)} {', '.join(inside)}"] if inside else []
+    return " and ".join(words + ["what lies outside of layers"] * ("" in numbers))
+
+
 def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
 
@@ -153,8 +177,9 @@ def table(found: dict, task: str) -> str:
     for name, numbers in found.items():
         latency, speed = numbers["latency_ms"], numbers["per_second"]
         same = numbers.get("identical_outputs")
+        kept = f", {_layers(numbers['fp32_layers'])} in fp32" if "fp32_layers" in numbers else ""
         cells = [
-            name + (" (refused)" if "refused" in numbers else ""),
+            name + (" (refused)" if "refused" in numbers else "") + kept,
             f"{numbers[metric]:.2f}",
             "" if same is None else f"{100 * same:.0f} %",
             f"{numbers['megabytes']:.0f}",
@@ -251,5 +276,5 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for noisy in ("onnxruntime", "onnxscript", "onnx_ir", "torch.onnx", "httpx"):
+    for noisy in ("onnxruntime", "onnxscript", "onnx_ir", "torch.onnx", "httpx", "torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

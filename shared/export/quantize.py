@@ -2,22 +2,28 @@
 
 import logging
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 BLOCK = 32  # weights with a scale
 # What four bits distort most, by parts of the names of weights: values of attention, what leaves the feed-forward part, the head
+IN_FP32 = r"qa_outputs|classifier|layer\.\d+\.output\.dense"  # of an encoder
 EIGHT_BITS = ("qkv_proj", "v_proj", "c_attn", "down_proj", "mlp.c_proj", "lm_head")
 
 
-def quantize(source: Path, target: Path, bits: int, task: str) -> None:
+def quantize(source: Path, target: Path, bits: int, task: str, kept_layers: Sequence[str] = ()) -> None:
     """Writes a graph with its matrix products in 8 or 4 bits.
 
     A model that writes reads all its weights for each token, so only weights are rounded, 32 with a scale (MatMulNBits); of 4
     bits EIGHT_BITS are left out, unless they are held exactly. An encoder computes instead: both sides of its products are
     rounded to 8 bits, weights by channel, but for the head and for what leaves the feed-forward part, whose input has outliers.
     Weights get 7 of the 8 bits: without VNNI, products of two 8-bit numbers are added in 16 bits and saturate.
+
+    Args:
+        kept_layers: of an encoder, those that stay in fp32 (see `fewer_rounded`).
     """
     import onnx
 
@@ -30,28 +36,71 @@ def quantize(source: Path, target: Path, bits: int, task: str) -> None:
             graph = _round_weights(graph, 4, kept).model
         _round_weights(graph, 8, []).save_model_to_file(str(target), use_external_data_format=True)
     else:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+        layers = _products(source)
+        _round_both_sides(
+            source, target, [name for layer in layers if layer not in kept_layers for name in layers[layer]]
+        )
 
-        graph = onnx.load(source, load_external_data=False).graph
-        products = [node for node in graph.node if node.op_type == "MatMul"]
-        kept = [
-            node.name
-            for node in products
-            if re.search(r"qa_outputs|classifier|layer\.\d+\.output\.dense", node.input[1])
-        ]
-        logging.disable(logging.WARNING)  # it asks the root logger for a step that only images need
-        try:
-            quantize_dynamic(
-                source,
-                target,
-                per_channel=True,
-                reduce_range=True,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=["MatMul"],
-                nodes_to_exclude=kept,
-            )
-        finally:
-            logging.disable(logging.NOTSET)
+
+def fewer_rounded(source: Path, rows: Sequence[Sequence[int]]) -> list[list[str]]:
+    """What to keep in fp32 where an encoder with all its layers rounded is too different: the third of the layers whose rounding,
+    each alone, moves the outputs most; then two thirds. As `quantize` takes them.
+
+    Args:
+        source: the graph in fp32.
+        rows: token ids of some texts.
+    """
+    import onnxruntime
+
+    def outputs(graph: Path) -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        names, found = {each.name for each in session.get_inputs()}, []
+        for row in rows:
+            batch = {"input_ids": [row], "attention_mask": [[1] * len(row)], "token_type_ids": [[0] * len(row)]}
+            found += session.run(None, {name: np.array(batch[name], np.int64) for name in names})
+        return found
+
+    expected, moved = outputs(source), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for layer, names in _products(source).items():
+            rounded = Path(folder) / source.name
+            _round_both_sides(source, rounded, names)
+            pairs = zip(outputs(rounded), expected, strict=True)
+            moved[layer] = sum(float(np.square(found - right).sum()) for found, right in pairs)
+    worst = sorted(moved, key=moved.get, reverse=True)
+    return [worst[:most] for most in sorted({len(worst) // 3, 2 * len(worst) // 3} - {0})]
+
+
+def _products(source: Path) -> dict[str, list[str]]:
+    """Names of the matrix products of an encoder's graph that may be rounded, by layer (its number; "" outside of layers)."""
+    import onnx
+
+    graph, layers = onnx.load(source, load_external_data=False).graph, {}
+    weights = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in weights or re.search(IN_FP32, node.input[1]):
+            continue
+        number = re.search(r"\.(\d+)\.", node.input[1])
+        layers.setdefault(number[1] if number else "", []).append(node.name)
+    return layers
+
+
+def _round_both_sides(source: Path, target: Path, products: list[str]) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.disable(logging.WARNING)  # it asks the root logger for a step that only images need
+    try:
+        quantize_dynamic(
+            source,
+            target,
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=products,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _keep_four_bits(model) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import task_runs
+from checkout import ROOT
 from finished_run import make_run
 
+from shared.compare.readme import FIGURES
 from shared.compare.table import main
 
 
@@ -83,3 +85,36 @@ def test_a_run_on_the_hub_by_name(hub, tmp_path):
     assert pushed.returncode == 0, pushed.stderr
     compared = task_runs.command("-m", "shared.compare", "alice/far", run, **hub.env)
     assert compared.returncode == 0 and "| alice/far (from pypi:minilm-l6) | mlm_bert |" in compared.stdout, compared
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.vi.md"])
+def test_the_table_of_the_readme_is_written_from_the_runs(name, tmp_path, capsys):
+    """`make results`: all tasks' figures and nothing else, as many decimals as there were."""
+    readme = tmp_path / name
+    readme.write_text((ROOT / name).read_text("utf8"), "utf8")
+    runs = []
+    for i, (task, keys) in enumerate(FIGURES.items()):
+        share = 0.01 if keys[0].endswith(("accuracy", "mrr")) else 1
+        figures = {key: share * (10 * i + 1.25 + j) for j, key in enumerate(keys)}
+        times = {"train_minutes": i + 0.26, "run_minutes": i + 1.26, "peak_memory_gb": i + 2.26}
+        runs.append(make_run(tmp_path / task, task=task, **figures | times))
+    own = make_run(tmp_path / "my_task", test_f1=0.5)
+    main([*runs, own, "--readme", str(readme)])
+    before, after = ((ROOT / name).read_text("utf8").split("\n"), readme.read_text("utf8").split("\n"))
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert [new.split(",")[0] for _, new in changed] == [f"| {task}" for task in FIGURES]
+    for old, new in changed:
+        assert re.sub(r"\d[\d,.]*\d|\d", "", old.split("|", 3)[3]) == re.sub(
+            r"\d[\d,.]*\d|\d", "", new.split("|", 3)[3]
+        )
+        assert old.split("|")[:3] == new.split("|")[:3]
+    chat = next(new for _, new in changed if "chat_sft" in new)
+    assert "| 31 | " not in chat and "| 31.2 | 32 (unigram) | 33.2 | 3.3 " in chat, chat
+    assert "| 41.2 % | 42.2 % (" in next(new for _, new in changed if "dpo_chat" in new)
+    main([*runs, "--readme", str(readme)])
+    assert readme.read_text("utf8").split("\n") == after
+    (tmp_path / "chat_sft" / "all_results.json").write_text('{"test_perplexity": 3.0}')
+    with pytest.raises(SystemExit):
+        main([runs[3], "--readme", str(readme)])
+    assert "all_results.json: it has no base_perplexity" in capsys.readouterr().err
+    assert readme.read_text("utf8").split("\n") == after

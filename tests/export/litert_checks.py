@@ -2,6 +2,9 @@
 tests of CI do without it). They are exported, measured and verified by ai-edge-litert, then replayed by TensorFlow itself."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -24,8 +27,13 @@ MODELS = {  # class, configuration, of whose tokenizer, what a test row holds be
     "llama": ("LlamaForCausalLM", SIZES | {"num_key_value_heads": 2}, "gpt", "text"),
     "qwen2": ("Qwen2ForCausalLM", SIZES | {"num_key_value_heads": 2}, "gpt", "text"),
     "qwen3": ("Qwen3ForCausalLM", SIZES | {"num_key_value_heads": 2, "head_dim": 32}, "gpt", "text"),
+    "mistral": ("MistralForCausalLM", SIZES | {"num_key_value_heads": 2, "sliding_window": None}, "gpt", "text"),
+    "falcon": ("FalconForCausalLM", SIZES | {"multi_query": True, "alibi": False}, "gpt", "text"),
+    "neox": ("GPTNeoXForCausalLM", SIZES, "gpt", "text"),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "gpt", "text"),
     "bert": ("BertForMaskedLM", SIZES, "bert", "text"),
+    "roberta": ("RobertaForMaskedLM", SIZES | {"pad_token_id": 0}, "bert", "text"),
+    "distilbert": ("DistilBertForMaskedLM", {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, "bert", "text"),
     "qa": ("BertForQuestionAnswering", SIZES | {"window_length": 64, "window_stride": 16}, "bert", "question"),
     "classes": ("BertForSequenceClassification", SIZES | {"num_labels": 3}, "bert", "label"),
     "t5": (
@@ -67,7 +75,7 @@ def test_tensorflow_lite_gives_what_pytorch_gives(name, tiny, tiny_bert, tmp_pat
     assert found["identical_outputs"] == 1 and "refused" not in found
     original, exported = load(folder), load(tmp_path / "out", "litert")
     text = sentence(9, 30)
-    if more == "text" and "Masked" not in kind:
+    if "CausalLM" in kind or "LMHead" in kind:
         ids = tokenizer(text)["input_ids"]
         np.testing.assert_allclose(original.logits([ids])[0], exported.logits([ids])[0], atol=1e-3)
         prompts = [ids, ids[:2], ids[:33]]  # one piece of a prompt and more, and one token
@@ -89,3 +97,30 @@ def test_tensorflow_lite_gives_what_pytorch_gives(name, tiny, tiny_bert, tmp_pat
         [sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True, cwd=ROOT
     )
     assert replayed.returncode == 0, replayed.stderr[-2000:]
+
+
+def test_the_cell_of_the_notebook(tiny, tmp_path, monkeypatch, capsys):
+    """It reads the file with TensorFlow alone, and says what the original says."""
+    folder = tmp_path / "outputs" / "chat"
+    shutil.copytree(tiny / "llama", folder)
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"text": sentence(i, 40)}) for i in range(4)))
+    cells = json.loads((ROOT / "notebooks" / "colab_t4.ipynb").read_text())["cells"]
+    lines = "".join(cells[-1]["source"]).replace("asked + 64", "asked + 12")
+    code, names = re.subn(r"^( +)!(.*)$", r"\1_exit_code = shell(f'\2')", lines, flags=re.M)
+    assert names == 2
+
+    def shell(command: str) -> int:  # the environment that `make litert-env` builds is this one
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = command.replace(".venv-litert/bin/python", sys.executable)
+        return 0 if command.startswith("make") else subprocess.run(command, shell=True, env=environment).returncode
+
+    monkeypatch.chdir(tmp_path)
+    asked = {"TRAINED": True, "TENSORFLOW": True, "OUTPUT": "outputs/chat", "ASK": ["the old river"]}
+    exec(code, asked | {"shell": shell, "AutoTokenizer": AutoTokenizer})
+    said = capsys.readouterr().out.splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "the old river"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    expected = tokenizer.decode(load(folder).generate([ids], max_new_tokens=12)[0], skip_special_tokens=True)
+    at = said.index("> the old river")
+    assert "\n".join(said[at + 1 :]) == expected
