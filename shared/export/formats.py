@@ -60,8 +60,8 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     if reason := gguf_file.cannot(config, tokens):
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), reason)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
-        reason = f"{config.model_type} has attention code of its own, which is no node of ONNX Runtime"
-        found |= dict.fromkeys(("onnx", "onnx-int8", "int4"), reason)
+        reason = f"{config.model_type} has attention code of its own, which is not that of ONNX Runtime or LiteRT"
+        found |= dict.fromkeys(("litert", "onnx", "onnx-int8", "int4"), reason)
     return found
 
 

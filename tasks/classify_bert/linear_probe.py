@@ -1,10 +1,12 @@
-"""A linear classifier on the frozen encoder: what it knows before training. A Trainer that stops at NaN. Used by train.py."""
+"""A linear classifier on the frozen encoder: what it knows before training, and where the head starts. A Trainer that stops at
+NaN. Used by train.py."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
+from tqdm.auto import tqdm
 from transformers import Trainer
 
 from shared.training.losses import finite, step_mean
@@ -36,6 +38,54 @@ class CheckedTrainer(Trainer):
         if model.training:
             finite(loss, lambda: f" at step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
+
+
+def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty: float = 0.01) -> float | None:
+    """Sets the last layer to a logistic regression on what enters it, of at most `most` rows: a random head would first pull the
+    encoder anywhere (LP-FT, https://arxiv.org/abs/2202.10054).
+
+    Args:
+        penalty: of the squared weights of standardized features.
+
+    Returns:
+        The accuracy on these rows; None where the last layer reads no row of features each (GPT-2 scores every token).
+    """
+    names = [name for name, part in model.named_modules() if getattr(part, "out_features", 0) == model.num_labels]
+    head, entered = model.get_submodule(names[-1]), []
+    hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0].float().cpu()))
+    rows = rows.select(range(min(most, len(rows))))
+    columns = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "label")])
+    in_training, labels = model.training, torch.tensor(rows["label"])
+    model.eval()
+    with torch.no_grad():
+        batches = DataLoader(columns, batch_size=batch_size, collate_fn=collator)
+        for batch in tqdm(batches, desc="where the head starts", disable=None, leave=False):
+            model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
+    hook.remove()
+    model.train(in_training)
+    if entered[0].dim() != 2:
+        return None
+    features = torch.cat(entered)
+    middle, width = features.mean(0), features.std(0) + 1e-6
+    features = (features - middle) / width
+    weight = torch.zeros(features.shape[1], model.num_labels, requires_grad=True)
+    bias = torch.zeros(model.num_labels, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = F.cross_entropy(features @ weight + bias, labels) + penalty * weight.square().sum()
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        right = ((features @ weight + bias).argmax(-1) == labels).float().mean().item()
+        weight = weight / width[:, None]
+        head.weight.copy_(weight.T)
+        if head.bias is not None:
+            head.bias.copy_(bias - middle @ weight)
+    return right
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from texts to card."""
     # Setup
     import numpy as np
-    from linear_probe import CheckedTrainer, fit_linear, predict_linear
+    from linear_probe import CheckedTrainer, fit_linear, predict_linear, start_head
     from transformers import (
         AutoModel,
         AutoModelForSequenceClassification,
@@ -162,8 +162,8 @@ def main(script_args, args, run_args) -> None:
     # Model
     set_seed(args.seed)  # the new head
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype="float32", trust_remote_code=False, **names
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype="float32", trust_remote_code=False, output_loading_info=True, **names
     )
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
@@ -174,6 +174,9 @@ def main(script_args, args, run_args) -> None:
     )
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
+    if checkpoint is None and loaded["missing_keys"]:  # the head is new
+        right = start_head(model.to(args.device), rows["train"], collator, args.per_device_eval_batch_size)
+        log.info("the head starts as a linear classifier, right on %s of the training rows", f"{right or 0:.1%}")
     trainer = CheckedTrainer(
         model=model,
         args=args,

@@ -28,7 +28,6 @@ MODELS = {  # class, configuration, of whose tokenizer, what a test row holds be
     "qwen2": ("Qwen2ForCausalLM", SIZES | {"num_key_value_heads": 2}, "gpt", "text"),
     "qwen3": ("Qwen3ForCausalLM", SIZES | {"num_key_value_heads": 2, "head_dim": 32}, "gpt", "text"),
     "mistral": ("MistralForCausalLM", SIZES | {"num_key_value_heads": 2, "sliding_window": None}, "gpt", "text"),
-    "falcon": ("FalconForCausalLM", SIZES | {"multi_query": True, "alibi": False}, "gpt", "text"),
     "neox": ("GPTNeoXForCausalLM", SIZES, "gpt", "text"),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}, "gpt", "text"),
     "bert": ("BertForMaskedLM", SIZES, "bert", "text"),

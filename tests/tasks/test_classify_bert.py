@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import task_runs
 import torch
+import transformers
 from checkout import ROOT, train_script
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, DataCollatorWithPadding, pipeline
@@ -132,6 +133,40 @@ def test_the_linear_probe_is_ridge_regression_in_any_batches(bert):
     expected = np.linalg.solve(x.T @ x + 1e-3 * np.mean(np.diag(x.T @ x)) * np.eye(33), x.T @ y)
     assert np.allclose(weights[0].numpy(), expected, atol=1e-4)
     assert linear_probe.predict_linear(encoder, weights[0], rows, collator, 7) == rows["label"]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert", "GPT2"])
+def test_the_head_starts_as_a_linear_classifier(kind, bert):
+    """The whole model then says what the classifier says, whatever its last layer is called; a decoder scores all tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32} if kind == "DistilBert" else small
+    small = {"n_embd": 32, "n_layer": 1, "n_head": 2} if kind == "GPT2" else small
+    of_kind = getattr(transformers, f"{kind}ForSequenceClassification")
+    torch.manual_seed(0)
+    settings = {"num_labels": 3, "vocab_size": len(tokenizer), "pad_token_id": 0, "initializer_range": 0.2}
+    model = of_kind(of_kind.config_class(**small, **settings)).train()
+    words = ["even", "odd, which is longer", "neither of them"]
+    ids = [tokenizer(f"number {i} is {words[i % 3]}")["input_ids"] for i in range(60)]
+    rows = Dataset.from_dict({"input_ids": ids, "label": [i % 3 for i in range(60)], "length": list(map(len, ids))})
+    before = [weight.clone() for weight in model.parameters()]
+    right = linear_probe.start_head(model, rows, DataCollatorWithPadding(tokenizer), 7)
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert model.training and (right, changed) == (None, 0) if kind == "GPT2" else right > 0.9 and changed == 2
+    if right:
+        model.eval()
+        with torch.no_grad():
+            said = [model(torch.tensor([row])).logits.argmax().item() for row in ids]
+        assert np.mean(np.array(said) == rows["label"]) == pytest.approx(right)
+
+
+def test_a_head_that_was_trained_is_kept(bert, reviews, tmp_path, caplog):
+    caplog.set_level("INFO", "taskbook")
+    run_main(flags(bert, reviews, tmp_path / "one", max_steps=2))
+    assert "the head starts as a linear classifier, right on " in caplog.text
+    caplog.clear()
+    run_main(flags(tmp_path / "one", reviews, tmp_path / "two", max_steps=2))
+    assert "the head starts" not in caplog.text
 
 
 def test_it_learns_from_what_mlm_bert_leaves(bert, reviews, tmp_path):
