@@ -22,6 +22,7 @@ from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
 from shared.publish.hub import pull
+from shared.retrieval.answers import best_answer
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -108,9 +109,7 @@ class Engine:
 
         def run(jobs):
             found = self.model.answer([question] * len(texts), texts, cancelled=all_cancelled(jobs))
-            # of those that have one the text that holds it most surely; where none has, the nearest text says so
-            best = min(range(len(texts)), key=lambda i: (not found[i]["answer"], found[i]["no_answer_score"], i))
-            jobs[0].emit(with_confidence(found[best]) | {"number": best + 1})
+            jobs[0].emit(with_confidence(best_answer(found)))
 
         return self.workers.submit(Task(emit, run))
 

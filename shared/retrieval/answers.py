@@ -72,6 +72,15 @@ def find(index: Index, question: str, most: int = MOST) -> tuple[list[Found], fl
         raise UserError(f"the index of these documents is damaged ({error}). Index them again.") from error
 
 
+def best_answer(found: Sequence[dict]) -> dict:
+    """Of the answers that `Model.answer` found in several passages the one that is given, with the passage's `number`, from 1.
+
+    Of those that have one the text that holds it most surely; where none has, the nearest text says so.
+    """
+    best = min(range(len(found)), key=lambda i: (not found[i]["answer"], found[i]["no_answer_score"], i))
+    return found[best] | {"number": best + 1}
+
+
 def with_passages(messages: list[dict], passages: Sequence[Found]) -> list[dict]:
     """A conversation whose last question is asked about these passages, which are numbered from 1.
 

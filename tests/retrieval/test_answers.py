@@ -9,7 +9,7 @@ from shared import UserError
 from shared.data import assets
 from shared.data.encoding import PlainText
 from shared.retrieval.__main__ import main
-from shared.retrieval.answers import LIKENESS, citations, fact, find, note, open_index, with_passages
+from shared.retrieval.answers import LIKENESS, best_answer, citations, fact, find, note, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.index import Found, Index
 
@@ -112,3 +112,11 @@ def test_an_index_names_its_encoder_and_what_is_wrong_with_it(tiny_bert, tmp_pat
     note(index, "encoder", "x")
     with pytest.raises(UserError, match="made with another encoder"):
         open_index(path)
+
+
+def test_the_best_answer_of_several_passages():
+    def answer(text: str, no_answer_score: float) -> dict:
+        return {"answer": text, "no_answer_score": no_answer_score}
+
+    assert best_answer([answer("", -9.0), answer("a", 2.0), answer("b", 1.0)]) == answer("b", 1.0) | {"number": 3}
+    assert best_answer([answer("", 3.0), answer("", 2.0)])["number"] == 2, "no passage holds one"

@@ -1,4 +1,5 @@
-"""tasks/rag_docs: rows, groups, rankings and their scores, the loss, a run end to end, resume, errors. Tiny models, real code."""
+"""tasks/rag_docs: rows, groups, rankings and their scores, the loss, a run end to end, resume, errors, answers from what is
+found. Tiny models, real code."""
 
 import json
 import random
@@ -6,6 +7,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import answers
 import numpy as np
 import pytest
 import question_rows
@@ -47,8 +49,9 @@ def questions(tmp_path_factory):
         asked = [
             f"Which {WORDS[colour]} building is {where} {CITIES[city]}?" for where in ("at", "inside", "of", "from")
         ]
-        answers = [{"text": city, "answer_start": context.index(city)}]
-        qas = [{"id": f"{i}-{j}", "question": question, "answers": answers} for j, question in enumerate(asked)]
+        given = [{"text": city, "answer_start": context.index(city)}]
+        qas = [{"id": f"{i}-{j}", "question": question, "answers": given} for j, question in enumerate(asked)]
+        qas.append({"id": f"{i}-none", "question": f"Who owns the {colour} one at {city}?", "answers": []})
         articles.append({"title": f"t{i}", "paragraphs": [{"context": context, "qas": qas}]})
     path.write_text(json.dumps({"data": articles}))
     return path
@@ -281,3 +284,93 @@ def test_rows_of_the_hub_and_of_tables_are_the_same(questions, tmp_path):
     again = question_rows.read(str(tmp_path / "rows.jsonl"), None)["train"]
     places = {name: name for name in ("context", "question", "title", "answers")}
     assert [question_rows.to_row(a, places) for a in rows] == [question_rows.to_row(b, places) for b in again]
+
+
+@pytest.fixture(scope="module")
+def reader(run, tiny_bert, tmp_path_factory):
+    """A run of tasks/qa_squad on the rows that `--rows` writes, which stand beside it."""
+    folder = tmp_path_factory.mktemp("reader")
+    written = ask(run, "--rows", folder / "rows")
+    assert written.returncode == 0, written.stderr[-3000:]
+    options = {"max_length": 48, "doc_stride": 8, "max_steps": 90, "per_device_train_batch_size": 16}
+    argv = flags(tiny_bert, folder / "rows", folder / "reader", **options)
+    argv = [flag for flag in argv if not flag.startswith("--group_size")]
+    trained = task_runs.command(ROOT / "tasks" / "qa_squad" / "train.py", *argv)
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    return folder / "reader"
+
+
+def ask(run, option, value):
+    """The README's command, with folders of the test."""
+    command, folder = (
+        f"python tasks/rag_docs/answers.py --retriever outputs/rag_docs {option} ",
+        f"outputs/rag_{option[2:]}",
+    )
+    assert f"\n{command}{folder}\n" in (TASK / "README.md").read_text()
+    return task_runs.command(TASK / "answers.py", "--retriever", run, option, value)
+
+
+def test_rows_for_a_reader_lie_on_the_sides_of_the_retriever(run, reader):
+    sides = {}
+    for name in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (reader.parent / "rows" / f"{name}.jsonl").read_text().splitlines()]
+        sides[name] = {row["context"] for row in rows}
+        assert sum(not row["answers"]["text"] for row in rows) == len(sides[name]), "one of each text has no answer"
+        assert all(a in row["context"] for row in rows for a in row["answers"]["text"])
+    tested = {json.loads(line)["context"] for line in (run / "test.jsonl").read_text().splitlines()}
+    assert sides["test"] == tested and sum(map(len, sides.values())) == len(set.union(*sides.values())) == 42
+
+
+def test_answers_from_what_is_found(run, reader):
+    ran = ask(run, "--reader", reader)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads((run / "answers.json").read_text())
+    assert (found["questions"], found["questions_without_answer"], found["passages"]) == (16, 4, 42)
+    assert found["gold_f1"] > 80 and found["gold_f1"] >= found["retrieval_f1"] > found["random_f1"]
+    assert found["gap_to_gold_f1"] == pytest.approx(found["retrieval_f1"] - found["gold_f1"])
+    assert found["most_frequent_answer"] in CITIES and found["frequent_refused"] == 0 == found["frequent_silent"]
+    assert found["gold_refused"] >= 50
+    assert found["retrieval_holds_answer"] >= found["retrieval_exact_match"] and "gold_citation_precision" not in found
+    assert (
+        "| F1 | " in ran.stdout and "Did it help?" in ran.stdout and str(run) not in (run / "answers.json").read_text()
+    )
+
+
+def known_reader(folder, dataset, tested):
+    folder.mkdir()
+    (folder / "run.yaml").write_text(json.dumps({"dataset": str(dataset), "max_length": 48}))
+    (folder / "test.jsonl").write_text(json.dumps({"context": tested, "question": "?"}) + "\n")
+    return folder
+
+
+def test_a_reader_that_may_know_the_texts_is_refused(run, questions, tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for name, text in (("train", "a"), ("test", "b")):
+        (rows / f"{name}.jsonl").write_text(json.dumps({"context": text, "question": "?"}) + "\n")
+    answers.refuse_known(known_reader(tmp_path / "good", rows, "b"), {"b", "c"})
+    for name, dataset, tested, said in (
+        ("one", rows, "b", "may know 1 of the 2 texts"),
+        ("two", rows, "a", "is not what it was when this was trained"),
+        ("three", tmp_path / "gone.jsonl", "b", "no such file"),
+    ):
+        known = {"a", "b"} if name == "one" else {"c"}
+        with pytest.raises(UserError, match=said):
+            answers.refuse_known(known_reader(tmp_path / name, dataset, tested), known)
+    for name in ("test.jsonl", "run.yaml"):
+        (tmp_path / "good" / name).unlink()
+        with pytest.raises(UserError, match=f"no {name}"):
+            answers.refuse_known(tmp_path / "good", {"c"})
+    spoilt = ask(run, "--reader", known_reader(tmp_path / "spoilt", questions, "x"))
+    assert (
+        spoilt.returncode == 2
+        and spoilt.stderr.splitlines()[-1].startswith("error: ")
+        and "may know 4 of" in spoilt.stderr
+    )
+
+
+def test_a_retriever_whose_data_has_changed_is_refused(run, tmp_path):
+    (tmp_path / "run.yaml").write_text((run / "run.yaml").read_text())
+    (tmp_path / "test.jsonl").write_text((run / "test.jsonl").read_text().replace("house", "hut"))
+    refused = ask(tmp_path, "--rows", tmp_path / "rows")
+    assert refused.returncode == 2 and "is not what it was" in refused.stderr and not (tmp_path / "rows").exists()
