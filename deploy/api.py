@@ -259,20 +259,24 @@ def create_app(
             return EventStream(as_chunks(events, body, name, kind, more))
         return await as_answer(events, name, kind, prompts * body.n, more)
 
-    @post("/v1/chat/completions", ChatBody)
-    async def chat_completions(request: Request, body: ChatBody):
-        """A reply to a conversation; with `documents`, from what they say, with `citations`."""
-        messages = [message.turn() for message in body.messages]
+    def reply(body: ChatBody | ResponsesBody, messages: list[dict]):
+        """What submits a conversation, asking the documents that the body names, and what then tells their citations."""
         model = service.engine(body.model)
         if body.documents is None:
-            return await text(request, body, lambda emit: model.chat(messages, body.sampling(), emit), CHAT)
+            return lambda emit: model.chat(messages, body.sampling(), emit), dict
         collection, found = service.collection(body.documents), []
 
         def submit(emit):
             found.append(collection.find(messages[-1]["content"]))
             return reply_from(found[0], model, messages, body.sampling(), emit)
 
-        return await text(request, body, submit, CHAT, more=lambda: {"citations": cited(found[0])})
+        return submit, lambda: {"citations": cited(found[0])}
+
+    @post("/v1/chat/completions", ChatBody)
+    async def chat_completions(request: Request, body: ChatBody):
+        """A reply to a conversation; with `documents`, from what they say, with `citations`."""
+        submit, more = reply(body, [message.turn() for message in body.messages])
+        return await text(request, body, submit, CHAT, more=more)
 
     @post("/search", SearchBody)
     async def search(request: Request, body: SearchBody):
@@ -296,14 +300,12 @@ def create_app(
 
     @post("/v1/responses", ResponsesBody)
     async def responses(request: Request, body: ResponsesBody):
-        """A reply to a text or a conversation. Nothing is stored: what was said before is sent again."""
-        model, messages = service.engine(body.model), body.messages()
+        """A reply to a text or a conversation, as chat completions give it. What was said before is sent again."""
+        (submit, more), name = reply(body, body.messages()), body.model or next(iter(service.engines))
 
         async def told():
-            async with aclosing(
-                service.events(request, lambda emit: model.chat(messages, body.sampling(), emit))
-            ) as events:
-                async for event in response_events(events, body, body.model or next(iter(service.engines))):
+            async with aclosing(service.events(request, submit)) as events:
+                async for event in response_events(events, body, name, more):
                     yield event
 
         if body.stream:

@@ -3,16 +3,21 @@
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from deploy.generation import Chunk
 from deploy.schemas import ResponsesBody
 
 
-async def response_events(events: AsyncIterator, body: ResponsesBody, model: str) -> AsyncIterator[dict]:
+async def response_events(
+    events: AsyncIterator, body: ResponsesBody, model: str, more: Callable[[], dict]
+) -> AsyncIterator[dict]:
     """What a job emits as the events of a stream; the last one's `response` is the whole answer.
 
     https://platform.openai.com/docs/api-reference/responses-streaming
+
+    Args:
+        more: what else the answer says, asked after the first output.
     """
     number, item = itertools.count(), f"msg_{uuid.uuid4().hex}"
     place = {"item_id": item, "output_index": 0, "content_index": 0}
@@ -52,7 +57,7 @@ async def response_events(events: AsyncIterator, body: ResponsesBody, model: str
     text = reason = usage = None
     async for each in events:
         if text is None:  # with the first output: what fails before is an ordinary error
-            text = ""
+            text, response = "", response | more()
             yield event("created", response=response)
             yield event("in_progress", response=response)
             yield event("output_item.added", output_index=0, item=message("in_progress"))

@@ -248,6 +248,7 @@ class ResponsesBody(DrawnBody):
         | Annotated[list[ResponseMessage], Field(fail_fast=True, min_length=1, max_length=1000)]
     )
     instructions: str | None = None
+    documents: str | None = Field(None, max_length=200, description="as of /v1/chat/completions")
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
     stream_options: ObfuscationOptions | None = None
     text: TextConfig | None = None
@@ -259,6 +260,13 @@ class ResponsesBody(DrawnBody):
     truncation: only("disabled") = None
     top_logprobs: only(0) = None
     prompt_cache_retention: str | None = Field(None, max_length=50)
+
+    @model_validator(mode="after")
+    def somebody_asks(self):
+        """Documents are searched for what the user said last."""
+        if self.documents is not None and self.messages()[-1]["role"] != "user":
+            raise ValueError("documents: the last message has to be the user's question")
+        return self
 
     def messages(self) -> list[dict]:
         """As chat templates know them; `instructions` come first."""

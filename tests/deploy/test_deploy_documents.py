@@ -56,6 +56,30 @@ def test_a_reply_from_documents_says_where_from(server):
     assert not any("citations" in chunk.model_extra for chunk in chunks[1:]), "once"
 
 
+def test_a_response_from_documents_is_the_reply_of_chat(server):
+    """Whole and as events; so is what the documents do not say."""
+    drawn = {"model": "llama", "temperature": 1.0, "extra_body": {"documents": "mill", "seed": 7}}
+    for asked in (ASKED, ELSEWHERE):
+        chat = server.client.chat.completions.create(messages=asked, **DRAWN, extra_body={"documents": "mill"})
+        whole = server.client.responses.create(input=asked, max_output_tokens=12, **drawn)
+        assert whole.output_text == chat.choices[0].message.content
+        assert whole.model_extra["citations"] == chat.model_extra["citations"]
+        assert len(whole.model_extra["citations"]) == (3 if asked is ASKED else 0)
+        events = list(server.client.responses.create(input=asked, max_output_tokens=12, stream=True, **drawn))
+        for event in (events[0], events[-1]):
+            assert event.response.model_extra["citations"] == chat.model_extra["citations"]
+        assert events[-1].response.output_text == whole.output_text
+    plain = server.client.responses.create(model="llama", input="Hi", max_output_tokens=1)
+    assert "citations" not in plain.model_extra
+    for change, code, says in (
+        ({"documents": "x"}, 404, "there are: mill."),
+        ({"input": [*ASKED, {"role": "assistant", "content": "Nine."}]}, 422, "last message"),
+    ):
+        body = {"model": "llama", "input": "Hi", "documents": "mill"} | change
+        answer = server.http.post("/v1/responses", json=body)
+        assert answer.status_code == code and says in answer.json()["error"]["message"], answer.text
+
+
 def test_what_the_documents_do_not_say(server):
     create, documents = server.client.chat.completions.create, {"documents": "mill"}
     whole = create(messages=ELSEWHERE, **DRAWN, n=2, extra_body=documents)
