@@ -14,6 +14,7 @@ from shared import UserError
 from shared.data.encoding import TooLong
 from shared.retrieval.answers import LIKENESS, MOST, citations, fact, find, open_index, with_passages
 from shared.retrieval.encoder import Encoder
+from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Found, Index
 
 NOT_THERE = "The documents do not say."
@@ -62,8 +63,8 @@ class Collection:
 
 
 def collection_name(path: str | Path) -> str:
-    """What clients call an index: its file without folder and ending."""
-    return Path(path).stem
+    """What clients call an index: its file without folder and ending; of one on the Hub the name without owner and revision."""
+    return Path(str(path).partition("@")[0]).name if on_hub(path) else Path(path).stem
 
 
 def open_collections(paths: Sequence[str]) -> dict[str, Collection]:

@@ -233,10 +233,10 @@ def check_push(repo_id: str, private: bool | None) -> str:
     except HFValidationError as error:
         raise UserError(f"--hub_model_id {repo_id}: {str(error).splitlines()[0]}") from error
     except HfHubHTTPError as error:
-        raise UserError(f"--push_to_hub: {_reason(error, repo_id)} Nothing was started.") from error
+        raise UserError(f"--push_to_hub: {reason(error, repo_id)} Nothing was started.") from error
     except OSError as error:
         raise UserError(
-            f"--push_to_hub: the Hub cannot be reached ({_first_line(error)}). Nothing was started."
+            f"--push_to_hub: the Hub cannot be reached ({first_line(error)}). Nothing was started."
         ) from error
 
 
@@ -276,9 +276,9 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
             repo_id, operations, commit_message=f"Upload {folder.name}", revision=revision
         ).commit_url
     except HfHubHTTPError as error:
-        raise UserError(f"Not pushed: {_reason(error, repo_id)} {again}") from error
+        raise UserError(f"Not pushed: {reason(error, repo_id)} {again}") from error
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the storage refused a file
-        raise UserError(f"Not pushed: {_first_line(error)} {again}") from error
+        raise UserError(f"Not pushed: {first_line(error)} {again}") from error
 
 
 def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
@@ -326,7 +326,7 @@ def portable_adapter(path: Path) -> bytes:
     return json.dumps(config, indent=2, sort_keys=True).encode()
 
 
-def _reason(error, repo_id: str) -> str:
+def reason(error, repo_id: str) -> str:
     """One sentence for an answer of the Hub, with what to do about it."""
     status = error.response.status_code if error.response is not None else 0
     if status == 401:
@@ -337,10 +337,11 @@ def _reason(error, repo_id: str) -> str:
         return f"the Hub has no owner or repository {repo_id} that this token may see."
     if status in (409, 412):
         return f"{repo_id} was changed by someone else at the same time."
-    return f"the Hub answered {status} ({_first_line(error)})."
+    return f"the Hub answered {status} ({first_line(error)})."
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line and without a token."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return TOKEN.sub("hf_***", lines[0])[:200]
 

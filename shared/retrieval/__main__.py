@@ -44,12 +44,19 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m shared.retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", nargs="?", help="what to index; the index then holds this and nothing else")
-    parser.add_argument("--index", required=True, help="the file of the index; it is made where there is none")
+    parser.add_argument(
+        "--index",
+        required=True,
+        help="the file of the index, which is made where there is none; or org/name on the Hub, to --ask",
+    )
     parser.add_argument(
         "--model",
         help="encoder: a folder, org/name or pypi:name (default: that of the index; of a new one pypi:minilm-l6)",
     )
     parser.add_argument("--ask", help="a question; the passages that answer best are shown, with their places")
+    parser.add_argument(
+        "--push_to_hub", metavar="NAME", help="push the index, with the text of its documents, as a private data set"
+    )
     parser.add_argument("--most", type=int, default=5, help="passages to show (default: 5)")
     options = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -62,21 +69,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options) -> None:
-    if not options.source and options.ask is None:
+    if not options.source and options.ask is None and not options.push_to_hub:
         raise UserError("nothing to do: name a SOURCE to index, or --ask a question.")
-    if not options.source and not Path(options.index).is_file():
-        raise UserError(f"{options.index}: no such index. Name a SOURCE to make it from.")
     import transformers
 
     from shared.publish.hub import pull
-    from shared.retrieval.answers import encoder_name, fact, find, note, place
+    from shared.retrieval.answers import encoder_name, fact, find, note, open_index, place
     from shared.retrieval.encoder import Encoder
+    from shared.retrieval.hub import on_hub, push
     from shared.retrieval.index import Index
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = options.model or encoder_name(options.index)
-    index = Index(options.index, Encoder(pull(model)))
+    if not options.source and on_hub(options.index):
+        if options.push_to_hub or options.model:
+            raise UserError(f"{options.index}: lies on the Hub, where it is only asked. Name the file of an index.")
+        index = open_index(options.index)
+    elif not options.source and not Path(options.index).is_file():
+        raise UserError(f"{options.index}: no such index. Name a SOURCE to make it from.")
+    else:
+        model = options.model or encoder_name(options.index)
+        index = Index(options.index, Encoder(pull(model)))
+        if options.model and options.push_to_hub and not options.source:
+            note(index, "model", model)  # the same encoder, which was a folder, by its name on the Hub
     if options.source:
         note(index, "model", model)
         before = fact(index, "whole")
@@ -89,6 +104,8 @@ def _run(options) -> None:
         note(index, "whole", "yes")
         said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         print(f"{options.index}: {len(index):,} passages; documents: {said}")
+    if options.push_to_hub:
+        print(f"pushed: {push(index, options.push_to_hub)}")
     if options.ask is not None:
         found, _ = find(index, options.ask, options.most)
         if not found:

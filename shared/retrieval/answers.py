@@ -13,6 +13,7 @@ from pathlib import Path
 from shared import UserError
 from shared.publish.hub import pull
 from shared.retrieval.encoder import Encoder
+from shared.retrieval.hub import on_hub, open_pulled
 from shared.retrieval.index import Found, Index
 
 ENCODER = "pypi:minilm-l6"
@@ -53,7 +54,13 @@ def encoder_name(path: str | Path) -> str:
 
 
 def open_index(path: str | Path) -> Index:
-    """An index that is there already, with its encoder. Raises UserError: no such index, or its encoder is gone or changed."""
+    """An index that is there already, a file or `org/name[@revision]` on the Hub, with its encoder.
+
+    Raises:
+        UserError: no such index, or its encoder is gone or changed; as `shared.retrieval.hub.open_pulled`.
+    """
+    if on_hub(path):
+        return open_pulled(str(path))
     if not Path(path).is_file():
         raise UserError(f"{path}: no such index. Make it: python -m shared.retrieval SOURCE --index {path}")
     return Index(path, Encoder(pull(encoder_name(path))))

@@ -97,28 +97,31 @@ def fuse(rankings: Iterable[Iterable[int]], most: int) -> list[tuple[int, float]
 class Index:
     """Documents to be found by questions. Several processes may search while one updates."""
 
-    def __init__(self, path: str | Path, encoder=None):
+    def __init__(self, path: str | Path, encoder=None, read_only: bool = False):
         """Opens the file, or makes it.
 
         Args:
             path: ":memory:" keeps it in memory.
             encoder: `shared.retrieval.encoder.Encoder`; None searches by words alone.
+            read_only: nothing is made or written.
 
         Raises:
             UserError: the file is something else, was made by another version or with another encoder, or cannot be written.
         """
         self.path, self.encoder, self._vectors, self._asked = str(path), encoder, None, None
         try:
-            self.connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-            if self._is_empty():
+            address = f"{Path(path).resolve().as_uri()}?mode=ro&immutable=1" if read_only else self.path
+            self.connection = sqlite3.connect(address, timeout=30, check_same_thread=False, uri=read_only)
+            self.connection.execute("PRAGMA trusted_schema = OFF")  # of functions in it: the file may be a stranger's
+            if self._is_empty() and not read_only:
                 self._make_tables()
             facts = dict(self.connection.execute("SELECT name, value FROM facts"))
         except sqlite3.Error as error:
             raise UserError(f"{path}: no index, or it cannot be written ({error}). Name another file.") from error
         if facts.get("format") != FORMAT:
             raise UserError(f"{path}: an index of another version. Remove it, and index again.")
-        if encoder and facts["encoder"] != encoder.digest:
-            made = "with another encoder" if facts["encoder"] else "without an encoder"
+        if encoder and facts.get("encoder") != encoder.digest:
+            made = "with another encoder" if facts.get("encoder") else "without an encoder"
             raise UserError(f"{path}: was made {made}. Name the one it was made with, or another file.")
 
     def _is_empty(self) -> bool:

@@ -16,7 +16,7 @@ from test_deploy_app import labelled
 
 from deploy.api import main
 from deploy.chat_page import as_document, history
-from deploy.documents import NOT_THERE, Collection, open_collections
+from deploy.documents import NOT_THERE, Collection, collection_name, open_collections
 from deploy.documents_page import OWN, indexes
 from deploy.texts import TEXTS, as_markdown, literally
 from shared import UserError
@@ -180,6 +180,8 @@ def test_documents_come_from_the_environment(mill, monkeypatch):
     monkeypatch.setenv("TASKBOOK_DOCUMENTS", f"{mill} other.sqlite")
     assert from_environment().state.service.documents == (str(mill), "other.sqlite")
     assert from_environment(documents=["x.sqlite"]).state.service.documents == ("x.sqlite",)
+    names = [collection_name(path) for path in ("outputs/docs.sqlite", "alice/mill", "alice/mill.v2@refs/pr/1")]
+    assert names == ["docs", "mill", "mill.v2"]
 
 
 def test_the_schema_of_search_is_described(server):
