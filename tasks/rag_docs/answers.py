@@ -131,12 +131,12 @@ def refuse_known(reader: Path, contexts: set[str]) -> None:
 
 
 def read_passages(reader, questions: list[str], passages: list[list[str]]) -> list[dict]:
-    """The best answer to each question in its passages, as `best_answer` finds it."""
+    """The best answer to each question in its passages, as `best_answer` finds it; where there are none, no answer."""
     from shared.retrieval.answers import best_answer
 
     asked = [question for question, texts in zip(questions, passages, strict=True) for _ in texts]
     found = iter(reader.answer(asked, [text for texts in passages for text in texts]))
-    return [best_answer([next(found) for _ in texts]) for texts in passages]
+    return [best_answer([next(found) for _ in texts]) if texts else {"answer": ""} for texts in passages]
 
 
 def evaluate(retriever: Path, reader_name: str) -> dict:

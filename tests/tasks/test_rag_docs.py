@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from shared import UserError
+from shared.inference.model import load
 from shared.retrieval.encoder import SETTINGS, Encoder
 from shared.retrieval.index import Index
 from shared.retrieval.passages import cut
@@ -334,6 +335,16 @@ def test_answers_from_what_is_found(run, reader):
     assert (
         "| F1 | " in ran.stdout and "Did it help?" in ran.stdout and str(run) not in (run / "answers.json").read_text()
     )
+
+
+def test_answers_go_to_their_questions(tiny_served):
+    """An answer that stands in a heading alone is in no passage."""
+    reader = load(tiny_served["question-answering"])
+    texts = [["A red house stands in Oslo.", "Rome."], [], ["A blue house stands in Lima."]]
+    found = answers.read_passages(reader, ["Which one?", "Why?", "Where?"], texts)
+    assert found[1] == {"answer": ""} and found[0]["number"] in (1, 2) and found[2]["number"] == 1
+    alone = reader.answer("Where?", texts[2][0])
+    assert found[2]["answer"] == alone["answer"]
 
 
 def known_reader(folder, dataset, tested):
