@@ -101,7 +101,7 @@ class Engine:
         return self.workers.submit(Task(emit, run, (id(self), "answer"), (question, context)))
 
     def answer_from(self, question: str, texts: list[str], emit: Callable) -> Job:
-        """Finds the answer in one of several texts. Emits as `answer`, with the `number` of the text, counted from 1."""
+        """Finds the answer in one of several texts, the best first. Emits as `answer`, with the `number` of the text, from 1."""
         self._needs("question-answering")
         self._encode(question)
         for text in texts:

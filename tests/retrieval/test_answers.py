@@ -118,5 +118,5 @@ def test_the_best_answer_of_several_passages():
     def answer(text: str, no_answer_score: float) -> dict:
         return {"answer": text, "no_answer_score": no_answer_score}
 
-    assert best_answer([answer("", -9.0), answer("a", 2.0), answer("b", 1.0)]) == answer("b", 1.0) | {"number": 3}
+    assert best_answer([answer("", -9.0), answer("a", 2.0), answer("b", 1.0)]) == answer("a", 2.0) | {"number": 2}
     assert best_answer([answer("", 3.0), answer("", 2.0)])["number"] == 2, "no passage holds one"

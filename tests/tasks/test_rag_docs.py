@@ -327,11 +327,12 @@ def test_answers_from_what_is_found(run, reader):
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads((run / "answers.json").read_text())
     assert (found["questions"], found["questions_without_answer"], found["passages"]) == (16, 4, 42)
-    assert found["gold_f1"] > 80 and found["gold_f1"] >= found["retrieval_f1"] > found["random_f1"]
+    assert found["gold_f1"] > 80 and found["retrieval_f1"] > found["random_f1"]
     assert found["gap_to_gold_f1"] == pytest.approx(found["retrieval_f1"] - found["gold_f1"])
     assert found["most_frequent_answer"] in CITIES and found["frequent_refused"] == 0 == found["frequent_silent"]
     assert found["gold_refused"] >= 50
-    assert found["retrieval_holds_answer"] >= found["retrieval_exact_match"] and "gold_citation_precision" not in found
+    for name in ("holds_answer", "citation_precision"):
+        assert found[f"retrieval_{name}"] > found[f"random_{name}"] and f"gold_{name}" not in found
     assert (
         "| F1 | " in ran.stdout and "Did it help?" in ran.stdout and str(run) not in (run / "answers.json").read_text()
     )
