@@ -175,8 +175,7 @@ def main(script_args, args, run_args) -> None:
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
     if checkpoint is None and loaded["missing_keys"]:  # the head is new
-        right = start_head(model.to(args.device), rows["train"], collator, args.per_device_eval_batch_size)
-        log.info("the head starts as a linear classifier, right on %s of the training rows", f"{right or 0:.1%}")
+        start_head(model.to(args.device), rows["train"], collator, args.per_device_eval_batch_size)
     trainer = CheckedTrainer(
         model=model,
         args=args,
