@@ -76,7 +76,7 @@ class Batch:
         self.reading: deque[tuple[list[Row], object | None]] = deque()
 
     def add(self, rows: list[Row]) -> None:
-        """Rows whose prompts are read together: in pieces where their lengths are equal, once where they are the same."""
+        """Rows whose prompts are read together; what they begin with alike is read once."""
         self.reading.append((rows, None))
 
     def tokens_read(self, prompts: list[Sequence[int]]) -> int:

@@ -1,6 +1,8 @@
 """An exported graph in ONNX Runtime, as `model.Model` runs it."""
 
+import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +30,16 @@ class OnnxRunner:
 
     def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
         """Rows to be continued by at most `most` tokens each; their prompts have yet to be read: an OnnxDecoding."""
-        return OnnxDecoding(self, rows, pad, most)
+        return OnnxDecoding(self, rows, most)
 
     def tokens_read(self, rows: Sequence[Sequence[int]]) -> int:
-        """Tokens that are computed for these prompts together, padding among them."""
-        return len(rows) * max(map(len, rows))
+        """Tokens that are computed for these prompts together."""
+        return len(rows[0]) + sum(len(row) - same_beginning(before, row) for before, row in pairwise(rows))
 
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
         if any(name.startswith("past_") for name in self.inputs):
-            decoding = OnnxDecoding(self, [row], 0, 0, every=True)
+            decoding = OnnxDecoding(self, [row], 0, every=True)
             decoding.read()
             return decoding.logits[0].numpy()
         batch = {"input_ids": [row], "attention_mask": [[1] * len(row)], "token_type_ids": [[0] * len(row)]}
@@ -56,43 +58,48 @@ class OnnxRunner:
 
 
 class OnnxDecoding:
-    """As TorchDecoding, with keys and values in buffers of their final length, which the graph fills in place. Padding stands
-    right: the attention of ONNX Runtime knows the length of each row, and the next token overwrites the padding.
+    """As TorchDecoding, with keys and values in buffers of their final length, which the graph fills in place; ONNX Runtime's
+    attention knows the length of each row. It reads prompts in pieces for one row at a time only, which takes no longer than
+    together: there is no padding, and what a prompt begins with as the one before it is copied.
     """
 
-    def __init__(self, runner: OnnxRunner, rows: Sequence[Sequence[int]], pad: int, most: int, every: bool = False):
-        rows, self.places = distinct(rows)
+    def __init__(self, runner: OnnxRunner, rows: Sequence[Sequence[int]], most: int, every: bool = False):
+        self.prompts, self.places = distinct(rows)
         self.session, self.inputs, self.every = runner.session, runner.inputs, every
-        self.lengths = np.array([len(row) for row in rows])
-        longest, config = int(self.lengths.max()), runner.config
+        self.lengths = np.array([len(row) for row in self.prompts])
+        config = runner.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.ends = self.lengths + most
-        self.read_until, self.shape = 0, (heads, width)
+        self.row, self.read_until, self.shape, self.logits = 0, 0, (heads, width), []
         self.cache = dict.fromkeys(name for name in runner.inputs if name.startswith("past_"))
-        self.prompt = np.array([list(row) + [pad] * (longest - len(row)) for row in rows], np.int64)
-        whole = (self.lengths == longest).all() and not every  # padding would be taken for text that was read
-        self.chunk = PROMPT_CHUNK if whole else longest
 
     def read(self) -> bool:
-        """Reads the next piece of the prompts; whether there is another."""
-        if not self.read_until:
-            self._allocate(len(self.prompt))
-        longest = self.prompt.shape[1]
-        here = slice(self.read_until, min(self.read_until + self.chunk, longest))
-        self.read_until = here.stop
-        columns = np.arange(here.stop)
-        mask = (columns < self.lengths[:, None]).astype(np.int64)
-        positions = np.minimum(columns, self.lengths[:, None] - 1)[:, here]
-        part = self.prompt[:, here]
-        last = np.minimum(self.lengths - 1, here.stop - 1) - here.start
-        self._run(part, mask, positions, last)
-        if here.stop < longest:
+        """Reads the next PROMPT_CHUNK tokens of the prompts; whether there are more."""
+        if not self.row and not self.read_until:
+            self._allocate(len(self.prompts))
+        room = PROMPT_CHUNK
+        while room and self.row < len(self.prompts):
+            prompt, cache = self.prompts[self.row], {name: value.numpy() for name, value in self.cache.items()}
+            if self.row and not self.read_until:
+                self.read_until = same_beginning(self.prompts[self.row - 1], prompt)
+                for values in cache.values():
+                    values[self.row, :, : self.read_until] = values[self.row - 1, :, : self.read_until]
+            here = np.arange(self.read_until, len(prompt) if self.every else min(self.read_until + room, len(prompt)))
+            cache = {name: _value(values[self.row : self.row + 1]) for name, values in cache.items()}
+            ids, mask = np.array([prompt])[:, here], np.ones((1, here[-1] + 1), np.int64)
+            logits = self._run(ids, mask, here[None], cache)
+            room, self.read_until = max(room - len(here), 0), int(here[-1]) + 1
+            if self.read_until == len(prompt):
+                self.logits.append(logits)
+                self.row, self.read_until = self.row + 1, 0
+        if self.row < len(self.prompts):
             return True
-        if len(self.places) > len(self.prompt):
+        self.logits = torch.cat(self.logits)
+        if len(self.places) > len(self.prompts):
             self._move([(self, self.places)])
             self.logits = self.logits[self.places]
-        self.prompt = None
+        self.prompts = None
         return False
 
     def join(self, other: "OnnxDecoding"):
@@ -119,36 +126,43 @@ class OnnxDecoding:
                     row += 1
 
     def _allocate(self, rows: int):
-        import onnxruntime
-
         shape = (rows, self.shape[0], int(self.ends.max()), self.shape[1])
-        new = onnxruntime.OrtValue.ortvalue_from_numpy  # memory that is not written to is not taken
-        self.cache = {name: new(np.zeros(shape, np.float32)) for name in self.cache}
+        # Memory that is not written to is not taken
+        self.cache = {name: _value(np.zeros(shape, np.float32)) for name in self.cache}
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, last: np.ndarray):
+    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, cache: dict) -> torch.Tensor:
+        """Scores after the last token of each row, (rows, vocabulary), or after `every`, (rows, tokens, vocabulary)."""
         binding = self.session.io_binding()
-        kept = np.arange(ids.shape[1]) if self.every else np.unique(last)
+        kept = np.arange(ids.shape[1])[0 if self.every else -1 :]
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": kept}
         feed = {name: np.ascontiguousarray(values, np.int64) for name, values in feed.items() if name in self.inputs}
         for name, values in feed.items():
             binding.bind_cpu_input(name, values)
-        for name, values in self.cache.items():
+        for name, values in cache.items():
             binding.bind_ortvalue_input(name, values)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), values)
         binding.bind_output("logits", "cpu")
         self.session.run_with_iobinding(binding)
         logits = torch.from_numpy(binding.get_outputs()[-1].numpy())
-        if self.every:
-            self.logits = logits
-        else:  # a graph of onnxruntime-genai gives all scores
-            columns = np.searchsorted(kept, last) if "logits_to_keep" in self.inputs else last
-            self.logits = logits[torch.arange(len(ids)), torch.from_numpy(columns)]
+        return logits if self.every else logits[:, -1]  # a graph of onnxruntime-genai gives all scores
 
     def feed(self, tokens: torch.Tensor):
         """Appends one token to each row, (rows,), and computes the scores of the next."""
         self.lengths = self.lengths + 1
         mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
-        self._run(tokens[:, None].numpy(), mask, self.lengths[:, None] - 1, np.zeros(len(tokens), int))
+        self.logits = self._run(tokens[:, None].numpy(), mask, self.lengths[:, None] - 1, self.cache)
+
+
+def same_beginning(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that `other` begins with as `one` does, but for its last, whose scores are wanted."""
+    return min(len(os.path.commonprefix([list(one), list(other)])), len(other) - 1)
+
+
+def _value(values: np.ndarray):
+    """Of ONNX Runtime, in the same memory."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(values)
 
 
 def open_session(path: Path):

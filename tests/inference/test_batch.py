@@ -124,10 +124,16 @@ def test_the_same_tokens_as_alone(runner, name, monkeypatch):
     assert shared[0].written == shared[1].written == next(r.written for r, p, *_ in rows if p == wanted[1][1])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "windows", "alibi", "llama onnx"])
-def test_what_prompts_begin_with_is_read_once(runner, name, monkeypatch):
+@pytest.mark.parametrize(
+    "name, read",
+    [(name, 20 + 5 * 45) for name in ("llama", "gpt2", "alibi")]
+    + [("windows", 7 + 5 * 58)]  # of a window of 8, 7 are kept
+    + [(name, 20 + 1 + 4 + 45 + 4 + 9) for name in ("llama onnx", "llama onnx-int8", "gpt2 onnx")],  # no padding
+)
+def test_what_prompts_begin_with_is_read_once(runner, name, read, monkeypatch):
     """As the template of a chat: prompts of any length behind it, one of them shorter than what another adds to it."""
-    monkeypatch.setattr("shared.inference.torch_runner.PROMPT_CHUNK", 16)
+    for module in ("torch_runner", "onnx_runner"):
+        monkeypatch.setattr(f"shared.inference.{module}.PROMPT_CHUNK", 16)
     monkeypatch.setattr("shared.inference.sampling.SHARED_PREFIX", 6)
     runner, choose = runner(name), random.Random(2)
     begin, ask = [choose.randrange(3, 300) for _ in range(20)], {"most": 12, "temperature": 0.9}
@@ -144,8 +150,22 @@ def test_what_prompts_begin_with_is_read_once(runner, name, monkeypatch):
     while batch.rows or batch.reading:
         batch.step()
     assert [row.written for row in rows] == [*alone, alone[0]]
-    read = {"windows": 7 + 5 * 58, "llama onnx": 5 * 65}.get(name, 20 + 5 * 45)  # of a window of 8, 7 are kept
     assert batch.tokens_read(prompts) == read and batch.tokens_read(prompts[:1]) == 21
+
+
+@pytest.mark.parametrize("name", ["llama", "llama onnx"])
+def test_long_prompts_of_one_length_are_read_in_pieces(runner, name, monkeypatch):
+    """Together, too: ONNX Runtime takes a piece of one row only."""
+    for module in ("torch_runner", "onnx_runner"):
+        monkeypatch.setattr(f"shared.inference.{module}.PROMPT_CHUNK", 16)
+    runner, written = runner(name), []
+    for group in ([40], [80], [40, 80]):
+        rows, batch = [Row([first + i for i in range(40)], 8) for first in group], Batch(runner, 0)
+        batch.add(rows)
+        while batch.rows or batch.reading:
+            batch.step()
+        written += [row.written for row in rows]
+    assert written[:2] == written[2:] and len(written[0]) == 8
 
 
 def test_one_that_fails_or_leaves_ends_alone(runner):
