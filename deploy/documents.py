@@ -12,7 +12,7 @@ from deploy.inference import Engine
 from deploy.workers import Job
 from shared import UserError
 from shared.data.encoding import TooLong
-from shared.retrieval.answers import LIKENESS, MOST, citations, fact, find, open_index, with_passages
+from shared.retrieval.answers import MOST, citations, fact, find, near_enough, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Found, Index
@@ -59,7 +59,7 @@ class Collection:
         """What may answer a question. Raises UserError: an empty or endless question, a damaged index."""
         with self._lock:
             passages, likeness = find(self.index, question, most)
-        return Evidence(passages, likeness >= LIKENESS)
+            return Evidence(passages, near_enough(self.index, likeness))
 
 
 def collection_name(path: str | Path) -> str:

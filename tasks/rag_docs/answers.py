@@ -151,7 +151,7 @@ def evaluate(retriever: Path, reader_name: str) -> dict:
     from shared.publish.card import shown_name
     from shared.publish.compare import did_it_help
     from shared.publish.hub import pull
-    from shared.retrieval.answers import LIKENESS, MOST, find
+    from shared.retrieval.answers import MOST, find, near_enough
     from shared.retrieval.encoder import Encoder
     from shared.retrieval.index import Index
     from shared.retrieval.passages import cut
@@ -201,7 +201,8 @@ def evaluate(retriever: Path, reader_name: str) -> dict:
         log.info("%s: %s passages are read", system, f"{sum(map(len, of)):,}")
         best = read_passages(reader, questions, of)
         if system == "retrieval":  # as it is served
-            best = [each if near >= LIKENESS else {"answer": ""} for each, (_, near) in zip(best, found, strict=True)]
+            near = [near_enough(index, likeness) for _, likeness in found]
+            best = [each if enough else {"answer": ""} for each, enough in zip(best, near, strict=True)]
         given_answers[system] = [each["answer"] for each in best]
         if system in shown:
             cited[system] = [

@@ -148,6 +148,16 @@ def vectors_of(model, texts: list[list[int]], collator, pooling: str, args, titl
     return np.stack(score_rows(model, [len(ids) for ids in texts], score_batch, args, title))
 
 
+def least_likeness(model, groups, collator, settings: dict, args) -> float:
+    """How like 97 of 100 questions of the validation split are to their passage at least, from -1 to 1. Documents of which no
+    passage is as like to a question are taken not to answer it: `settings["likeness"]` of an encoder.
+    """
+    halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in groups["input_ids"]]
+    asked, right = (sum(side, []) for side in zip(*halves, strict=True))
+    vectors = vectors_of(model, asked + right, collator, settings["pooling"], args, "validation, likeness")
+    return float(np.quantile((vectors[: len(asked)] * vectors[len(asked) :]).sum(1), 0.03))
+
+
 def nearest(questions: np.ndarray, passages: np.ndarray, ids: np.ndarray, most: int) -> list[list[int]]:
     """For each question the ids of the passages whose vectors are the likest to its own, the best first."""
     order = np.argsort(-(questions @ passages.T), axis=1, kind="stable")[:, :most]

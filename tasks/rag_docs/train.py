@@ -36,9 +36,7 @@ class ScriptArguments:
         default=3000,
         metadata={"help": "Documents that are searched for the test split: its own, then others up to so many."},
     )
-    max_validation_rows: int = field(
-        default=320, metadata={"help": "Pairs of the validation split in each evaluation."}
-    )
+    max_validation_rows: int = field(default=320, metadata={"help": "Pairs of the validation split per evaluation."})
 
 
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
@@ -177,6 +175,7 @@ def main(script_args, args, run_args) -> None:
     stopper.exit_if_stopped()
 
     # Evaluate
+    settings["likeness"] = retriever.least_likeness(trainer.model, groups["validation"], collator, settings, args)
     rows = first_rows(splits["test"], run_args.max_test_rows)
     others = splits["validation"], splits["train"]
     documents = question_rows.documents_for(rows, splits["test"], others, script_args.max_documents)

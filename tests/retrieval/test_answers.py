@@ -9,7 +9,7 @@ from shared import UserError
 from shared.data import assets
 from shared.data.encoding import PlainText
 from shared.retrieval.__main__ import main
-from shared.retrieval.answers import LIKENESS, best_answer, citations, fact, find, note, open_index, with_passages
+from shared.retrieval.answers import best_answer, citations, fact, find, near_enough, note, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.index import Found, Index
 
@@ -72,7 +72,7 @@ def test_what_documents_say_and_what_they_do_not(tmp_path, monkeypatch):
     )
     passages, likeness = find(index, " What does a sack of flour cost?")
     assert encoded[-1] == ("question", "What does a sack of flour cost?") and encoded.count(encoded[-1]) == 1
-    assert likeness >= LIKENESS and citations(passages)[0] == {
+    assert near_enough(index, likeness) and citations(passages)[0] == {
         "number": 1,
         "source": "mill.md",
         "title": "The mill",
@@ -87,7 +87,15 @@ def test_what_documents_say_and_what_they_do_not(tmp_path, monkeypatch):
             index = Index(tmp_path / "x.sqlite", index.encoder)
         assert find(index, "What does a sack of flour cost?")[1] == pytest.approx(likeness, abs=1e-3)
         for elsewhere in ("Who won the chess championship in 1972?", "How do I merge two branches in git?"):
-            assert find(index, elsewhere)[1] < LIKENESS
+            assert not near_enough(index, find(index, elsewhere)[1])
+    for own, expected in ((likeness + 0.01, False), (likeness - 0.01, True), ("high", True)):
+        index.encoder.settings["likeness"] = own
+        assert near_enough(index, likeness) == expected, "a trained encoder brings its own"
+
+
+def test_an_encoder_without_a_bound_refuses_nothing(tiny_bert, tmp_path):
+    index = Index(tmp_path / "x.sqlite", Encoder(tiny_bert))
+    assert near_enough(index, -1.0)
 
 
 def test_an_index_names_its_encoder_and_what_is_wrong_with_it(tiny_bert, tmp_path, capsys):

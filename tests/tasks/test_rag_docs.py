@@ -101,7 +101,8 @@ def test_it_learns_what_words_mean_and_is_saved_whole(run):
     assert low <= results["test_mrr"] <= high
     text = ["A red house stands in Oslo."]
     ours = Encoder(run)
-    assert ours.settings == SETTINGS | {"max_length": 24}
+    bound = ours.settings["likeness"]
+    assert ours.settings == SETTINGS | {"max_length": 24, "likeness": bound} and -1 < bound < 1
     theirs = SentenceTransformer(str(run), device="cpu").encode_document(text)
     np.testing.assert_allclose(ours.encode(text, "passage"), theirs, atol=1e-5)
     index = Index(":memory:", ours)
@@ -160,6 +161,18 @@ def test_the_passage_with_the_answer_is_the_right_one():
     context = "\n\n".join(f"Paragraph {i} " + "word " * 80 + f"end{i}." for i in range(4))
     row = {"context": context, "answer": "end2", "answer_start": context.index("end2")}
     assert question_rows.gold_passages(row, cut(context)) == [2]
+
+
+def test_the_bound_is_what_97_of_100_own_passages_reach(monkeypatch):
+    """Of a group the questions come first: here of 100, whose likeness to their passages is 0.00 to 0.99."""
+    likeness = np.arange(100) / 100
+    vectors = {}
+    for i, cosine in enumerate(likeness):
+        vectors |= {i: [1.0, 0.0], 100 + i: [cosine, (1 - cosine**2) ** 0.5]}
+    monkeypatch.setattr(retriever, "vectors_of", lambda _, texts, *rest: np.array([vectors[ids[0]] for ids in texts]))
+    rows = [[[i] for i in numbers] + [[100 + i] for i in numbers] for numbers in (range(0, 60), range(60, 100))]
+    bound = retriever.least_likeness(None, {"input_ids": rows}, None, {"pooling": "mean"}, None)
+    assert (likeness >= bound).sum() == 97
 
 
 def test_a_package_stays_on_one_side():
