@@ -1,6 +1,7 @@
 """A linear classifier on the frozen encoder: what it knows before training, and where the head starts. A Trainer that stops at
 NaN. Used by train.py."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -44,8 +45,9 @@ class CheckedTrainer(Trainer):
 
 
 def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty: float = 0.01) -> float | None:
-    """Sets the last layer to a logistic regression on what enters it, of at most `most` rows: a random head would first pull the
-    encoder anywhere (LP-FT, https://arxiv.org/abs/2202.10054).
+    """Sets the last layer to a logistic regression on what enters it: a random head would first pull the encoder anywhere (LP-FT,
+    https://arxiv.org/abs/2202.10054). With dropout, as in training: there a head that leans on differences which dropout drowns
+    would say anything. Of at most `most` rows; of few each is seen up to eight times.
 
     Args:
         penalty: of the squared weights of standardized features.
@@ -59,11 +61,13 @@ def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty
     hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0].float().cpu()))
     rows = rows.select(range(min(most, len(rows))))
     columns = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "label")])
-    in_training, labels = model.training, torch.tensor(rows["label"])
-    model.eval()
+    times, in_training = min(8, most // len(rows)), model.training
+    labels = torch.tensor(rows["label"]).repeat(times)
+    model.train()
     with torch.no_grad():
         batches = DataLoader(columns, batch_size=batch_size, collate_fn=collator)
-        for batch in tqdm(batches, desc="where the head starts", disable=None, leave=False):
+        again = itertools.chain.from_iterable(itertools.repeat(batches, times))
+        for batch in tqdm(again, "where the head starts", times * len(batches), disable=None, leave=False):
             model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
     hook.remove()
     model.train(in_training)
