@@ -137,7 +137,8 @@ def test_the_chat_cell_takes_what_each_recipe_leaves(method, tiny, tmp_path, mon
     model.save_pretrained(tmp_path / "me" / "chat")
     methods.load_tokenizer(tiny / "llama").save_pretrained(tmp_path / "me" / "chat")
     (tmp_path / "me" / "chat" / "run.yaml").write_text(f"method: {name}\n" + "load_in_4bit: true\n" * ("4" in method))
-    cell = nbformat.read(NOTEBOOK, as_version=4).cells[11].source
+    cells = [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells]
+    cell = next(source for source in cells if "AutoPeftModelForCausalLM" in source)
     names = {"Path": Path, "TRAINED": True, "OUTPUT": "me/chat", "HUB_NAME": "chat", "ASK": ["One?", "Two?"]}
     monkeypatch.chdir(tmp_path)
     exec(cell.replace("max_new_tokens=128", "max_new_tokens=4"), names | {"whoami": lambda: {"name": "me"}})

@@ -36,8 +36,7 @@ def fill(text: str, runs: list[dict]) -> str:
         name, results = run["name"], run["results"]
         if name not in FIGURES:
             continue
-        places = [i for i, line in enumerate(lines) if re.match(rf"\| {re.escape(name)}\b.*\|$", line)]
-        places = [i for i in places if lines[i].count("|") == 8]
+        places = [i for i, line in enumerate(lines) if re.fullmatch(rf"\| {name}\b([^|]*\|){{7}}", line)]
         if len(places) != 1:
             raise UserError(f"the table has no row, or several, that begins with {name}.")
         cells = lines[places[0]].split("|")

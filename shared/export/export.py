@@ -126,9 +126,10 @@ def export(
             numbers = measured(each)
             reason = too_different(task, each, found["original"], numbers)
             if reason and each == "onnx-int8" and task not in WRITING:
-                for kept in fewer_rounded(output / ".graphs" / "model.onnx", found["original"]["input_ids"]):
+                graph = output / ".graphs" / "model.onnx"
+                for kept in fewer_rounded(graph, found["original"]["input_ids"]):
                     say(f"{each}: {reason}; measuring with {_layers(kept)} in fp32")
-                    quantize(output / ".graphs" / "model.onnx", output / each / "model.onnx", 8, task, kept)
+                    quantize(graph, output / each / graph.name, 8, task, kept)
                     numbers = measured(each) | {"fp32_layers": kept}
                     reason = too_different(task, each, found["original"], numbers)
                     if not reason:

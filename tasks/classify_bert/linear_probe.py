@@ -14,6 +14,8 @@ from transformers import Trainer
 from shared.training.losses import finite, step_mean
 
 log = logging.getLogger("taskbook")
+HEAD_ROWS = 4096  # that a head starts from
+PENALTY = 0.01  # of the squared weights of standardized features, of the head's start
 
 
 class CheckedTrainer(Trainer):
@@ -44,13 +46,10 @@ class CheckedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty: float = 0.01) -> float | None:
+def start_head(model, rows, collator, batch_size: int) -> float | None:
     """Sets the last layer to a logistic regression on what enters it: a random head would first pull the encoder anywhere (LP-FT,
     https://arxiv.org/abs/2202.10054). With dropout, as in training: there a head that leans on differences which dropout drowns
-    would say anything. Of at most `most` rows; of few each is seen up to eight times.
-
-    Args:
-        penalty: of the squared weights of standardized features.
+    would say anything. Of at most HEAD_ROWS rows; of few each is seen up to eight times.
 
     Returns:
         The accuracy on these rows; None where it is left as it is: it reads no row of features each (GPT-2 scores every token),
@@ -59,13 +58,12 @@ def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty
     names = [name for name, part in model.named_modules() if getattr(part, "out_features", 0) == model.num_labels]
     head, entered = model.get_submodule(names[-1]), []
     hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0].float().cpu()))
-    rows = rows.select(range(min(most, len(rows))))
-    columns = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "label")])
-    times, in_training = min(8, most // len(rows)), model.training
+    rows = rows.select(range(min(HEAD_ROWS, len(rows))))
+    times, in_training = min(8, HEAD_ROWS // len(rows)), model.training
     labels = torch.tensor(rows["label"]).repeat(times)
     model.train()
     with torch.no_grad():
-        batches = DataLoader(columns, batch_size=batch_size, collate_fn=collator)
+        batches = batches_of(rows, collator, batch_size)
         again = itertools.chain.from_iterable(itertools.repeat(batches, times))
         for batch in tqdm(again, "where the head starts", times * len(batches), disable=None, leave=False):
             model(**{name: value.to(model.device) for name, value in batch.items() if name != "labels"})
@@ -82,7 +80,7 @@ def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(features @ weight + bias, labels) + penalty * weight.square().sum()
+        found = F.cross_entropy(features @ weight + bias, labels) + PENALTY * weight.square().sum()
         found.backward()
         return found
 
@@ -99,11 +97,16 @@ def start_head(model, rows, collator, batch_size: int, most: int = 4096, penalty
     return right
 
 
+def batches_of(rows, collator, batch_size: int) -> DataLoader:
+    """Token ids and labels of the rows, in their order."""
+    rows = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "label")])
+    return DataLoader(rows, batch_size=batch_size, collate_fn=collator)
+
+
 @torch.no_grad()
 def mean_vectors(encoder, rows, collator, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batch by batch the mean token vectors (batch, hidden + 1; the last is 1, for the bias) and the labels (batch,), float64."""
-    rows = rows.remove_columns([name for name in rows.column_names if name not in ("input_ids", "label")])
-    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):
+    for batch in batches_of(rows, collator, batch_size):
         labels, batch = batch.pop("labels"), {name: value.to(encoder.device) for name, value in batch.items()}
         hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
         mean = ((hidden * mask).sum(1) / mask.sum(1)).cpu().double()

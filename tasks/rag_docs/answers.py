@@ -185,7 +185,10 @@ def evaluate(retriever: Path, reader_name: str) -> dict:
     right = [held for held, _ in gold_of(rows, [splits["test"]], documents, passages)]
     found = [find(index, question, MOST) for question in questions]
     draw = np.random.default_rng(given.get("seed", 42))
-    own = [[cut(row["context"])[i].text for i in gold_passages(row, cut(row["context"]))[:1]] for row in rows]
+    own = []
+    for row in rows:
+        parts = cut(row["context"])
+        own.append([parts[i].text for i in gold_passages(row, parts)[:1]])
     own += [[part.text for part in cut(row["context"])] for row in none]
     shown = {
         "retrieval": [some for some, _ in found],
