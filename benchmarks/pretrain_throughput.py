@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from shared.training.hardware import choose_precision, gpus
+
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ROOT / "tasks" / "pretrain_gpt2"
 SYSTEMS = ("minimal, GPT-2's defaults", "minimal", "ours, adamw", "ours, muon")
@@ -52,7 +54,9 @@ def train(system: str, size: str, vocab: int, length: int, batch: int, steps: in
     class Vocabulary(list):
         eos_token_id = 0
 
-    options = {"bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    precision = choose_precision(gpus())
+    options = {name: name == precision for name in ("bf16", "fp16")}
+    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
     options |= {"per_device_train_batch_size": batch, "max_steps": steps, "learning_rate": 1e-3}
     options |= {"remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available()}
     with tempfile.TemporaryDirectory() as folder:

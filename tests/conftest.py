@@ -20,6 +20,12 @@ signal.signal(
 )  # a shell's background jobs ignore Ctrl-C, and so would children
 
 
+def pytest_configure(config):
+    """Where there is a GPU, tests compute on the CPU all the same, as they were written; only `make gpu-check` uses it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_is_this_checkout():
     """A script started by `accelerate launch` must import `shared` from here and not from another clone."""
