@@ -4,7 +4,8 @@ from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from shared.training.plan import operations
 
 
 class Products(TorchDispatchMode):
@@ -19,11 +20,11 @@ class Products(TorchDispatchMode):
         tensors = [each for each in args if isinstance(each, torch.Tensor)]
         if "linear_cross_entropy" in str(func):  # torch's own counter does not know it: forward and both gradients
             self.flops[tensors[0].dtype] += 6 * tensors[0].numel() * len(tensors[1])
-        elif count := flop_registry.get(func.overloadpacket):
+        elif count := operations(func, args, kwargs or {}, out):
             # A CPU's attention that learns its bias, T5's, is made of fp32 products whatever enters it; a GPU's is not
             of_attention = func is torch.ops.aten.bmm.default and not tensors[0].is_cuda
             dtype = torch.bfloat16 if of_attention else tensors[1].dtype  # the first one may be a bias
-            self.flops[dtype] += count(*args, **(kwargs or {}), out_val=out)
+            self.flops[dtype] += count
         return out
 
     def half(self) -> float:

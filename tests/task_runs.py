@@ -2,7 +2,7 @@
 
 Importing torch and the libraries takes longer than a tiny run, so programs are forked from a process that has imported them
 (the fork server of `multiprocessing`). What libraries read from the environment when they are imported must then be the same:
-for a test that wants it otherwise a new interpreter is started.
+for a test that wants it otherwise a new interpreter is started. Also where there is a GPU, which no fork can use.
 """
 
 import json
@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import ROOT
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -82,7 +83,7 @@ class Program:
             number, name = tempfile.mkstemp()
             os.close(number)
             self.outputs.append(name)
-        self.forked = _read_at_import(environment) == _environment_of_server()
+        self.forked = _read_at_import(environment) == _environment_of_server() and not torch.cuda.is_available()
         if self.forked:
             target = (self.argv, str(cwd), environment, _path(), self.outputs)
             self.process = server.Process(target=_in_fork, args=target)

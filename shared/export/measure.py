@@ -9,6 +9,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 
 from shared.export.score import score
@@ -82,11 +83,17 @@ def use(model: Model, prompts: list) -> list:
     return golden_outputs(model, prompts)
 
 
+def _way_to_start() -> str:
+    """A process that is forked cannot use a GPU that the first one has looked at, and importing looks."""
+    return "spawn" if torch.cuda.is_available() else "forkserver"
+
+
 def start_measuring() -> None:
     """Starts what the processes of `in_a_process` are forked from. It imports the libraries while something else is done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shared.export.measure", "onnxruntime", "transformers.cache_utils"])
-    forkserver.ensure_running()
+    context = multiprocessing.get_context(_way_to_start())
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["shared.export.measure", "onnxruntime", "transformers.cache_utils"])
+        forkserver.ensure_running()
 
 
 def in_a_process(*arguments) -> dict:
@@ -95,7 +102,7 @@ def in_a_process(*arguments) -> dict:
     Raises:
         UserError: the artifact cannot be loaded or used.
     """
-    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    with multiprocessing.get_context(_way_to_start()).Pool(1) as pool:
         found = pool.apply(measure, arguments)
         pool.close()  # leaving the block alone would kill it, and it would complain
         pool.join()

@@ -145,6 +145,10 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     set_aside = _set_aside(entries, dict(_typed_pairs(argv)), (script_class, RunArguments))
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
+    if _on_cpu({**entries, **dict(_typed_pairs(argv))}):
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # not only what Trainer computes: precision, plan, evaluation and replies too
+        )
     if "LOCAL_RANK" in os.environ and not gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
     module, class_name = training.split(":")
@@ -176,6 +180,13 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
     )
     return script_args, training_args, run_args
+
+
+def _on_cpu(options: dict) -> bool:
+    """Whether a run shall leave a GPU alone: `--use_cpu`, or `accelerate launch --cpu`."""
+    asked = {name.replace("-", "_"): value for name, value in options.items()}.get("use_cpu", False)
+    asked = True if asked == "" else asked  # a flag without a value
+    return "true" in (str(asked).lower(), os.environ.get("ACCELERATE_USE_CPU", "").lower())
 
 
 def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) -> list[str]:

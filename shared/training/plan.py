@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from shared.training.four_bit import packable
 from shared.training.hardware import dtype_of, matmul_flops
 from shared.training.packed_attention import PACKED
 
@@ -76,8 +77,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if count := flop_registry.get(func.overloadpacket):
-            self.flops += count(*args, **kwargs, out_val=out)
+        self.flops += operations(func, args, kwargs, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
@@ -102,11 +102,21 @@ AttentionMaskInterface.register("planned", sdpa_mask)
 
 
 def quantizable(model) -> dict[int, int]:
-    """The frozen matrices that QLoRA holds in 4 bits, those of all linear layers but the head: number of weights by `id`."""
+    """The frozen matrices that QLoRA holds in 4 bits: number of weights by `id`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = inner.get_output_embeddings()
-    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    return {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
+    return {id(m.weight): m.weight.numel() for m in packable(inner) if not m.weight.requires_grad}
+
+
+def operations(func, args: tuple, kwargs: dict, out) -> float:
+    """Floating-point operations of a call that PyTorch dispatches; 0 for what its own counter does not know."""
+    count = flop_registry.get(func.overloadpacket)
+    if count is None:
+        return 0
+    if "scaled_dot_product" in str(func):  # before 2.13 it wants as many heads of keys and values as of queries
+        key = 1 + ("backward" in str(func))
+        shapes = [(len(each), args[key - 1].shape[1], *each.shape[2:]) for each in args[key : key + 2]]
+        args = (*args[:key], *(torch.empty(shape, device="meta") for shape in shapes), *args[key + 2 :])
+    return count(*args, **kwargs, out_val=out)
 
 
 def make_fake(model, mode: FakeTensorMode, dtypes: dict[int, torch.dtype]) -> list[torch.Tensor]:

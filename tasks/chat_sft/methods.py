@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     TrainingArguments,
 )
@@ -20,7 +19,7 @@ from trl import SFTConfig
 from shared import UserError
 from shared.inference.torch_runner import carries_state, causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
-from shared.training.hardware import dtype_of
+from shared.training.four_bit import four_bit
 from shared.training.packed_attention import PACKED
 from shared.training.sharding import refuse_sharded
 
@@ -138,16 +137,6 @@ def choose_pad(chat: Chat, embeddings: int) -> None:
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chat.stop or 0)
 
 
-def four_bit(args) -> BitsAndBytesConfig:
-    """NF4 with double quantization (Dettmers et al. 2023); computes in the precision of the run."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype_of(args),
-    )
-
-
 def attention(source: Path, method: str) -> tuple[str, str]:
     """The attention that a model can take, and why its rows are padded ("": conversations may share a row).
 
@@ -179,7 +168,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         needs: rows that the embedding must have; it grows only where all weights are trained.
 
     Raises:
-        UserError: the rows hold ids beyond the embedding, and only an adapter would be trained.
+        UserError: the rows hold ids beyond the embedding, and only an adapter would be trained; no layers for 4 bits.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     causal_architecture(config, source.name)
@@ -190,6 +179,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
             "added to its tokenizer and not to the model. Train them with --method full, or take the model's own "
             "tokenizer."
         )
+    packed = four_bit(config, source.name, args) if in_4bit else None
     if empty:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -198,7 +188,7 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         dtype=torch.float32,
         use_safetensors=True,
         attn_implementation=attention(source, method)[0],
-        quantization_config=four_bit(args) if in_4bit else None,
+        quantization_config=packed,
         trust_remote_code=False,
     )
     if needs > size:

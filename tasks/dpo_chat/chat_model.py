@@ -10,7 +10,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     TrainingArguments,
 )
@@ -19,7 +18,7 @@ from trl import DPOConfig
 from shared import UserError
 from shared.inference.torch_runner import causal_architecture, keep_layout
 from shared.publish.hub import check_peft, pull
-from shared.training.hardware import dtype_of
+from shared.training.four_bit import four_bit
 from shared.training.sharding import refuse_sharded
 
 # Of trl's own options: what this task does as they say. The others would be half done, and are refused.
@@ -98,20 +97,11 @@ def load_tokenizer(source: Path, base: Path):
     return tokenizer
 
 
-def four_bit(args) -> BitsAndBytesConfig:
-    """NF4 with double quantization (Dettmers et al. 2023); computes in the precision of the run."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype_of(args),
-    )
-
-
 def load_model(source: Path, base: Path, adapter: PeftConfig | None, script_args, args, empty: bool = False):
     """The base in fp32 or 4-bit NF4, frozen, with the adapter that is trained; `empty`: shapes without weights, for a plan."""
     in_4bit, config = script_args.method == "qlora", AutoConfig.from_pretrained(base, trust_remote_code=False)
     causal_architecture(config, base.name)
+    packed = four_bit(config, base.name, args) if in_4bit else None
     if empty:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -120,7 +110,7 @@ def load_model(source: Path, base: Path, adapter: PeftConfig | None, script_args
             base,
             dtype=torch.float32,
             use_safetensors=True,
-            quantization_config=four_bit(args) if in_4bit else None,
+            quantization_config=packed,
             trust_remote_code=False,
         )
         model = keep_layout(model)

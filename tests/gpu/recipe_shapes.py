@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -25,6 +26,7 @@ from transformers import (
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+BGE_SMALL = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 12}
 BART = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
 BART |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
 # The defaults of the other classes are the published shapes
@@ -32,6 +34,7 @@ SHAPES = {
     "SmolLM2": (AutoModelForCausalLM, LlamaConfig, SMOLLM2, torch.float32),
     "GPT-2": (AutoModelForCausalLM, GPT2Config, {}, torch.float32),
     "BERT": (AutoModelForMaskedLM, BertConfig, {}, torch.float32),
+    "bge-small": (AutoModel, BertConfig, BGE_SMALL, torch.float32),
     "T5": (AutoModelForSeq2SeqLM, T5Config, {}, torch.float32),
     "BART": (AutoModelForSeq2SeqLM, BartConfig, BART, torch.float32),
     "Llama 2 7B": (AutoModelForCausalLM, LlamaConfig, {"max_position_embeddings": 4096}, torch.float16),
@@ -96,7 +99,8 @@ def save_tokenizer(shape: str, folder: Path) -> None:
         vocab_size=VOCABULARY, special_tokens=names, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([" " + " ".join(some_words())] * 3, trainer)
-    pairs = {"BERT": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"), "T5": ("$A </s>", None), "BART": ("<s> $A </s>", None)}
+    pairs = dict.fromkeys(("BERT", "bge-small"), ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"))
+    pairs |= {"T5": ("$A </s>", None), "BART": ("<s> $A </s>", None)}
     if shape in pairs:
         ends = [(name, names.index(name)) for name in ("<s>", "</s>")]
         single, pair = pairs[shape]

@@ -135,7 +135,7 @@ def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):
 
 def test_imports_need_nothing_that_only_linux_has():
     code = (
-        "import importlib, os, pkgutil, psutil, sys\n"  # psutil is another one on a Mac
+        "import asyncio, importlib, os, pkgutil, psutil, sys\n"  # the first and psutil are others on a Mac
         "del os.sched_getaffinity, os.sysconf\n"
         "sys.modules['resource'] = None\n"  # an import of it fails
         "import shared, deploy.api\n"
@@ -145,14 +145,6 @@ def test_imports_need_nothing_that_only_linux_has():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and int(done.stdout) > 30, done.stderr
-
-
-def test_four_bit_layers_compute_as_the_run_does():
-    import methods
-
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        fp16, bf16 = ASKED[name]
-        assert methods.four_bit(SimpleNamespace(fp16=fp16, bf16=bf16)).bnb_4bit_compute_dtype == dtype
 
 
 def test_a_qlora_run_trains_fp32_adapters(tiny, data, tmp_path, monkeypatch):
@@ -187,3 +179,18 @@ def test_a_qlora_run_trains_fp32_adapters(tiny, data, tmp_path, monkeypatch):
 
     assert {value.dtype for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
     assert json.loads((tmp_path / "all_results.json").read_text())["test_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"), [(["--use_cpu", "true"], {}), (["--use_cpu"], {}), ([], {"ACCELERATE_USE_CPU": "True"})]
+)
+def test_a_gpu_that_shall_not_be_used_is_not_seen(words, environment, tmp_path, monkeypatch):
+    """Or a run would be planned, and its replies written, where it does not train."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    script = train_script("summarize_t5").ScriptArguments
+    parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", "--use_cpu=false"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if environment else "0")
+    parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", *words])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
