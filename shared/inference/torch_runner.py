@@ -281,6 +281,7 @@ def load_torch(folder: Path, task: str):
     # bitsandbytes says at each product that it computes in fp16, and peft asks transformers by an old name
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each length that it has not seen, for half a second and more
     gpu = torch.cuda.is_available()
     auto = getattr(transformers, TASKS[task])
     options = {"use_safetensors": True, "dtype": "auto" if gpu else torch.float32, "trust_remote_code": False}

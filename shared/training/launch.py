@@ -109,6 +109,8 @@ def setup(training_args, run_args) -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
     if not run_args.dry_run:  # a plan may be for another machine
         check_precision(training_args.fp16, training_args.bf16, gpus())
+    # It plans each shape that it has not seen, for half a second and more (H200), and batches of texts have many
+    torch.backends.cuda.enable_cudnn_sdp(False)
     training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
     transformers.set_seed(training_args.seed)
     processes = training_args.world_size

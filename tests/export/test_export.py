@@ -25,6 +25,7 @@ from shared import UserError
 from shared.export import litert_file, quantize, score
 from shared.export.export import export, main
 from shared.export.formats import FORMATS, impossible
+from shared.export.measure import in_a_process, start_measuring
 from shared.inference.model import Model, load
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
@@ -242,6 +243,17 @@ def test_every_format_is_measured_verified_and_the_fastest_is_taken(models, expo
     order = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0")
     assert load(folder).artifact == next(each for each in order if each in WANTED[name])
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_beside_a_gpu_a_model_is_measured_in_a_process_that_is_no_fork(models, monkeypatch):
+    """A fork of a process that has looked at the GPU cannot use it: an adapter's weights could not be read."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # here; in the process there is none
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: pytest.fail("there was a fork server"))
+    start_measuring()
+    rows = [json.loads(line) for line in (models / "classes" / "test.jsonl").read_text().splitlines()]
+    prompts = [row["text"] for row in rows[:2]]
+    found = in_a_process(str(models / "classes"), None, "text-classification", rows, prompts, False)
+    assert found["accuracy"] == 1 and len(found["outputs"]) == 2
 
 
 def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):

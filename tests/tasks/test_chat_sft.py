@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -402,15 +401,14 @@ def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):
 def test_unknown_keys_stop_before_torch(tmp_path):
     config = tmp_path / "typo.yaml"
     config.write_text("# comment\nmethod: lora\nlerning_rate: 1\n")
-    started = time.time()
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     for argv, words in (
         ([f"--config={config}"], f"{config}, line 3: unknown key `lerning_rate`. Did you mean `learning_rate`?"),
         (["--metod=lora"], "Unknown flag --metod. Did you mean `method`?"),
         (["--config=none.yaml"], "--config none.yaml: no such file"),
     ):
-        stopped = command(*argv)
+        stopped = command(*argv, PYTHONPATH=str(tmp_path))
         assert stopped.returncode == 2 and words in stopped.stderr and "Traceback" not in stopped.stderr
-    assert time.time() - started < 6
 
 
 @pytest.mark.parametrize(
@@ -429,10 +427,10 @@ def test_foreseeable_errors_are_one_line(argv, words, tmp_path, tiny):
     assert stopped.returncode == 2 and words in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
 
 
-def test_help_is_complete_and_quick():
-    started = time.time()
-    shown = command("--help")
-    assert shown.returncode == 0 and time.time() - started < 5
+def test_help_is_complete_and_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    shown = command("--help", PYTHONPATH=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
     for option in (
         "--method",
         "--columns",

@@ -333,6 +333,13 @@ def test_a_run_repeats_from_its_own_configuration(bert, documents, tmp_path):
     assert facts["masked_share"] == pytest.approx(0.3, abs=0.03)
 
 
+def test_workers_that_mask_change_nothing(bert, documents, tmp_path):
+    options = {"max_steps": 20, "train_sampling_strategy": "group_by_length"}  # more than one epoch
+    for workers in (0, 2):
+        run_main(flags(bert, documents, tmp_path / str(workers), dataloader_num_workers=workers, **options))
+    assert task_runs.losses(tmp_path / "0") == task_runs.losses(tmp_path / "2")
+
+
 def test_kill_and_repeat_ends_with_the_same_weights(bert, documents, tmp_path):
     """With dropout, accumulation, batches by length and new masks each time: SIGKILL, then SIGTERM, then on."""
     options = {

@@ -12,6 +12,7 @@ from checkout import ROOT, train_script
 from products import Products
 
 from shared import UserError
+from shared.inference.torch_runner import load_torch
 from shared.training.arguments import parse
 from shared.training.hardware import (
     check_precision,
@@ -133,6 +134,17 @@ def test_a_mac_starts_without_what_only_linux_has(tmp_path, monkeypatch):
         assert hardware().startswith("CPU") and matmul_flops(0.01) > 0
 
 
+def test_no_attention_is_planned_anew_for_each_length(tiny, tmp_path):
+    """cuDNN's, which torch prefers on Hopper: neither while training nor while serving."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    script = train_script("summarize_t5").ScriptArguments
+    setup(*parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}"])[1:])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_torch(tiny / "llama", "text-generation")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_imports_need_nothing_that_only_linux_has():
     code = (
         "import asyncio, importlib, os, pkgutil, psutil, sys\n"  # the first and psutil are others on a Mac
@@ -186,11 +198,11 @@ def test_a_qlora_run_trains_fp32_adapters(tiny, data, tmp_path, monkeypatch):
 )
 def test_a_gpu_that_shall_not_be_used_is_not_seen(words, environment, tmp_path, monkeypatch):
     """Or a run would be planned, and its replies written, where it does not train."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")  # that no machine has
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     script = train_script("summarize_t5").ScriptArguments
     parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", "--use_cpu=false"])
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if environment else "0")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("" if environment else "99")
     parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", *words])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
