@@ -145,10 +145,9 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     set_aside = _set_aside(entries, dict(_typed_pairs(argv)), (script_class, RunArguments))
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
+    # Not only what Trainer computes: precision, plan, evaluation and replies, too
     if _on_cpu({**entries, **dict(_typed_pairs(argv))}):
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # not only what Trainer computes: precision, plan, evaluation and replies too
-        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "LOCAL_RANK" in os.environ and not gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
     module, class_name = training.split(":")
@@ -185,8 +184,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
 def _on_cpu(options: dict) -> bool:
     """Whether a run shall leave a GPU alone: `--use_cpu`, or `accelerate launch --cpu`."""
     asked = {name.replace("-", "_"): value for name, value in options.items()}.get("use_cpu", False)
-    asked = True if asked == "" else asked  # a flag without a value
-    return "true" in (str(asked).lower(), os.environ.get("ACCELERATE_USE_CPU", "").lower())
+    yes = ("", "true", "yes", "1", "t", "y")  # a flag without a value is one, too
+    return str(asked).lower() in yes or os.environ.get("ACCELERATE_USE_CPU", "no").lower() in yes
 
 
 def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) -> list[str]:
