@@ -12,7 +12,7 @@ FIGURES = {
     "chat_sft": ("base_perplexity", "baseline_perplexity", "test_perplexity"),
     "dpo_chat": ("base_accuracy", "baseline_longer_reply_accuracy", "test_accuracy"),
     "summarize_t5": ("base_rougeL", "baseline_lead1_rougeL", "test_rougeL"),
-    "qa_squad": ("base_f1", "baseline_no_answer_f1", "test_f1"),
+    "qa_squad": ("base_f1", "baseline_silent_f1", "test_f1"),
     "rag_docs": ("base_fused_mrr", "baseline_bm25_mrr", "test_fused_mrr"),
 }
 TIMES = (("train_minutes", "run_minutes"), ("peak_memory_gb",))
