@@ -21,6 +21,7 @@ from checkout import ROOT, train_script
 from transformers import AutoTokenizer
 
 from shared import UserError
+from shared.compare.readme import FIGURES
 from shared.data import assets
 from shared.data.columns import find_columns
 from shared.inference import qa_windows
@@ -503,6 +504,7 @@ def test_it_learns_to_answer_and_to_abstain(v2_run, models):
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert np.mean(losses[-10:]) < 0.3 * np.mean(losses[:5]) and found["test_loss"] < found["base_loss"]
     assert found["test_f1"] > found["base_f1"] + 30 and found["test_f1"] > found["baseline_position_f1"]
+    assert found.keys() >= set(FIGURES["qa_squad"])  # of the READMEs' table
     assert found["test_f1"] > found["baseline_silent_f1"] and found["test_no_answer_f1"] > 50
     assert found["test_f1_ci95"][0] <= found["test_f1"] <= found["test_f1_ci95"][1]
     assert found["best_f1"] >= found["test_f1"] and "test_has_answer_f1" in found
