@@ -253,7 +253,7 @@ def test_beside_a_gpu_a_model_is_measured_in_a_process_that_is_no_fork(models, m
     rows = [json.loads(line) for line in (models / "classes" / "test.jsonl").read_text().splitlines()]
     prompts = [row["text"] for row in rows[:2]]
     found = in_a_process(str(models / "classes"), None, "text-classification", rows, prompts, False)
-    assert found["accuracy"] == 1 and len(found["outputs"]) == 2
+    assert found["accuracy"] == 100 and len(found["outputs"]) == 2
 
 
 def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):
