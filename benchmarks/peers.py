@@ -151,7 +151,8 @@ def prepare(task: dict, folder: Path, count: int) -> list[dict]:
 def run(command: list[str], output: Path, folder: Path) -> tuple[float, float, int]:
     """Trains once in a process of its own; returns seconds of training, mean loss of the last quarter of the steps, steps."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores()), "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_DATASETS_CACHE": str(folder / "cache"), "NLTK_DATA": str(folder)}
+    environment |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
+    environment |= {"NLTK_DATA": str(folder)}
     argv = [*command, f"--output_dir={output}"]
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
     text = done.stdout + done.stderr
