@@ -112,7 +112,7 @@ def operations(func, args: tuple, kwargs: dict, out) -> float:
     count = flop_registry.get(func.overloadpacket)
     if count is None:
         return 0
-    if "scaled_dot_product" in str(func):  # before 2.13 it wants as many heads of keys and values as of queries
+    if "scaled_dot_product" in str(func):  # torch 2.11 wants as many heads of keys and values as of queries
         key = 1 + ("backward" in str(func))
         shapes = [(len(each), args[key - 1].shape[1], *each.shape[2:]) for each in args[key : key + 2]]
         args = (*args[:key], *(torch.empty(shape, device="meta") for shape in shapes), *args[key + 2 :])
