@@ -289,8 +289,10 @@ def test_recipe(recipe, size, made, watched, row, tmp_path, capsys, monkeypatch)
         row(f"{name}: loss of the test split", f"{before:.3f} -> {after:.3f}", "falls", after < before)
 
     half = watched.products.half()
-    if "t5" in RECIPES[recipe].lower() and real:
-        row(f"{name}: products in half precision", f"{half:.1%}", "without the feed-forward layers")
+    # Falcon's one key for all heads is broadcast, which PyTorch's kernels refuse: its attention is computed in fp32
+    without = {"T5": "feed-forward layers", "Falcon 7B": "attention"}.get(RECIPES[recipe])
+    if without and real:
+        row(f"{name}: products in half precision", f"{half:.1%}", f"without the {without}")
     else:
         row(f"{name}: products in half precision", f"{half:.1%}", ">= 95 %", half >= 0.95)
 

@@ -112,6 +112,13 @@ def test_a_gpu_does_not_hold_the_weights_of_attention(capsys):
     assert here - gpu > 2 * 8 * 16 * 1024 * 1024 * 2
 
 
+def test_a_product_that_names_the_type_of_its_result_is_counted():
+    """As trl's DPO on a GPU computes its gradients: (4, 5) x (5, 6)."""
+    a, b, out = (torch.empty(shape, device="meta") for shape in ((4, 5), (5, 6), (4, 6)))
+    call = torch.ops.aten.addmm.dtype_out
+    assert plan.operations(call, (out, a, b, torch.float32), {"out": out}, out) == 2 * 4 * 5 * 6
+
+
 def test_a_model_that_is_too_large_for_one_row(capsys):
     large = llama(hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
     assert "Not even one row at a time would, with gradient checkpointing" in planned(large, capsys, batch=1)
