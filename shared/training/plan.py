@@ -31,6 +31,7 @@ BUFFERS = 0.1e9  # bytes of the libraries once they train on a CPU, above what t
 GAPS = 1.1  # of what training holds beside the weights: rows of different lengths leave gaps in the heap of a CPU's process
 UTILISATION = 0.4  # share of the peak that training reaches; 0.4 to 0.5 was measured on 2 CPU cores, never on a GPU
 OF_DATA_SHEET = 0.33  # the same of a data sheet's peak, which no card holds for hours: an estimate, not measured
+TILES = 512  # positions whose logits take about what trl's DPO holds of them on a GPU
 NF4 = 0.53  # bytes a weight: 4 bits, and doubly quantized scales (Dettmers et al. 2023)
 
 
@@ -116,7 +117,8 @@ def operations(func, args: tuple, kwargs: dict, out) -> float:
         key = 1 + ("backward" in str(func))
         shapes = [(len(each), args[key - 1].shape[1], *each.shape[2:]) for each in args[key : key + 2]]
         args = (*args[:key], *(torch.empty(shape, device="meta") for shape in shapes), *args[key + 2 :])
-    args = [each for each in args if not isinstance(each, torch.dtype)]  # of the result, which torch 2.11 takes for its shape
+    # The type of the result, which torch 2.11 takes for its shape, counts for nothing
+    args = [each for each in args if not isinstance(each, torch.dtype)]
     return count(*args, **kwargs, out_val=out)
 
 
@@ -253,6 +255,8 @@ def print_plan(
     total = sum(p.numel() for p in model.parameters())
     micro, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
     texts = 2 if pairs else texts
+    if pairs and not on_cpu:
+        positions_at_once = TILES
     per_step = micro * accumulated * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_step * args.num_train_epochs)
 
@@ -260,7 +264,7 @@ def print_plan(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         kept = math.ceil(supervised_share * longest_row)
-        kept = min(kept, math.ceil(positions_at_once / batch)) if positions_at_once else kept
+        kept = min(kept, math.ceil(positions_at_once / batch / texts)) if positions_at_once else kept
         found = estimate(model, batch * texts, longest_row, kept, device.precision, longest_target, in_4bit)
         if on_cpu:
             found["peak"] += held + BUFFERS + (GAPS - 1) * (found["peak"] - found["weights"])
@@ -272,7 +276,7 @@ def print_plan(
     flops = found["flops"]
     if positions_at_once:  # the memory is that of one piece, the work that of all
         kept = math.ceil(supervised_share * longest_row)
-        flops = estimate(model, micro, longest_row, kept, device.precision, longest_target, in_4bit)["flops"]
+        flops = estimate(model, micro * texts, longest_row, kept, device.precision, longest_target, in_4bit)["flops"]
     mean_length = tokens / rows / texts / (longest_row + longest_target)
     flops *= 1.5 if pairs else 1
     reached = (UTILISATION if here else OF_DATA_SHEET) * device.flops

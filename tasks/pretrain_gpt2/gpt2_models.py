@@ -18,7 +18,8 @@ from shared.publish.hub import pull
 from shared.training.packed_attention import PACKED
 
 END = "<|endoftext|>"
-SIZES = {"nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}  # layers, width
+# layers, width
+SIZES = {"pico": (2, 192), "nano": (4, 192), "mini": (8, 512), "small": (12, 768), "medium": (24, 1024)}
 HEAD = 64  # width of an attention head, as in GPT-2
 TOKENIZER_CHARACTERS = 50_000_000  # the merges of a sample this large are those of the corpus
 

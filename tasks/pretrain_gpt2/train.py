@@ -26,12 +26,12 @@ class ScriptArguments:
 
     BELONGS_TO = {"tokenizer": "model_name_or_path"}
 
-    size: Literal["nano", "mini", "small", "medium"] = field(
+    size: Literal["pico", "nano", "mini", "small", "medium"] = field(
         default="nano",
         metadata={
-            "help": "How large a model from scratch is, as layers x width: nano 4 x 192 (2 M parameters), mini 8 x 512 (25 M), "
-            "small 12 x 768 (85 M; 124 M with GPT-2's vocabulary, which is GPT-2), medium 24 x 1024 (302 M; 355 M). "
-            "Embeddings come on top: width x vocabulary."
+            "help": "How large a model from scratch is, as layers x width: pico 2 x 192 (1 M parameters), nano 4 x 192 (2 M), "
+            "mini 8 x 512 (25 M), small 12 x 768 (85 M; 124 M with GPT-2's vocabulary, which is GPT-2), medium 24 x 1024 "
+            "(302 M; 355 M). Embeddings come on top: width x vocabulary."
         },
     )
     tokenizer: str | None = field(

@@ -1,13 +1,13 @@
 """Trainer with a fused loss, Muon, tokens per second and MFU in its log, and an evaluation by document. Used by train.py."""
 
 import time
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from blocks import NOTHING, document_positions, example
 from muon import MuonAdamW, parameter_groups
 from transformers import Trainer, TrainerCallback
+from trl.kernels import ChunkedLogProbFunction
 
 from shared import UserError
 from shared.training.hardware import dtype_of, matmul_flops
@@ -17,6 +17,7 @@ from shared.training.scoring import autocast, score_rows
 from shared.training.sharding import refuse_sharded
 
 CHUNK = 512  # positions whose logits exist at a time: 512 x 50,257 in fp32 are 100 MB
+TILE = 8192  # words whose logits trl's kernel holds at a time, of 4,096 positions: in half precision 67 MB
 NO_LOGITS = torch.empty(0, dtype=torch.long)
 
 
@@ -51,19 +52,15 @@ def loss_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) ->
     Args:
         hidden: (n, width). head: (vocabulary, width). targets: (n,), -100 counts nothing.
 
-    torch's fused operation computes gradients chunk by chunk on the way forward; under autocast, and in a torch older than
-    2.13, each chunk is computed twice instead.
+    In fp32 torch's fused operation, which computes gradients chunk by chunk on the way forward; under autocast, where it would
+    compute in fp32, and before torch 2.13, trl's kernel, which computes each product twice.
     """
     if hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(hidden.device.type):
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
         return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
-
-    def chunk_loss(rows, goals):
-        return F.cross_entropy(F.linear(rows, head).float(), goals, reduction="sum")
-
-    once_more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
-    again = partial(torch.utils.checkpoint.checkpoint, chunk_loss, **once_more)
-    return sum(again(*part) for part in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
+    counted, width = targets != -100, min(TILE, len(head))
+    logs = ChunkedLogProbFunction.apply(hidden, head, None, targets.clamp(min=0), 1.0, width, None, 1.0, ())[0]
+    return -logs.masked_fill(~counted, 0).sum()
 
 
 class Clock(TrainerCallback):

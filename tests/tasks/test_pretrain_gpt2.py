@@ -54,8 +54,8 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def tiny_sizes():
-    """In this process nano is a model of a moment; commands train the real one for a few steps."""
-    gpt2_models.SIZES["nano"] = (2, 64)
+    """In this process the small sizes are models of a moment; commands train the real ones for a few steps."""
+    gpt2_models.SIZES |= {"pico": (2, 64), "nano": (2, 64)}
     yield
     gpt2_models.SIZES.update(SIZES)
 
@@ -238,7 +238,13 @@ def test_isolated_documents_do_not_see_each_other(tiny):
 
 @pytest.mark.parametrize(
     ("size", "vocabulary", "positions", "millions"),
-    [("nano", 0, 0, 1.8), ("mini", 0, 0, 25.2), ("small", 50257, 1024, 124.4), ("medium", 50257, 1024, 354.8)],
+    [
+        ("pico", 0, 0, 0.9),
+        ("nano", 0, 0, 1.8),
+        ("mini", 0, 0, 25.2),
+        ("small", 50257, 1024, 124.4),
+        ("medium", 50257, 1024, 354.8),
+    ],
 )
 def test_sizes_are_what_help_says(size, vocabulary, positions, millions):
     layers, width = SIZES[size]
