@@ -6,7 +6,7 @@ from shared import UserError
 
 # Of each task what stands in the table: the untrained model, the trivial baseline, the trained model
 FIGURES = {
-    "pretrain_gpt2": ("base_perplexity", "baseline_trigram_perplexity", "test_perplexity"),
+    "pretrain_gpt2": ("base_perplexity", "baseline_full_trigram_perplexity", "test_perplexity"),
     "mlm_bert": ("base_perplexity", "baseline_perplexity", "test_perplexity"),
     "classify_bert": ("base_accuracy", "baseline_accuracy", "test_accuracy"),
     "chat_sft": ("base_perplexity", "baseline_perplexity", "test_perplexity"),
