@@ -52,15 +52,17 @@ def loss_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) ->
     Args:
         hidden: (n, width). head: (vocabulary, width). targets: (n,), -100 counts nothing.
 
-    In fp32 torch's fused operation, which computes gradients chunk by chunk on the way forward; under autocast, where it would
-    compute in fp32, and before torch 2.13, trl's kernel, which computes each product twice.
+    On a GPU trl's kernel, which computes each product twice, in less time all the same; elsewhere torch's operation (since 2.13),
+    which computes gradients chunk by chunk on the way forward.
     """
-    if hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(hidden.device.type):
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
-        return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
-    counted, width = targets != -100, min(TILE, len(head))
-    logs = ChunkedLogProbFunction.apply(hidden, head, None, targets.clamp(min=0), 1.0, width, None, 1.0, ())[0]
-    return -logs.masked_fill(~counted, 0).sum()
+    if hidden.is_cuda or not hasattr(F, "linear_cross_entropy"):
+        counted, width = targets != -100, min(TILE, len(head))
+        logs = ChunkedLogProbFunction.apply(hidden, head, None, targets.clamp(min=0), 1.0, width, None, 1.0, ())[0]
+        return -logs.masked_fill(~counted, 0).sum()
+    if torch.is_autocast_enabled(hidden.device.type):  # which the operation does not know
+        hidden, head = (each.to(torch.get_autocast_dtype(hidden.device.type)) for each in (hidden, head))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+    return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
 
 
 class Clock(TrainerCallback):
