@@ -34,7 +34,7 @@ class RunArguments:
 
     BELONGS_TO: ClassVar[dict[str, str]] = dict.fromkeys(
         ("columns", "dataset_config", "validation_file", "test_file"), "dataset"
-    )
+    ) | {"lr_scheduler_kwargs": "lr_scheduler_type"}
 
     model_name_or_path: str = field(
         default=None,

@@ -85,11 +85,33 @@ def _what_was_lost(error: RuntimeError, output_dir: Path) -> str:
     return f"lost the connection to another process, {what}; else the same command on all machines {then}."
 
 
+def check_schedule(training_args) -> None:
+    """Builds the schedule once, which Trainer does when all data are read.
+
+    Raises:
+        UserError: `--lr_scheduler_kwargs` that this type of schedule does not take, or lacks.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    name, named = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs or {}
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training_args.learning_rate)
+    try:
+        get_scheduler(name, optimizer, 0, 1000, named)
+    except (TypeError, ValueError) as error:
+        given = f"with --lr_scheduler_kwargs {json.dumps(named)}" if named else "without --lr_scheduler_kwargs"
+        raise UserError(f"--lr_scheduler_type {getattr(name, 'value', name)} {given}: {error}.") from error
+    steps = training_args.max_steps
+    changing = training_args.get_warmup_steps(steps) + named.get("num_decay_steps", 0)
+    if 0 < steps < changing:
+        log.warning("--max_steps %d: warm-up and decay take %d, so that the rate is hardly ever whole", steps, changing)
+
+
 def setup(training_args, run_args) -> None:
     """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
 
     Raises:
-        UserError: a precision that this hardware does not have.
+        UserError: a precision that this hardware does not have, a schedule that cannot be built.
     """
     import datasets
     import torch
@@ -107,6 +129,7 @@ def setup(training_args, run_args) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
+    check_schedule(training_args)
     if not run_args.dry_run:  # a plan may be for another machine
         check_precision(training_args.fp16, training_args.bf16, gpus())
     # It plans each shape that it has not seen, for half a second and more (H200), and batches of texts have many

@@ -5,8 +5,11 @@ from dataclasses import fields
 import pytest
 import yaml
 from checkout import ROOT, train_script
+from transformers import TrainingArguments
 
+from shared import UserError
 from shared.training.arguments import RunArguments, parse
+from shared.training.launch import check_schedule
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tasks/*/configs/*.yaml"))
 TRAINING = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
@@ -66,10 +69,42 @@ def test_another_model_brings_its_own_tokenizer():
     assert said[0].startswith("tokenizer openai-community/gpt2 goes with model_name_or_path (none)")
 
 
+def test_another_schedule_brings_its_own_options():
+    config = "tasks/pretrain_gpt2/configs/laptop.yaml"
+    found, said = parsed(config, "--lr_scheduler_type=linear", "--output_dir=x")
+    assert "lr_scheduler_kwargs" not in found["resolved"] and found["resolved"]["lr_scheduler_type"] == "linear"
+    assert len(said) == 1 and said[0].startswith("lr_scheduler_kwargs {'num_decay_steps': 360, ")
+    assert said[0].endswith(f"{config})")
+    found, said = parsed(config, "--learning_rate=0.1", "--output_dir=x")
+    assert found["resolved"]["lr_scheduler_kwargs"]["num_decay_steps"] == 360 and said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("linear", {"num_decay_steps": 3}, 'linear with --lr_scheduler_kwargs {"num_decay_steps": 3}: .*unexpected'),
+        ("warmup_stable_decay", {}, "warmup_stable_decay without --lr_scheduler_kwargs: .*num_decay_steps"),
+        ("cosine_with_min_lr", {}, "cosine_with_min_lr without --lr_scheduler_kwargs: .*min_lr"),
+        ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "no"}, "Unknown decay type: no"),
+    ],
+)
+def test_a_schedule_that_cannot_be_built_is_one_line(name, options, line, tmp_path):
+    args = TrainingArguments(tmp_path, lr_scheduler_type=name, lr_scheduler_kwargs=options, use_cpu=True)
+    with pytest.raises(UserError, match=line):
+        check_schedule(args)
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(-1, False), (99, True), (100, False)])
+def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog):
+    options = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 90}}
+    check_schedule(TrainingArguments(tmp_path, **options, warmup_steps=10, max_steps=steps, use_cpu=True))
+    assert ("decay take 100, so that" in caplog.text) == warned
+
+
 def test_what_belongs_to_something_is_an_option():
     for path in sorted(ROOT.glob("tasks/*/train.py")):
         script = train_script(path.parent.name).ScriptArguments
-        names = {f.name for cls in (script, RunArguments) for f in fields(cls)}
+        names = {f.name for cls in (script, RunArguments, TrainingArguments) for f in fields(cls)}
         belongs = getattr(script, "BELONGS_TO", {}) | RunArguments.BELONGS_TO
         assert belongs.keys() <= names and set(belongs.values()) <= names
 
