@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import time
 import warnings
 from datetime import timedelta
@@ -164,6 +166,13 @@ def setup(training_args, run_args) -> None:
         command = f"accelerate launch --config_file accelerate/multi_gpu.yaml --num_processes {training_args.n_gpu}"
         log.info("One process trains on one of %d GPUs. On all of them: %s", training_args.n_gpu, command)
         training_args._n_gpu = 1
+    if torch.cuda.is_available() and not _triton_compiles():
+        from trl.kernels import chunked_logprob
+
+        chunked_logprob._TRITON_AVAILABLE = False  # as where trl finds none: PyTorch computes the same, more slowly
+        log.info(
+            "Triton needs gcc and Python.h (apt-get install gcc python3-dev): losses are computed without, more slowly"
+        )
     _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
@@ -177,6 +186,12 @@ def setup(training_args, run_args) -> None:
         name = training_args.hub_model_id or Path(training_args.output_dir).name
         training_args.hub_model_id = check_push(name, training_args.hub_private_repo)
     run_args.started = time.time()
+
+
+def _triton_compiles() -> bool:
+    """Whether Triton can build here what starts its kernels, a module of Python in C; else it ends a run at its first loss."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkout import ROOT, train_script
 from products import Products
+from trl.kernels import chunked_logprob
 
 from shared import UserError
 from shared.inference.torch_runner import load_torch
@@ -143,6 +144,26 @@ def test_no_attention_is_planned_anew_for_each_length(tiny, tmp_path):
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_torch(tiny / "llama", "text-generation")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("missing", ["gcc", "Python.h", "nothing"])
+def test_without_a_compiler_losses_are_computed_without_triton(missing, tmp_path, monkeypatch, caplog):
+    """Which builds a module in C before its first kernel runs; images with CUDA's runtime have no compiler."""
+    caplog.set_level("INFO", "taskbook")
+    for name in ("gcc", *(["Python.h"] * (missing != "Python.h"))):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "none" if missing == "gcc" else tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    script = train_script("summarize_t5").ScriptArguments
+    parsed = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", "--fp16=false", "--bf16=false"])[1:]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("shared.training.launch.hardware", lambda: "a card")
+    setup(*parsed)
+    without = missing != "nothing"
+    assert chunked_logprob._use_triton(torch.device("cuda")) != without
+    assert ("apt-get install gcc python3-dev" in caplog.text) == without
 
 
 def test_imports_need_nothing_that_only_linux_has():
