@@ -1,6 +1,7 @@
 """Trainer with a fused loss, Muon, tokens per second and MFU in its log, and an evaluation by document. Used by train.py."""
 
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,17 +53,24 @@ def loss_sum(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) ->
     Args:
         hidden: (n, width). head: (vocabulary, width). targets: (n,), -100 counts nothing.
 
-    On a GPU trl's kernel, which computes each product twice, in less time all the same; elsewhere torch's operation (since 2.13),
-    which computes gradients chunk by chunk on the way forward.
+    On a GPU trl's kernel, which computes each product twice, in less time all the same. Elsewhere torch's operation, which
+    computes gradients chunk by chunk on the way forward, if it may: not in half precision, in which it would add up the loss, nor
+    before torch 2.13. Each chunk is computed twice then.
     """
-    if hidden.is_cuda or not hasattr(F, "linear_cross_entropy"):
+    if hidden.is_cuda:
         counted, width = targets != -100, min(TILE, len(head))
         logs = ChunkedLogProbFunction.apply(hidden, head, None, targets.clamp(min=0), 1.0, width, None, 1.0, ())[0]
         return -logs.masked_fill(~counted, 0).sum()
-    if torch.is_autocast_enabled(hidden.device.type):  # which the operation does not know
-        hidden, head = (each.to(torch.get_autocast_dtype(hidden.device.type)) for each in (hidden, head))
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
-    return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+    if hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(hidden.device.type):
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+        return F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+
+    def chunk_loss(rows, goals):
+        return F.cross_entropy(F.linear(rows, head).float(), goals, reduction="sum")
+
+    once_more = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in it is random
+    again = partial(torch.utils.checkpoint.checkpoint, chunk_loss, **once_more)
+    return sum(again(*part) for part in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True))
 
 
 class Clock(TrainerCallback):

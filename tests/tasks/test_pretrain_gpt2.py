@@ -257,11 +257,13 @@ def test_sizes_are_what_help_says(size, vocabulary, positions, millions):
     assert f"{size} {layers} x {width}" in pretrain.ScriptArguments.__dataclass_fields__["size"].metadata["help"]
 
 
-@pytest.mark.parametrize("of", ["torch", "trl"])
+@pytest.mark.parametrize("of", ["torch", "older torch", "trl"])
 def test_loss_and_gradients_are_those_of_the_plain_computation(of, monkeypatch):
-    """trl's kernel is what a GPU uses, and torch before 2.13."""
-    if of == "trl":
+    """trl's kernel is what a GPU uses; here it computes the same in torch."""
+    if of != "torch":
         monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    if of == "trl":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     torch.manual_seed(0)
     hidden, head = torch.randn(1300, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (1300,))
@@ -273,7 +275,7 @@ def test_loss_and_gradients_are_those_of_the_plain_computation(of, monkeypatch):
             loss = trainer_gpt2.loss_sum(hidden, head, targets)
         found = torch.autograd.grad(loss, (hidden, head))
         close = {"rtol": 0.03, "atol": 0.3} if autocast else {"rtol": 1e-4, "atol": 1e-4}
-        assert torch.allclose(loss.float(), expected, **close)
+        assert loss.dtype == torch.float32 and torch.allclose(loss, expected, rtol=2e-3)
         assert all(torch.allclose(a.float(), b, **close) for a, b in zip(found, wanted, strict=True))
 
 
