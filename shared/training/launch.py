@@ -106,7 +106,11 @@ def check_schedule(training_args) -> None:
     steps = training_args.max_steps
     changing = training_args.get_warmup_steps(steps) + named.get("num_decay_steps", 0)
     if 0 < steps < changing:
-        log.warning("--max_steps %d: warm-up and decay take %d, so that the rate is hardly ever whole", steps, changing)
+        log.warning(
+            "--max_steps %d: warm-up and decay take %d, so that the rate is hardly ever whole. --lr_scheduler_type linear, for "
+            "one, has no num_decay_steps.",
+            *(steps, changing),
+        )
 
 
 def setup(training_args, run_args) -> None:

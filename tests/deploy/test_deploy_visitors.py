@@ -161,7 +161,7 @@ def test_patterns_and_templates_that_do_not_end():
     """A pattern holds one core until it returns, and takes no other text meanwhile; a template is ended."""
     text, deadline = hostile_tokenizer(r"(a|aa)+x"), Deadline(0.5)
     with pytest.raises(UserError, match="more than 0.5 s"):
-        deadline.run(text.encode, ("a" * 22 + "b") * 300)
+        deadline.run(text.encode, ("a" * 25 + "b") * 300)
     with pytest.raises(UserError, match="has not come back"):
         deadline.run(text.encode, "b")
     text._original.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -470,6 +470,7 @@ def test_it_continues_from_a_model(corpus, tiny, tmp_path):
             tmp_path / "run",
             model_name_or_path=tiny / "gpt2",
             max_steps=8,
+            lr_scheduler_type="constant",  # for so few steps
             max_test_rows=5,
             max_validation_rows=2,
         )
