@@ -107,9 +107,10 @@ def check_schedule(training_args) -> None:
     changing = training_args.get_warmup_steps(steps) + named.get("num_decay_steps", 0)
     if 0 < steps < changing:
         log.warning(
-            "--max_steps %d: warm-up and decay take %d, so that the rate is hardly ever whole. --lr_scheduler_type linear, for "
-            "one, has no num_decay_steps.",
-            *(steps, changing),
+            "--max_steps %d: warm-up and decay take %d, so that the rate is hardly ever whole. Lower --warmup_steps, or "
+            "num_decay_steps in --lr_scheduler_kwargs.",
+            steps,
+            changing,
         )
 
 

@@ -235,7 +235,7 @@ def print_plan(
         positions_at_once: how many of them exist at the same time, where the loss is computed in pieces.
         in_4bit: see `estimate`.
         pairs: a row is a pair of texts (DPO), `longest_row` the longer of them and `tokens` those of both; a frozen reference
-            reads them once more, half of the work of a step that trains an adapter.
+            reads them once more, half of the work of a step that trains an adapter. On a GPU trl computes their logits in tiles.
         texts: of a row; `longest_row` is then the longest of them, and `tokens` those of all.
         smaller: what else needs less memory in this task, in words.
     """

@@ -150,8 +150,9 @@ def test_no_attention_is_planned_anew_for_each_length(tiny, tmp_path):
 def test_without_a_compiler_losses_are_computed_without_triton(missing, tmp_path, monkeypatch, caplog):
     """Which builds a module in C before its first kernel runs; images with CUDA's runtime have no compiler."""
     caplog.set_level("INFO", "taskbook")
-    for name in ("gcc", *(["Python.h"] * (missing != "Python.h"))):
-        (tmp_path / name).touch(0o755)
+    (tmp_path / "gcc").touch(0o755)
+    if missing != "Python.h":
+        (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "none" if missing == "gcc" else tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
