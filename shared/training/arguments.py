@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import sys
 import textwrap
@@ -170,6 +171,7 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     except ValueError as error:
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
+    _check_numbers(script_args, training_args, run_args)
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
@@ -179,6 +181,36 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
     )
     return script_args, training_args, run_args
+
+
+MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+# Least and largest of numbers that are else refused with a traceback once all data are read, or taken for something else
+LIMITS = dict.fromkeys((MICRO, "per_device_eval_batch_size", ACCUMULATION), (1, math.inf))
+LIMITS |= dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1))
+LIMITS |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"), (0, math.inf))
+LIMITS |= dict.fromkeys(("adam_beta1", "adam_beta2", "mlm_probability", "max_bad_rows"), (0, 1))
+LIMITS |= {"dataloader_num_workers": (0, math.inf), "label_smoothing_factor": (0, 1)}
+
+
+def _check_numbers(script_args, training_args, run_args) -> None:
+    """Raises UserError for a number out of LIMITS, a count of rows, tokens and so on below 1, a dropout that is no share."""
+    limits = dict(LIMITS)
+    for args in (script_args, run_args):
+        for f in fields(args):
+            if f.name.endswith("dropout"):
+                limits[f.name] = (0, 1)
+            elif f.type in (int, int | None):
+                limits[f.name] = (0 if f.default == 0 else 1, math.inf)
+    for args in (script_args, training_args, run_args):
+        for name in limits.keys() & {f.name for f in fields(args)}:
+            value, (least, most) = getattr(args, name), limits[name]
+            if isinstance(value, int | float) and not least <= value <= most:
+                meant = f"from {least} to {most:,}" if most < math.inf else f"of {least} or more"
+                raise UserError(f"--{name} {value}: give a number {meant}.")
+    if training_args.max_steps == 0:
+        raise UserError("--max_steps 0: whole epochs would be trained. Give 1 or more, or -1 for --num_train_epochs.")
+    if training_args.max_steps < 0 and not training_args.num_train_epochs:
+        raise UserError("--num_train_epochs 0: nothing would be trained. Give more; --dry_run shows the plan alone.")
 
 
 def _on_cpu(options: dict) -> bool:
@@ -198,9 +230,6 @@ def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) 
         for name, value in removed.items()
         if name not in typed
     ]
-
-
-MICRO, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 def _share_step(args, resolved: dict, typed: set[str]) -> list[str]:

@@ -101,6 +101,33 @@ def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog)
     assert ("decay take 100, so that" in caplog.text) == warned
 
 
+@pytest.mark.parametrize(
+    ("task", "option", "value", "line"),
+    [
+        ("classify_bert", "per_device_train_batch_size", "0", "1 or more"),
+        ("chat_sft", "per_device_eval_batch_size", "-2", "1 or more"),
+        ("mlm_bert", "gradient_accumulation_steps", "0", "1 or more"),
+        ("mlm_bert", "seed", "-1", "from 0 to 4,294,967,295"),
+        ("mlm_bert", "mlm_probability", "1.5", "from 0 to 1"),
+        ("qa_squad", "max_train_rows", "-5", "1 or more"),
+        ("qa_squad", "max_length", "0", "1 or more"),
+        ("qa_squad", "show_data", "-1", "0 or more"),
+        ("rag_docs", "dropout", "-0.1", "from 0 to 1"),
+        ("rag_docs", "learning_rate", "nan", "0 or more"),
+        ("rag_docs", "max_steps", "0", "1 or more, or -1"),
+        ("dpo_chat", "num_train_epochs", "0", "nothing would be trained"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_one_line(task, option, value, line):
+    with pytest.raises(UserError, match=f"^--{option} {value}: .*{line}"):
+        parsed(f"tasks/{task}/configs/laptop.yaml", f"--{option}={value}", "--hardware=this")
+
+
+def test_numbers_at_the_edge_are_taken():
+    argv = ["--max_steps=1", "--show_data=0", "--seed=0", "--dropout=0", "--num_train_epochs=0", "--max_train_rows=1"]
+    assert parsed("tasks/rag_docs/configs/laptop.yaml", *argv)[0]["max_train_rows"] == 1
+
+
 def test_what_belongs_to_something_is_an_option():
     for path in sorted(ROOT.glob("tasks/*/train.py")):
         script = train_script(path.parent.name).ScriptArguments
