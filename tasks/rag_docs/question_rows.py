@@ -3,6 +3,7 @@ train.py; needs no torch.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from shared.data.cleaning import malformed
 from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
 from shared.data.splits import first_rows
-from shared.retrieval.index import passage_text
+from shared.retrieval.index import Index, passage_text
 from shared.retrieval.passages import cut
 
 NEEDED = ("context", "question")
 OPTIONAL = ("title", "answers", "answer_start")
 PLACES = (1, 5, 10)  # of recall
+HARDEST = 10  # passages that BM25 puts first, of which the hard negatives of a question are drawn
 
 
 def read(name: str, config: str | None) -> dict:
@@ -116,8 +118,8 @@ def contexts_of(*parts) -> dict[str, dict[str, None]]:
 
 
 def pairs(rows, contexts: dict[str, dict[str, None]]) -> list[dict]:
-    """`question`, `passage` as it is indexed, `document`, a number that rows of one context share, and `contexts`, that of the
-    row and others that answer it.
+    """`question`, `passage` as it is indexed, `places` of all passages of its document that hold the answer, `document`, a number
+    that rows of one context share, and `contexts`, that of the row and others that answer it.
     """
     numbers: dict[str, int] = {}
     found = []
@@ -126,13 +128,38 @@ def pairs(rows, contexts: dict[str, dict[str, None]]) -> list[dict]:
         if held := gold_passages(row, parts):
             text = passage_text(row["title"], parts[held[0]].text)
             number = numbers.setdefault(row["context"], len(numbers))
-            pair = {"question": row["question"], "passage": text, "document": number, "title": row["title"]}
-            found.append(pair | {"context": row["context"], "contexts": contexts[row["question"]]})
+            pair = {"question": row["question"], "passage": text, "places": held, "document": number}
+            pair |= {"title": row["title"], "context": row["context"], "contexts": contexts[row["question"]]}
+            found.append(pair)
     return found
 
 
+def add_negatives(pairs: list[dict], most: int, seed: int) -> None:
+    """Gives each pair its `negatives`, at most `most`: passages of all documents of the pairs that BM25 ranks high for its
+    question and that do not hold the answer, others of its own document among them. Each is (context, passage as it is indexed).
+    """
+    documents = {pair["context"]: pair["title"] for pair in pairs}
+    order = list(documents)
+    index = Index(":memory:")
+    index.update({"source": str(i), "title": documents[text], "text": text} for i, text in enumerate(order))
+    found, places, counts = {}, {}, Counter()
+    for passage in index.passages():
+        found[passage.id] = order[int(passage.source)], passage_text(passage.title, passage.text)
+        places[passage.id] = counts[passage.source]
+        counts[passage.source] += 1
+    draw = random.Random(seed)
+    for pair in pairs:
+        wrong = []
+        for item in index.by_words(pair["question"]):
+            context, _ = found[item]
+            own = context == pair["context"]
+            if places[item] not in pair["places"] if own else context not in pair["contexts"]:
+                wrong.append(found[item])
+        pair["negatives"] = draw.sample(wrong[:HARDEST], min(most, len(wrong)))
+
+
 def make_groups(pairs: list[dict], size: int, seed: int) -> list[list[dict]]:
-    """Groups of `size` pairs or a few more; the passages of a group are the wrong ones for its other questions.
+    """Groups of `size` pairs or a few more; the passages of a group are wrong ones for its other questions.
 
     Half of a group lie next to each other by title, which is what a search must tell apart, half come from anywhere.
     """
@@ -148,22 +175,44 @@ def make_groups(pairs: list[dict], size: int, seed: int) -> list[list[dict]]:
 
 
 def group_rows(
-    split, most: int | None, size: int, seed: int, ids: Callable[[list[str], str], list[list[int]]]
+    split,
+    most: int | None,
+    size: int,
+    seed: int,
+    ids: Callable[[list[str], str], list[list[int]]],
+    negatives: int = 0,
 ) -> Dataset:
-    """A row for each group: `input_ids` of its questions, then of its passages; `document` of each passage; `length` of all;
-    `right`, for each question which of the passages answer it.
+    """A row for each group: `input_ids` of its questions, then of their passages, then of the negatives; `document` of each pair;
+    `right`, for each question which of passages and negatives answer it; `length` of all.
 
     Args:
         most: rows of the split to take.
         ids: texts and what they are, `question` or `passage` -> the token ids of each.
+        negatives: hard ones for each pair, see `add_negatives`.
     """
+    found = pairs(first_rows(split, most), contexts_of(split))
+    if negatives:
+        add_negatives(found, negatives, seed)
     made = []
-    for group in make_groups(pairs(first_rows(split, most), contexts_of(split)), size, seed):
-        texts = [text for kind in ("question", "passage") for text in ids([pair[kind] for pair in group], kind)]
+    for group in make_groups(found, size, seed):
+        extra = [(pair, *negative) for pair in group for negative in pair.get("negatives", ())]
+        texts = ids([pair["question"] for pair in group], "question")
+        texts += ids([*(pair["passage"] for pair in group), *(text for *_, text in extra)], "passage")
+        right = [
+            [other["context"] in pair["contexts"] for other in group]
+            # A pair's own negatives may be of its own document
+            + [owner is not pair and context in pair["contexts"] for owner, context, _ in extra]
+            for pair in group
+        ]
         document = [pair["document"] for pair in group]
-        right = [[other["context"] in pair["contexts"] for other in group] for pair in group]
         made.append({"input_ids": texts, "document": document, "right": right, "length": sum(map(len, texts))})
     return Dataset.from_list(made)
+
+
+def paired(groups) -> list[tuple[list[int], list[int]]]:
+    """The token ids of each question of rows of `group_rows`, and of its passage."""
+    rows = zip(groups["input_ids"], groups["document"], strict=True)
+    return [pair for texts, of in rows for pair in zip(texts[: len(of)], texts[len(of) : 2 * len(of)], strict=True)]
 
 
 def documents_for(rows, test, others, most: int) -> list[dict]:

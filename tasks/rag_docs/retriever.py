@@ -75,6 +75,7 @@ class GroupCollator:
     def __call__(self, groups: list[dict]) -> dict:
         batch = self.texts([ids for group in groups for ids in group["input_ids"]])
         batch["pairs"] = torch.tensor([len(group["document"]) for group in groups])
+        batch["passages"] = torch.tensor([len(group["input_ids"]) for group in groups]) - batch["pairs"]
         batch["right"] = torch.tensor([each for group in groups for row in group["right"] for each in row])
         return batch
 
@@ -93,17 +94,17 @@ def group_losses(vectors: torch.Tensor, batch: dict) -> torch.Tensor:
     """(groups,) the mean over a group's questions of the cross-entropy of finding the own passage among the wrong ones, in nats.
 
     Args:
-        vectors: (texts, width) of `GroupCollator`'s batch: of each group the questions, then the passages. Another passage that
-            answers a question, too, is no wrong one.
+        vectors: (texts, width) of `GroupCollator`'s batch: of each group the questions, then the passages, the own ones first in
+            the order of the questions. Another passage that answers a question, too, is no wrong one.
     """
     losses, start, first = [], 0, 0
-    for pairs in batch["pairs"].tolist():
-        questions, passages = vectors[start : start + pairs], vectors[start + pairs : start + 2 * pairs]
-        right = batch["right"][first : first + pairs**2].view(pairs, pairs)
-        too = right & ~torch.eye(pairs, dtype=torch.bool, device=right.device)
+    for pairs, count in zip(batch["pairs"].tolist(), batch["passages"].tolist(), strict=True):
+        questions, passages = vectors[start : start + pairs], vectors[start + pairs : start + pairs + count]
+        right = batch["right"][first : first + pairs * count].view(pairs, count)
+        too = right & ~torch.eye(pairs, count, dtype=torch.bool, device=right.device)
         scores = (questions @ passages.T / TEMPERATURE).masked_fill(too, -torch.inf)
         losses.append(F.cross_entropy(scores, torch.arange(pairs, device=scores.device)))
-        start, first = start + 2 * pairs, first + pairs**2
+        start, first = start + pairs + count, first + pairs * count
     return torch.stack(losses)
 
 
@@ -148,12 +149,11 @@ def vectors_of(model, texts: list[list[int]], collator, pooling: str, args, titl
     return np.stack(score_rows(model, [len(ids) for ids in texts], score_batch, args, title))
 
 
-def least_likeness(model, groups, collator, settings: dict, args) -> float:
+def least_likeness(model, pairs, collator, settings: dict, args) -> float:
     """How like 97 of 100 questions of the validation split are to their passage at least, from -1 to 1. Documents of which no
     passage is as like to a question are taken not to answer it: `settings["likeness"]` of an encoder.
     """
-    halves = [(ids[: len(ids) // 2], ids[len(ids) // 2 :]) for ids in groups["input_ids"]]
-    asked, right = (sum(side, []) for side in zip(*halves, strict=True))
+    asked, right = map(list, zip(*pairs, strict=True))
     vectors = vectors_of(model, asked + right, collator, settings["pooling"], args, "validation, likeness")
     return float(np.quantile((vectors[: len(asked)] * vectors[len(asked) :]).sum(1), 0.03))
 

@@ -8,6 +8,7 @@ The first command runs configs/laptop.yaml: two CPU cores, no account, no model 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,9 @@ class ScriptArguments:
     max_length: int = field(default=256, metadata={"help": "Tokens of a question or passage; what is longer is cut."})
     group_size: int = field(
         default=16, metadata={"help": "Pairs in a row: each question finds its passage among those of the others."}
+    )
+    hard_negatives: int = field(
+        default=0, metadata={"help": "Wrong passages besides, for each pair: such as BM25 ranks high for its question."}
     )
     dropout: float = field(default=0.1, metadata={"help": "Dropout on hidden states; inside attention there is none."})
     pooling: Literal["mean", "cls"] = field(
@@ -120,21 +124,22 @@ def main(script_args, args, run_args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
-    limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}
     settings = {name: getattr(script_args, name) for name in SETTINGS}
 
     def ids(texts, kind: str) -> list[list[int]]:
         return tokenize(tokenizer, list(texts), settings[f"{kind}_prompt"], script_args.max_length)
 
+    group = partial(question_rows.group_rows, size=script_args.group_size, seed=args.seed, ids=ids)
     groups = {
-        name: question_rows.group_rows(splits[name], most, script_args.group_size, args.seed, ids)
-        for name, most in limits.items()
+        "train": group(splits["train"], run_args.max_train_rows, negatives=script_args.hard_negatives),
+        "validation": group(splits["validation"], script_args.max_validation_rows),
     }
-    pairs = [pair for ids in groups["train"]["input_ids"] for pair in zip(ids, ids[len(ids) // 2 :], strict=False)]
-    lengths = [len(text) for pair in pairs for text in pair]
+    pairs = question_rows.paired(groups["train"])
+    lengths = [len(text) for texts in groups["train"]["input_ids"] for text in texts]
     facts = {
         "pairs": len(pairs),
         "groups": len(groups["train"]),
+        "negatives": len(lengths) - 2 * len(pairs),
         "documents": len(set(sum(groups["train"]["document"], []))),
         "tokens": sum(lengths),
         "longest_text": max(lengths),
@@ -153,7 +158,8 @@ def main(script_args, args, run_args) -> None:
     model = retriever.load_model(source, script_args.dropout, settings, args.device)
     if run_args.dry_run:
         plan = {"rows": facts["groups"], "tokens": facts["tokens"], "longest_row": facts["longest_text"]}
-        return print_plan(model, args, run_args, supervised_share=0.0, texts=2 * script_args.group_size, **plan)
+        plan["texts"] = (2 + script_args.hard_negatives) * script_args.group_size
+        return print_plan(model, args, run_args, supervised_share=0.0, **plan)
 
     # Train
     rows = groups["train"].to_list()
@@ -175,7 +181,8 @@ def main(script_args, args, run_args) -> None:
     stopper.exit_if_stopped()
 
     # Evaluate
-    settings["likeness"] = retriever.least_likeness(trainer.model, groups["validation"], collator, settings, args)
+    own = question_rows.paired(groups["validation"])
+    settings["likeness"] = retriever.least_likeness(trainer.model, own, collator, settings, args)
     rows = first_rows(splits["test"], run_args.max_test_rows)
     others = splits["validation"], splits["train"]
     documents = question_rows.documents_for(rows, splits["test"], others, script_args.max_documents)

@@ -171,7 +171,9 @@ def test_the_bound_is_what_97_of_100_own_passages_reach(monkeypatch):
         vectors |= {i: [1.0, 0.0], 100 + i: [cosine, (1 - cosine**2) ** 0.5]}
     monkeypatch.setattr(retriever, "vectors_of", lambda _, texts, *rest: np.array([vectors[ids[0]] for ids in texts]))
     rows = [[[i] for i in numbers] + [[100 + i] for i in numbers] for numbers in (range(0, 60), range(60, 100))]
-    bound = retriever.least_likeness(None, {"input_ids": rows}, None, {"pooling": "mean"}, None)
+    rows[0].append([7])  # a negative of the first group, whose vector belongs to no question
+    pairs = question_rows.paired({"input_ids": rows, "document": [range(60), range(40)]})
+    bound = retriever.least_likeness(None, pairs, None, {"pooling": "mean"}, None)
     assert (likeness >= bound).sum() == 97
 
 
@@ -194,6 +196,48 @@ def test_all_documents_that_a_question_is_asked_of_answer_it():
     (index := Index(":memory:")).update(documents := question_rows.documents_for(rows, rows, (), 9))
     passages = list(index.passages())
     assert question_rows.gold_of(rows.select([0, 2]), [rows], documents, passages) == [({1, 2}, {1, 2}), ({2}, {2})]
+
+
+def test_negatives_are_near_by_words_and_hold_no_answer():
+    """Each context but the last is cut into three passages; the second one of each says which colour its house has."""
+    filler = "word " * 100
+    rows = [
+        {"context": f"{filler}house.\n\nThe house {n} is {colour}.{filler}\n\nThe house {n} again.{filler}", "title": n}
+        for n, colour in (("alpha", "red"), ("beta", "blue"), ("gamma", "green"))
+    ] + [{"context": "Nothing alike.", "title": "delta"}]
+    for row, colour in zip(rows, ("red", "blue", "green", "alike"), strict=True):
+        row |= {"question": f"Which colour has house {row['title']}?", "answer": colour}
+        row["answer_start"] = row["context"].index(colour)
+    rows[2]["question"] = rows[1]["question"]  # beta and gamma answer it both
+    data = Dataset.from_list(rows)
+    found = question_rows.pairs(data, question_rows.contexts_of(data))
+    question_rows.add_negatives(found, 20, seed=0)
+    own = found[0]
+    assert own["negatives"] and own["passage"] not in {text for _, text in own["negatives"]}
+    assert {context for context, _ in own["negatives"]} >= {own["context"], rows[1]["context"]}
+    assert {context for context, _ in found[1]["negatives"]} == {rows[0]["context"], rows[1]["context"]}
+    question_rows.add_negatives(found, 1, seed=0)
+    assert [len(pair["negatives"]) for pair in found] == [1, 1, 1, 1]
+
+    texts = []
+
+    def ids(of, kind):
+        texts.extend(of)
+        return [[len(text)] for text in of]
+
+    group = question_rows.group_rows(data, None, 4, 0, ids, negatives=2)[0]
+    extra = len(group["input_ids"]) - 8
+    assert extra > 4 and {len(right) for right in group["right"]} == {4 + extra} and len(group["document"]) == 4
+    questions, passages = texts[:4], texts[4:]
+    of = {row["context"]: row["title"] for row in rows}
+    for question, right in zip(questions, group["right"], strict=True):
+        answering = {row["title"] for row in rows if row["question"] == question}
+        for passage, says in zip(passages[:4], right, strict=False):
+            assert says == (passage.split("\n")[0] in answering)
+        # Of a document that answers it a negative is wrong only for the question that it was drawn for
+        for passage, says in zip(passages[4:], right[4:], strict=True):
+            assert not says or passage.split("\n")[0] in answering
+    assert any(any(right[4:]) for right in group["right"]) and set(of.values()) == {"alpha", "beta", "gamma", "delta"}
 
 
 def test_groups_hold_each_pair_once():
@@ -229,6 +273,7 @@ def test_the_loss_of_a_group_by_hand():
     vectors = torch.nn.functional.normalize(torch.randn(10, 4, generator=draw), dim=-1)
     right = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1]]).bool(), torch.eye(2).bool()
     batch = {"pairs": torch.tensor([3, 2]), "right": torch.cat([each.flatten() for each in right])}
+    batch["passages"] = batch["pairs"]
     found = retriever.group_losses(vectors, batch)
     q, p = vectors[:3], vectors[3:6]
     scores = (q @ p.T / 0.05).exp()
@@ -237,6 +282,9 @@ def test_the_loss_of_a_group_by_hand():
     q, p = vectors[6:8], vectors[8:]
     expected = torch.nn.functional.cross_entropy(q @ p.T / 0.05, torch.arange(2))
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-5)
+    batch = {"pairs": torch.tensor([3]), "passages": torch.tensor([7]), "right": torch.eye(3, 7).bool().flatten()}
+    expected = torch.nn.functional.cross_entropy(vectors[:3] @ vectors[3:].T / 0.05, torch.arange(3))
+    assert retriever.group_losses(vectors, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
