@@ -4,62 +4,20 @@ needs no torch. Windows and their decoding are in shared/inference/qa_windows.py
 An answer is a place in its context, so contexts are taken as they are: cleaning would move them.
 """
 
-import ast
-import json
-import re
-import unicodedata
 from collections import Counter
-from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
-import regex
 from datasets import Dataset
 
-from shared import UserError, one_spelling
+from shared import UserError
 from shared.data.cleaning import malformed
-from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
+from shared.data.squad import read_answers, read_official
 from shared.inference.qa_windows import Windows, gold_answer
 from shared.training.show_data import marked
 
 NEEDED = ("context", "question", "answers")
 OPTIONAL = ("id", "title", "answer_start")
-
-
-def read_official(path: str) -> list[dict] | None:
-    """Rows of SQuAD's own JSON (1.1 or 2.0: articles, paragraphs, questions) in the Hub's columns; None if it is another file.
-
-    `plausible_answers` of questions without an answer are not read: they are wrong answers.
-
-    Raises:
-        UserError: it has articles, but not in that format.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file() or kind_of(file) != ".json":
-        return None
-    content = read_json(file)
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        return None
-    if not any(isinstance(article, dict) and "paragraphs" in article for article in content["data"]):
-        return None  # rows under `data`: a table
-    try:
-        return [
-            {
-                "id": str(question["id"]),
-                "title": article.get("title") or "",
-                "context": paragraph["context"],
-                "question": question["question"],
-                "answers": {
-                    name: [answer[name] for answer in question["answers"]] for name in ("text", "answer_start")
-                },
-            }
-            for article in content["data"]
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not SQuAD's JSON: {type(error).__name__} {error} in an article of `data`.") from error
 
 
 def read(name: str, config: str | None) -> dict:
@@ -68,95 +26,19 @@ def read(name: str, config: str | None) -> dict:
     return {"train": Dataset.from_list(official)} if official else load_data(name, config)
 
 
-def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
-    """Where an answer stands in its context: first and last + 1 character; None if it does not, or nothing says at which place.
-
-    Args:
-        start: its place as the file gives it: characters, or the units of UTF-16 (JavaScript, Java, most annotation tools) or
-            UTF-8. Where the answer stands at none of these, it is the nearest to it; without a place, the only one.
-    """
-    text = text if text in context else text.strip()  # annotated with a blank that the context does not have
-    spans = [(found.start(1), found.end(1)) for found in re.finditer(f"(?=({re.escape(text)}))", context)]
-    if not spans:  # in another spelling: `a` + U+0301 for `á`, `hoà` for `hòa`
-        letters = regex.findall(r"\X", context)
-        composed = [unicodedata.normalize("NFC", letter) for letter in letters]
-        begins = list(accumulate(map(len, composed), initial=0))
-        original = dict(zip(begins, accumulate(map(len, letters), initial=0), strict=True))
-        plain = re.escape(one_spelling(text))
-        found = [(hit.start(1), hit.end(1)) for hit in re.finditer(f"(?=({plain}))", one_spelling("".join(composed)))]
-        spans = [(original[a], original[b]) for a, b in found if a in original and b in original]
-    start = int(start) if str(start).removesuffix(".0").isdecimal() else None
-    if len(spans) < 2 or start is None:
-        return spans[0] if len(spans) == 1 else None
-    units = (
-        lambda place: place,
-        lambda place: len(context[:place].encode("utf-16-le", "surrogatepass")) // 2,
-        lambda place: len(context[:place].encode("utf8", "surrogatepass")),
-    )
-    exact = (span for count in units for span in spans if count(span[0]) == start)
-    return next(exact, None) or min(spans, key=lambda span: abs(span[0] - start))
-
-
-def number_text(number: float) -> str:
-    """`1700` for 1700 and 1700.0: pandas makes floats of whole numbers where a cell of the column is empty."""
-    return f"{number:.0f}" if float(number).is_integer() else str(number)
-
-
-def parse_answers(text: str):
-    """What a cell of a table says: the text itself, or the list or dict whose repr or JSON it is, as pandas writes them."""
-    try:
-        found = ast.literal_eval(re.sub(r"array\((\[.*?\])(?:, dtype=[^)]*)?\)", r"\1", text, flags=re.DOTALL))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            return text
-    if isinstance(found, dict) and "text" in found:
-        return found
-    if isinstance(found, list) and all(
-        isinstance(part, str) or isinstance(part, dict) and "text" in part for part in found
-    ):
-        return found
-    return text
-
-
 def to_question(row: dict, places: dict[str, str]) -> dict | str:
     """A row in the Hub's columns, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
-    `answers` may be the Hub's `{"text": [...], "answer_start": [...]}`, a list of `{"text", "answer_start"}`, a text, a number or
-    a list of them, or the repr of these in a cell of a table. Each is taken as it stands in the context: see `find_in`.
+    Answers are taken as they stand in the context: see `shared.data.squad.read_answers`.
     """
     values = {name: row.get(column) for name, column in places.items()}
     context, question, answers = (values[name] for name in NEEDED)
     for name in ("context", "question"):
         if reason := malformed(values[name], places[name]):
             return f"bad: {reason}"
-    if isinstance(answers, str) and answers[:1] in ("{", "[") and answers not in context:
-        answers = parse_answers(answers)
-    if isinstance(answers, int | float) and not isinstance(answers, bool):
-        answers = "" if answers != answers else number_text(answers)  # NaN: an empty cell
-    if isinstance(answers, dict):
-        texts, starts = answers.get("text") or [], answers.get("answer_start")
-        texts = texts if isinstance(texts, list) else [texts]
-        starts = starts if isinstance(starts, list) else [starts]
-    elif isinstance(answers, str):
-        texts, starts = [answers] if answers else [], [values.get("answer_start")]
-    elif isinstance(answers, list) or answers is None:
-        pairs = [a if isinstance(a, dict) else {"text": a} for a in answers or []]
-        texts, starts = [a.get("text") for a in pairs], [a.get("answer_start") for a in pairs]
-    else:
-        return f"bad: {malformed(answers, places['answers'])}"
-    texts = [number_text(text) if type(text) in (int, float) else text for text in texts]
-    if not all(isinstance(text, str) for text in texts):
-        return f"bad: {malformed(answers, places['answers'])}"
-    starts = [*starts, *[None] * (len(texts) - len(starts))]
-    found = {"text": [], "answer_start": []}
-    for text, start in zip(texts, starts, strict=False):
-        if text.strip() and (span := find_in(context, text, start)):
-            found["text"].append(context[span[0] : span[1]])
-            found["answer_start"].append(span[0])
-    if any(text.strip() for text in texts) and not found["text"]:
-        return "bad: answer not in its context, or more than once and without answer_start"
+    found = read_answers(context, answers, values.get("answer_start"), places["answers"])
+    if isinstance(found, str):
+        return found
     title = values.get("title")
     return {
         "id": str(values.get("id") or ""),

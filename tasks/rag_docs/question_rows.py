@@ -5,16 +5,14 @@ train.py; needs no torch.
 import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from shared import UserError
 from shared.data.cleaning import malformed
-from shared.data.files import kind_of, read_json
 from shared.data.load import load_data
 from shared.data.splits import first_rows
+from shared.data.squad import read_answers, read_official
 from shared.retrieval.index import Index, passage_text
 from shared.retrieval.passages import cut
 
@@ -25,31 +23,9 @@ HARDEST = 10  # passages that BM25 puts first, of which the hard negatives of a 
 
 
 def read(name: str, config: str | None) -> dict:
-    """The splits of any data: SQuAD's own JSON (articles, paragraphs, questions), or as `shared.data.load.load_data`.
-
-    Raises:
-        UserError: it has articles, but not in that format.
-    """
-    file = Path(name).expanduser()
-    content = read_json(file) if file.is_file() and kind_of(file) == ".json" else None
-    articles = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(articles, list) or not any(isinstance(a, dict) and "paragraphs" in a for a in articles):
-        return load_data(name, config)
-    try:
-        rows = [
-            {
-                "title": article.get("title") or "",
-                "context": paragraph["context"],
-                "question": asked["question"],
-                "answers": {key: [answer[key] for answer in asked["answers"]] for key in ("text", "answer_start")},
-            }
-            for article in articles
-            for paragraph in article["paragraphs"]
-            for asked in paragraph["qas"]
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{name}: not SQuAD's JSON: {type(error).__name__} {error} in an article of `data`.") from error
-    return {"train": Dataset.from_list(rows)}
+    """The splits of any data: SQuAD's own JSON, or as `shared.data.load.load_data`."""
+    official = read_official(name)
+    return {"train": Dataset.from_list(official)} if official else load_data(name, config)
 
 
 def to_row(row: dict, places: dict[str, str]) -> dict | str:
@@ -67,20 +43,16 @@ def to_row(row: dict, places: dict[str, str]) -> dict | str:
     made = {"context": context, "question": question.strip(), "title": title}
     if "answers" not in places:
         return made | {"answer": "", "answer_start": 0}
-    answers, start = values["answers"], values.get("answer_start")
-    if isinstance(answers, list) and answers and isinstance(answers[0], dict):
-        answers = answers[0]
-    if isinstance(answers, dict):
-        answers, start = answers.get("text"), answers.get("answer_start")
-    answer, start = (each[0] if isinstance(each, list) and each else each for each in (answers, start))
-    if answer is None or answer == [] or answer == "":
+    found = read_answers(context, values["answers"], values.get("answer_start"), places["answers"])
+    if isinstance(found, str):
+        text = values["answers"]
+        if not (isinstance(text, str) and text.strip() in context and len(cut(context)) == 1):
+            return found
+        # Nothing says where, but every place is in the same passage
+        found = {"text": [text.strip()], "answer_start": [context.find(text.strip())]}
+    if not found["text"]:
         return "no answer"
-    if not isinstance(answer, str):
-        return "bad: wrong type"
-    answer = answer.strip()
-    if not isinstance(start, int) or not context.startswith(answer, start):
-        start = context.find(answer)
-    return made | {"answer": answer, "answer_start": start} if start >= 0 else "bad: answer not in its context"
+    return made | {"answer": found["text"][0], "answer_start": found["answer_start"][0]}
 
 
 def groups(rows) -> list[str]:
