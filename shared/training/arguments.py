@@ -31,6 +31,8 @@ class RunArguments:
 
     BELONGS_TO, which a task's ScriptArguments may have too, names the options that describe something: for the configuration's
     own data set (or model) it sets them, for another one on the command line they are what the command line says.
+    REFUSED, which only a task's ScriptArguments may have, names options of the trainer that would change nothing there, or the
+    wrong thing, each with the reason.
     """
 
     BELONGS_TO: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -172,6 +174,9 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     _check_numbers(script_args, training_args, run_args)
+    for name, reason in getattr(script_class, "REFUSED", {}).items():
+        if (value := getattr(training_args, name)) != type(training_args).__dataclass_fields__[name].default:
+            raise UserError(f"--{name} {value}: {reason}. Leave it out.")
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}

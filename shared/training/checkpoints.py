@@ -165,9 +165,19 @@ class CompleteCheckpoints(TrainerCallback):
             # Upstream's rotation runs before on_save: with a limit of 1 it would delete the only valid checkpoint.
             self.limit, args.save_total_limit = args.save_total_limit, None
         self.saved_step = state.global_step
+        output_dir = Path(args.output_dir)
+        if (
+            state.best_model_checkpoint
+        ):  # where it was written: the folder may have been moved since, or come from the Hub
+            best = output_dir / Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+            if args.load_best_model_at_end and not best.is_dir():
+                log.warning(
+                    "%s, the best so far, is gone: unless a later one is better, --load_best_model_at_end takes the last one",
+                    best,
+                )
         if not state.is_world_process_zero:
             return
-        output_dir = Path(args.output_dir)
         for checkpoint in _checkpoints(output_dir):
             # Left in place it would be picked by the next resume, or be overwritten file by file.
             if _step(checkpoint) > state.global_step:

@@ -22,6 +22,7 @@ class ScriptArguments:
     """Fine-tune a chat model on conversations: only the assistant's words are trained, conversations never see each other."""
 
     BELONGS_TO = {"roles": "dataset"}
+    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
 
     method: Literal["full", "lora", "qlora", "p_tuning"] = field(
         default="lora",

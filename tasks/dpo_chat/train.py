@@ -22,6 +22,7 @@ class ScriptArguments:
     """Train a chat model on preferences: a prompt, the reply that was chosen, the one that was rejected."""
 
     BELONGS_TO = {"rejected": "dataset"}
+    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
 
     method: Literal["lora", "qlora"] = field(
         default="lora",

@@ -22,6 +22,11 @@ from shared.training.launch import begin, log, run, setup
 class ScriptArguments:
     """Continue the pretraining of an encoder on documents, or start from scratch, by masked language modelling."""
 
+    REFUSED = {
+        "label_smoothing_factor": "the loss of this task has none",
+        "dataloader_persistent_workers": "workers that outlive an epoch would repeat its masks",
+    }
+
     max_length: int = field(
         default=128,
         metadata={"help": "Tokens of a row; a longer document is cut into several rows, and no token is lost."},

@@ -25,6 +25,7 @@ class ScriptArguments:
     """Train a causal language model on plain text: documents packed into blocks, nothing padded, no token lost."""
 
     BELONGS_TO = {"tokenizer": "model_name_or_path"}
+    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
 
     size: Literal["pico", "nano", "mini", "small", "medium"] = field(
         default="nano",

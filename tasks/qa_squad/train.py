@@ -24,6 +24,8 @@ BEST = ("f1", "threshold", "exact_match", "exact_match_threshold")
 class ScriptArguments:
     """Extractive question answering: the answer is a span of the context, or there is none (SQuAD 1.1 and 2.0)."""
 
+    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
+
     max_length: int = field(default=384, metadata={"help": "Most tokens of a window, question and context together."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens of the context that neighbouring windows share."})
     max_answer_length: int = field(default=30, metadata={"help": "Most tokens of an answer that is given."})

@@ -23,6 +23,8 @@ from shared.training.launch import begin, log, run, setup
 class ScriptArguments:
     """Retrieval: an encoder finds passages by meaning, BM25 by words, and both together, as `python -m shared.retrieval` does."""
 
+    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
+
     max_length: int = field(default=256, metadata={"help": "Tokens of a question or passage; what is longer is cut."})
     group_size: int = field(
         default=16, metadata={"help": "Pairs in a row: each question finds its passage among those of the others."}

@@ -123,6 +123,18 @@ def test_a_number_that_makes_no_sense_is_one_line(task, option, value, line):
         parsed(f"tasks/{task}/configs/laptop.yaml", f"--{option}={value}", "--hardware=this")
 
 
+def test_an_option_that_would_change_nothing_is_refused_or_used():
+    for path in sorted(ROOT.glob("tasks/*/train.py")):
+        task = path.parent.name
+        refused = getattr(train_script(task).ScriptArguments, "REFUSED", {})
+        used = any("args.label_smoothing_factor" in file.read_text() for file in path.parent.glob("*.py"))
+        assert used != ("label_smoothing_factor" in refused), task
+        for name in refused:
+            value = "0.1" if name == "label_smoothing_factor" else "true"
+            with pytest.raises(UserError, match=f"--{name} .*{refused[name]}"):
+                parsed(f"tasks/{task}/configs/laptop.yaml", f"--{name}={value}")
+
+
 def test_numbers_at_the_edge_are_taken():
     argv = ["--max_steps=1", "--show_data=0", "--seed=0", "--dropout=0", "--num_train_epochs=0", "--max_train_rows=1"]
     assert parsed("tasks/rag_docs/configs/laptop.yaml", *argv)[0]["max_train_rows"] == 1

@@ -376,9 +376,10 @@ def test_another_run_is_not_continued(tmp_path):
     assert checkpoints.find_checkpoint(tmp_path, "auto", IDENTITY | {"columns": ("prompt", "completion")}) == folder
 
 
-def begin(output_dir: Path, step: int, limit: int | None):
+def begin(output_dir: Path, step: int, limit: int | None, best: str | None = None):
     args = SimpleNamespace(output_dir=str(output_dir), save_total_limit=limit, world_size=1, seed=0, hub_strategy="end")
-    state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=None, epoch=0)
+    args.load_best_model_at_end = best is not None
+    state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=best, epoch=0)
     state.log_history = []
     callback = checkpoints.CompleteCheckpoints(IDENTITY)
     callback.on_train_begin(args, state, None)
@@ -407,6 +408,15 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-9", "checkpoint-100"}
     callback.on_train_end(args, state, None)
     assert args.save_total_limit == 2
+
+
+def test_the_best_checkpoint_is_found_where_its_folder_was_moved_to(tmp_path, caplog):
+    for step in (3, 6):
+        write_checkpoint(tmp_path, step)
+    _, _, state = begin(tmp_path, 6, None, best="/machine/that/is/gone/checkpoint-3")
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-3") and not caplog.text
+    _, _, state = begin(tmp_path, 6, None, best="/machine/that/is/gone/checkpoint-2")
+    assert state.best_model_checkpoint is None and "checkpoint-2, the best so far, is gone" in caplog.text
 
 
 def test_a_checkpoint_is_not_written_twice(tmp_path):
