@@ -33,10 +33,13 @@ def check_length(max_length: int, source: Path, tokenizer) -> None:
     """For encoders that a task trains; says what else of a text they do not read.
 
     Raises:
-        UserError: the model in the folder `source` reads fewer tokens than `max_length`.
+        UserError: the model in the folder `source` reads fewer tokens than `max_length`, or these hold no text.
     """
     from transformers import AutoConfig
 
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise UserError(f"--max_length {max_length}: of each text {special} are special tokens. Take more.")
     longest = longest_input(AutoConfig.from_pretrained(source, trust_remote_code=False), tokenizer)
     if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")

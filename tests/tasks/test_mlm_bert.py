@@ -400,6 +400,7 @@ def test_the_folder_runs_from_anywhere_on_a_text_file(bert, documents, tmp_path)
         (["--columns", "txt=text"], "--columns txt=text: no name txt. Did you mean text.*"),
         (["--mlm_probability=0"], "none of .* tokens is masked"),
         (["--max_length=999"], "--max_length 999: this model reads 64 tokens at most"),
+        (["--max_length=2"], "--max_length 2: of each text 2 are special tokens"),
         (["--model_name_or_path=GPT2"], "no mask token"),
         (["--model_name_or_path=./nowhere"], "./nowhere: no such folder"),
     ],

@@ -323,6 +323,7 @@ def test_no_document_lies_on_two_sides(questions):
     [
         ({"group_size": 1}, "holds no wrong passage"),
         ({"max_length": 4000}, "reads 512 tokens at most"),
+        ({"max_length": 2}, "of each text 2 are special tokens"),
         ({"model_name_or_path": "gpt2"}, "gives no vectors of texts"),
         ({"dataset": "broken.json"}, "not SQuAD's JSON"),
     ],
