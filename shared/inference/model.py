@@ -40,8 +40,8 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
     """The fastest artifact of a folder, or the one named.
 
     Args:
-        folder: what shared/export wrote (with `export.json`, a folder for each format), one of these formats, a run of a
-            task (adapters too), or any name that `shared.publish.hub.pull` takes.
+        folder: what shared/export wrote (`export.json`, and a folder for each format that it lists), one of these formats, a run
+            of a task (adapters too), or any name that `shared.publish.hub.pull` takes.
         artifact: one of FASTEST, or "safetensors" (the folder's own weights).
         task: where the configuration does not tell it; one of TASKS.
 
@@ -49,7 +49,8 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
         UserError: no such folder or artifact, a model of another task, or a damaged file.
     """
     folder = pull(str(folder))
-    here = [name for name in FASTEST if (folder / name / GOLDEN).is_file()]
+    exported = golden.formats(folder)
+    here = [name for name in FASTEST if name in exported]
     if not here:
         own = _read(folder / GOLDEN).get("artifact", "safetensors")
         if artifact not in (None, own):

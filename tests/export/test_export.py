@@ -569,6 +569,45 @@ def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, 
     assert load(tmp_path / "outputs" / "bert-export").artifact == "merged"
 
 
+def test_formats_of_other_weights_are_removed_and_those_of_the_same_stay(models, tmp_path, capsys):
+    """A folder that is exported into again, as after another training: what is left there would be taken for this model."""
+    run, out = shutil.copytree(models / "bert", tmp_path / "run"), tmp_path / "out"
+    export(str(run), ["fp16"], out)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": sentence(i, 30)}) for i in range(6)))
+    added = export(str(run), ["merged"], out, dataset=str(tmp_path / "rows.jsonl"))
+    assert list(added["artifacts"]) == ["original", "merged", "fp16"] and "removed from" not in capsys.readouterr().out
+    assert added == json.loads((out / "export.json").read_text())
+    assert "| fp16, scored on the run's test split |" in (out / "README.md").read_text()
+    assert "| merged |" in (out / "README.md").read_text() and load(out, "merged").verify() is None
+    torch.manual_seed(1)
+    config = transformers.BertConfig.from_pretrained(run)
+    transformers.BertForMaskedLM(config).save_pretrained(run)  # trained anew
+    trained = export(str(run), ["merged"], out)
+    assert list(trained["artifacts"]) == ["original", "merged"] and not (out / "fp16").exists()
+    said = f"removed from {out}: merged, fp16, of another model or of weights that have changed since"
+    assert said in capsys.readouterr().out.splitlines()
+    # What no export.json lists is not taken, though it may lie there: a repository keeps what is no longer pushed
+    shutil.copytree(models / "bert", out / "onnx-int8")
+    (out / "onnx-int8" / "golden.json").write_text("{}")
+    assert load(out).artifact == "merged"
+    (out / "export.json").write_text("[]")
+    with pytest.raises(UserError, match="export.json: lists no formats"):
+        load(out)
+
+
+def test_an_export_replaces_no_model_and_says_what_cannot_be_made(models, tmp_path):
+    run = shutil.copytree(models / "bert", tmp_path / "run")
+    before = sorted(run.iterdir())
+    for output, said in ((run, "holds config.json"), (tmp_path, "holds run, which is to be exported")):
+        with pytest.raises(UserError, match=f"--output {output}: {said}.* name another folder"):
+            export(str(run), ["merged"], output)
+    assert sorted(run.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=f"--output {output}: cannot be made .*; name another folder"):
+            export(str(run), ["merged"], output)
+
+
 @pytest.mark.parametrize(
     "task, name, artifact, change, refused",
     [
