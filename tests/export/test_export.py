@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import onnx
 import onnxruntime
@@ -645,6 +647,27 @@ def test_classes_are_the_same_in_onnx_and_gated_by_accuracy_and_macro_f1(models,
         score.score(original, rows, False)
     with pytest.raises(UserError, match="name rows with text and label"):
         score.test_rows(tmp_path, "text-classification", None)
+
+
+def test_classes_that_are_called_by_numbers_are_scored_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "1", "1": "2", "2": "3"}}))
+    config = transformers.BertConfig(num_labels=3, id2label={0: "1", 1: "2", 2: "3"})
+    model = SimpleNamespace(
+        config=config, task="text-classification", classify=lambda texts: [[{"label": t}] for t in texts]
+    )
+    numbers = [1, 2, 3, 2, 1, 3, 2, 1]
+    for labels in (numbers, list(map(str, numbers)), list(map(float, numbers))):
+        rows = [{"text": str(number), "label": label} for number, label in zip(numbers, labels, strict=True)]
+        assert score.score(model, rows, False)["accuracy"] == 100, labels[0]
+    # A data set with names numbers them from 0, and here in another order than the model
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["3", "2", "1"]))
+    rows = {"text": list(map(str, numbers)), "label": [3 - number for number in numbers]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    rows, _ = score.test_rows(tmp_path, "text-classification", str(tmp_path / "rows.parquet"))
+    assert score.score(model, rows, False)["accuracy"] == 100
+    model.config = transformers.BertConfig(num_labels=4, id2label=dict(enumerate(["zero", "one", "two", "three"])))
+    rows = [{"text": ["zero", "one", "two", "three"][number], "label": number} for number in numbers]
+    assert score.score(model, rows, False)["accuracy"] == 100, "the number of a class"
 
 
 def test_no_more_rows_are_scored_than_the_interval_asks_for(models, monkeypatch, capfd):
