@@ -50,7 +50,8 @@ def test_rows_of(folder: Path) -> list[dict]:
     path = folder / "test.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: no test.jsonl, so what it was not trained on is not known. Train it here.")
-    return [json.loads(line) for line in path.read_text("utf8").splitlines()]
+    with path.open(encoding="utf8", newline="\n") as lines:  # splitlines would break in a text at U+2028
+        return [json.loads(line) for line in lines]
 
 
 def splits_of(folder: Path) -> dict:
