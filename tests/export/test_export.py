@@ -111,7 +111,7 @@ def models(tiny, tiny_bert, tmp_path_factory):
 WANTED = {
     "llama": ["merged", "fp16", "int8", "gguf-q8_0", "onnx", "onnx-int8", "int4"],
     "gpt2": ["gguf", "onnx", "onnx-int8", "int4"],
-    "bert": ["onnx"],
+    "bert": ["int8", "onnx", "onnx-int8"],
     "qa": ["int8", "onnx", "onnx-int8"],
     "t5": ["fp16", "onnx", "onnx-int8"],
     "bart": ["onnx"],
@@ -277,7 +277,7 @@ def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):
     assert engine.artifact == "onnx-int8" and summary["summary"] == engine.model.summarize([context], 5)[0]
     engine = Engine(str(exports("bert")), "onnx")
     (words,) = stream(lambda emit: engine.fill("the ___ near the river", 3, emit))
-    assert words == load(exports("bert")).fill("the [MASK] near the river", 3)
+    assert words == load(exports("bert"), "onnx").fill("the [MASK] near the river", 3)
     drifted = shutil.copytree(exports("bert") / "onnx", tmp_path / "drifted")
     golden = json.loads((drifted / "golden.json").read_text())
     for item in golden["items"]:
@@ -668,6 +668,30 @@ def test_classes_that_are_called_by_numbers_are_scored_by_name(tmp_path):
     model.config = transformers.BertConfig(num_labels=4, id2label=dict(enumerate(["zero", "one", "two", "three"])))
     rows = [{"text": ["zero", "one", "two", "three"][number], "label": number} for number in numbers]
     assert score.score(model, rows, False)["accuracy"] == 100, "the number of a class"
+
+
+@pytest.mark.parametrize("artifact", ["int8", "onnx-int8"])
+def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, artifact):
+    """What is multiplied is rounded to one scale, which a row with an outlier would set for all: here each is as alone."""
+    texts = [sentence(i, 5 + 3 * i) for i in range(12)]
+    model = load(exports("classes"), artifact)
+    assert model.classify(texts) == [model.classify([text])[0] for text in texts]
+    model = load(exports("qa"), artifact)
+    contexts = [sentence(i, 10 + 12 * i) for i in range(8)]  # of one window and of several
+    assert model.answer(["where?"] * 8, contexts) == [model.answer("where?", context) for context in contexts]
+    model = load(exports("bert"), artifact)
+    texts = [f"{text} [MASK]" for text in texts]
+    assert model.fill(texts) == [model.fill(text) for text in texts]
+    if artifact == "int8":
+        alone = np.concatenate([model.embed([text]) for text in texts])
+        np.testing.assert_array_equal(model.embed(texts), alone)
+
+
+def test_a_row_with_a_line_separator_stays_one(tmp_path):
+    rows = [{"text": f"two{mark}lines", "label": "a"} for mark in "\u2028\x85\x0c"]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "test.jsonl").write_text(lines, encoding="utf8")
+    assert score.test_rows(tmp_path, "text-classification", None)[0] == rows
 
 
 def test_no_more_rows_are_scored_than_the_interval_asks_for(models, monkeypatch, capfd):
