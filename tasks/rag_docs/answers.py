@@ -91,12 +91,19 @@ def unanswered(folder: Path, splits: dict) -> dict[str, list[dict]]:
 
 
 def write_rows(retriever: Path, folder: Path) -> None:
-    """train.jsonl, validation.jsonl and test.jsonl for tasks/qa_squad: its rows have the same sides as the retriever's."""
+    """train.jsonl, validation.jsonl and test.jsonl for tasks/qa_squad: its rows have the same sides as the retriever's.
+
+    Raises:
+        UserError: as `splits_of`; a folder that cannot be made.
+    """
     from shared.publish.results import replace_file
 
     splits = splits_of(retriever)
     none = unanswered(retriever, splits)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--rows {folder}: cannot be made ({error.strerror}); name another folder.") from error
     for name, rows in splits.items():
         lines = []
         for row in [*rows, *none[name]]:
