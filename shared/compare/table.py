@@ -145,7 +145,7 @@ def _cell(results: dict, metric: str) -> str:
 
 def markdown(rows: list[list[str]]) -> str:
     """The table in Markdown; text of runs stays text. With fewer escapes than a card: it is read in a terminal, too."""
-    lines = [[re.sub(r"([|<`])", r"\\\1", str(cell)).replace("\n", " ") for cell in row] for row in rows]
+    lines = [[re.sub(r"([\\|<`])", r"\\\1", str(cell)).replace("\n", " ") for cell in row] for row in rows]
     lines.insert(1, ["---"] * len(rows[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -160,13 +160,26 @@ def differences(one: dict, other: dict) -> list[str]:
             lines.append(f"- `{key}`: {values[0]} in {one['name']}, {values[1]} in {other['name']}")
     lines.append(f"- {_paired(one, other)}")
     samples = [_samples(run["folder"]) for run in (one, other)]
-    prompts = {json.dumps(sample["prompt"]): sample["trained"] for sample in samples[0]}
+    prompts = {_drawn(sample): sample["trained"] for sample in samples[0]}
     for sample in samples[1]:
-        before = prompts.get(json.dumps(sample["prompt"]))
+        before = prompts.get(_drawn(sample))
         if before is not None and before != sample["trained"]:
-            for who, text in (("asked", _asked(sample)), (one["name"], before), (other["name"], sample["trained"])):
+            for who, text in (
+                (f"asked{_warmth(sample)}", _asked(sample)),
+                (one["name"], before),
+                (other["name"], sample["trained"]),
+            ):
                 lines.append(f"- {who}: {' '.join(text.split())[:200]}")
     return lines
+
+
+def _drawn(sample: dict) -> str:
+    """What a sample was drawn for: runs of pretrain_gpt2 go on from each prompt at several temperatures."""
+    return json.dumps([sample["prompt"], sample.get("temperature")])
+
+
+def _warmth(sample: dict) -> str:
+    return f" at temperature {sample['temperature']}" if "temperature" in sample else ""
 
 
 def _settings(folder: Path) -> dict:
@@ -176,7 +189,10 @@ def _settings(folder: Path) -> dict:
 
 def _samples(folder: Path) -> list[dict]:
     path = folder / "samples.jsonl"
-    return [json.loads(line) for line in path.read_text("utf8").splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf8", newline="\n") as lines:  # splitlines would break in a sample at U+2028
+        return [json.loads(line) for line in lines]
 
 
 def _asked(sample: dict) -> str:
@@ -221,7 +237,7 @@ def report(runs: list[dict], detail: Iterable[str] = ()) -> str:
         for sample in _samples(run["folder"])[:10]:
             before, after = str(sample.get("base") or ""), str(sample.get("trained") or "")
             shown = (
-                ("Prompt", html.escape(_asked(sample)[:2000])),
+                (f"Prompt{html.escape(_warmth(sample))}", html.escape(_asked(sample)[:2000])),
                 ("Before", html.escape(before)),
                 ("After", _marked(before, after)),
             )
@@ -276,15 +292,20 @@ def main(argv: list[str] | None = None) -> None:
             print(f"left out: {name}, which holds no finished run", file=sys.stderr)
         runs = [read_run(name) for name in dict.fromkeys(many)]
         detail = differences(*runs) if len(runs) == 2 else []
-        text = markdown(table(runs)) + "".join(f"\n{line}" for line in detail) + ("\n" if detail else "")
+        # What models wrote stays text: no tag, no link, no picture
+        lines = (re.sub(r"[\\<]|(?<=\])\(", r"\\\g<0>", line) for line in detail)
+        text = markdown(table(runs)) + "".join(f"\n{line}" for line in lines) + ("\n" if detail else "")
         print(text, end="")
-        for path, content in ((options.output, text), (options.html, options.html and report(runs, detail))):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(path, content.encode("utf8", "backslashreplace"))
-        filled = {path: fill(path.read_text("utf8"), runs) for path in options.readme}
-        for path, content in filled.items():
-            replace_file(path, content.encode("utf8"))
+        try:
+            for path, content in ((options.output, text), (options.html, options.html and report(runs, detail))):
+                if path:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    replace_file(path, content.encode("utf8", "backslashreplace"))
+            filled = {path: fill(path.read_text("utf8"), runs) for path in options.readme}
+            for path, content in filled.items():
+                replace_file(path, content.encode("utf8"))
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; name another file.") from error
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -289,7 +289,10 @@ def main(argv: list[str] | None = None) -> None:
     state = args.output.with_name(f"{args.output.name}.crawl")
     try:
         columns = table_columns(args.columns)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {args.output}: cannot be made ({error.strerror}); name another file.") from error
 
         def rows(source: str):
             if source.startswith(("http://", "https://")):

@@ -61,8 +61,11 @@ def _chitchat(wheel: Path, folder: Path) -> None:
 
 def _aclsum(wheel: Path, folder: Path) -> None:
     for source, split in (("train", "train"), ("val", "validation"), ("test", "test")):
-        rows = (wheel / "aclsum" / "dataset" / f"{source}.jsonl").read_text(encoding="utf8").splitlines()
-        with open(folder / f"{split}.jsonl", "w", encoding="utf8") as lines:
+        with (
+            # splitlines would break in a row at U+2028
+            (wheel / "aclsum" / "dataset" / f"{source}.jsonl").open(encoding="utf8", newline="\n") as rows,
+            open(folder / f"{split}.jsonl", "w", encoding="utf8") as lines,
+        ):
             for row in map(json.loads, rows):
                 # `summary` holds one sentence or so on each of challenge, approach and outcome, in this order.
                 summaries = row.pop("summary")

@@ -11,6 +11,8 @@ in fp32 whose rounding moves its outputs most.
 """
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import re
@@ -21,6 +23,8 @@ from pathlib import Path
 
 from shared import UserError
 from shared.export.formats import FORMATS, HELP, impossible, write
+from shared.inference.golden import GOLDEN
+from shared.publish.hub import EXPORT
 
 
 def export(
@@ -36,15 +40,18 @@ def export(
 
     Args:
         name: as `shared.publish.hub.pull` takes it.
-        output: a folder that is made; formats that are in it already are replaced.
+        output: a folder that is made, and holds no model of its own. Formats that are in it already stay if they are of the same
+            weights, else they are removed; those that are written again are replaced.
         task: where the configuration does not tell it.
         dataset: test rows, see `shared.export.score.test_rows`.
 
     Returns:
-        What export.json holds: `model`, `license`, `task`, `test_data` and, by artifact (the first is "original"), its numbers.
+        What export.json holds: `model`, `weights` (digest of what was exported), `license`, `task`, `test_data` and, by artifact
+        (the first is "original"), its numbers, those of earlier exports of the same weights included.
 
     Raises:
-        UserError: a format that is impossible for this model; a damaged model; all that were refused, once all are measured.
+        UserError: a format that is impossible for this model; a damaged model; an output that is a model's folder or cannot be
+            made; all that were refused, once all are measured.
     """
     from transformers import AutoTokenizer
 
@@ -73,17 +80,20 @@ def export(
     if refused:
         possible = [each for each in FORMATS if each not in cannot]
         raise UserError(f"{name} cannot become {_listed(refused)}. Possible: {', '.join(possible) or 'none of them'}.")
+    _make(output, source)
     start_measuring()
     rows, test_data = rows_of(source, task, dataset)
     model = load_torch(source, task).float()
     say(f"{name}: {task}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, scored on {test_data}")
-    output.mkdir(parents=True, exist_ok=True)
     whole = output / ".whole"
     for left in (whole, output / ".graphs"):  # of an export that was interrupted
         shutil.rmtree(left, ignore_errors=True)
     try:
         model.config.use_cache = True  # training turns it off, and the graph of a decoder is nothing without
         model.save_pretrained(whole)
+        weights = {path.name: results.file_digest(path) for path in sorted(whole.glob("*.safetensors"))}
+        weights = hashlib.sha256(json.dumps([task, weights]).encode()).hexdigest()
+        earlier = _earlier(output, weights)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.save_pretrained(whole)
         prompts = golden_prompts(rows, tokenizer, task)
@@ -146,14 +156,55 @@ def export(
     for numbers in found.values():
         for key in ("outputs", "input_ids", "stop_ids"):
             del numbers[key]
-    result = {"model": _shown(name), "license": licence(name), "task": task, "test_data": test_data, "artifacts": found}
-    results.write_json(output / "export.json", result)
+    for each, numbers in earlier.get("artifacts", {}).items():
+        if each not in found and (output / each).is_dir():
+            found[each] = {"test_data": earlier["test_data"]} | numbers
+    found = {each: found[each] for each in ("original", *FORMATS) if each in found}
+    result = {"model": _shown(name), "weights": weights, "license": licence(name), "task": task, "test_data": test_data}
+    result["artifacts"] = found
+    results.write_json(output / EXPORT, result)
     (output / "README.md").write_text(card(result), encoding="utf8")
-    print(table(found, task))
+    print(table(found, task, test_data))
     say(f"done: {output / 'export.json'}, {output / 'README.md'}")
     if losers:
         raise UserError(f"refused and removed: {_listed(losers)}. --accept_loss keeps what loses that much.")
     return result
+
+
+def _make(output: Path, source: Path) -> None:
+    """Makes the folder of an export. Raises UserError: it cannot be made, or what lies there would be lost."""
+    held = [each for each in ("config.json", "adapter_config.json", "all_results.json") if (output / each).is_file()]
+    if (
+        held or source.resolve().parent == output.resolve()
+    ):  # its card would be replaced; one of its formats is the source
+        raise UserError(
+            f"--output {output}: holds {held[0] if held else f'{source.name}, which is to be exported'}; an export replaces what "
+            "lies there, so name another folder."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror}); name another folder.") from error
+
+
+def _earlier(output: Path, weights: str) -> dict:
+    """export.json of an earlier export of these weights. Formats of others are removed: `load` would take them for this model."""
+    path = output / EXPORT
+    try:
+        earlier = json.loads(path.read_text("utf8"))
+    except (FileNotFoundError, ValueError):
+        earlier = {}
+    if earlier.get("weights") == weights:
+        return earlier
+    path.unlink(missing_ok=True)  # first: what is left when this is interrupted is of no known weights
+    if old := [each for each in FORMATS if (output / each / GOLDEN).is_file()]:
+        print(
+            f"removed from {output}: {', '.join(old)}, of another model or of weights that have changed since",
+            flush=True,
+        )
+    for each in old:
+        shutil.rmtree(output / each)
+    return {}
 
 
 def _layers(numbers: list[str]) -> str:
@@ -166,8 +217,8 @@ def _listed(reasons: dict[str, str]) -> str:
     return "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
 
 
-def table(found: dict, task: str) -> str:
-    """The numbers of each artifact as a Markdown table."""
+def table(found: dict, task: str, test_data: str) -> str:
+    """The numbers of each artifact as a Markdown table; of those that were scored on other than `test_data`, on what."""
     from shared.export.score import METRIC
 
     unit = {"text-generation": "tokens", "summarization": "tokens"}.get(task, "answers")
@@ -179,6 +230,8 @@ def table(found: dict, task: str) -> str:
         latency, speed = numbers["latency_ms"], numbers["per_second"]
         same = numbers.get("identical_outputs")
         kept = f", {_layers(numbers['fp32_layers'])} in fp32" if "fp32_layers" in numbers else ""
+        other = numbers.get("test_data", test_data)
+        kept += "" if other == test_data else f", scored on {other}"
         cells = [
             name + (" (refused)" if "refused" in numbers else "") + kept,
             f"{numbers[metric]:.2f}",
@@ -210,7 +263,7 @@ def card(result: dict) -> str:
             f"Made by `python -m shared.export {model}` of LM Taskbook; scored on {result['test_data']}, on CPU. Original is the "
             "model in PyTorch, fp32.",
             "",
-            table(result["artifacts"], result["task"]),
+            table(result["artifacts"], result["task"], result["test_data"]),
             "",
             "```python",
             "from shared.inference.model import load",

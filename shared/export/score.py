@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,10 @@ def test_rows(folder: Path, task: str, dataset: str | None) -> tuple[list[dict],
         UserError: other columns, or no rows to be had.
     """
     if dataset is None and (folder / TEST_ROWS).is_file():
-        lines = (folder / TEST_ROWS).read_text(encoding="utf8").splitlines()
-        return [json.loads(line) for line in lines][: MOST[task]], "the run's test split"
+        with (folder / TEST_ROWS).open(
+            encoding="utf8", newline="\n"
+        ) as lines:  # splitlines would break in a row at U+2028
+            return [json.loads(line) for line in islice(lines, MOST[task])], "the run's test split"
     from shared.data.load import load_data
 
     name = dataset or OWN.get(task)
@@ -80,6 +83,12 @@ def test_rows(folder: Path, task: str, dataset: str | None) -> tuple[list[dict],
             f"--dataset {name}: found the columns {', '.join(sorted(columns)) or 'of no row'}; {task} is scored on text or "
             "messages; question, context, answers; document, summaries; or text, label."
         )
+    if task == "text-classification":
+        # A data set that knows its classes' names numbers them in its own order, which need not be the model's
+        names = getattr(rows.features["label"], "names", None)
+        own = json.loads((folder / "config.json").read_text(encoding="utf8")).get("id2label", {}).values()
+        if names and set(names) <= set(own):
+            chosen = [row | {"label": names[row["label"]]} for row in chosen]
     return chosen, name
 
 
@@ -252,10 +261,19 @@ def _summaries(model: Model, rows: list[dict], _: int) -> dict:
     return {name: (np.array(found[name]), np.ones(len(rows))) for name in ("rougeL", "rouge1", "rouge2")}
 
 
+def _class(label, names: dict[int, str]) -> str:
+    """The class that a row's label means. Classes may be called "1", "2", "3": a number is one of these names before it is the
+    number of a class, as tasks/classify_bert reads it.
+    """
+    if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
+        label = int(label)
+    return str(label) if str(label) in names.values() else names.get(label, str(label))
+
+
 def _classes(model: Model, rows: list[dict], _: int) -> dict:
     predicted = np.array([found[0]["label"] for found in model.classify([row["text"] for row in rows])])
     names = model.config.id2label
-    labels = np.array([names.get(row["label"], row["label"]) for row in rows]).astype(str)
+    labels = np.array([_class(row["label"], names) for row in rows])
     if unknown := set(labels) - set(names.values()):
         raise UserError(
             f"the label {str(min(unknown))!r} of the test rows is none of the model's: {', '.join(names.values())}."

@@ -3,13 +3,34 @@ shared/export/measure.py.
 """
 
 import json
+from pathlib import Path
 
 from shared import UserError
+from shared.publish.hub import EXPORT
 from shared.publish.results import file_digest
 
 GOLDEN = "golden.json"
 GOLDEN_TOKENS = 6  # of each output in it
 SAME = 0.9  # share of golden outputs that must repeat: another CPU rounds otherwise, and a near tie may then flip
+
+
+def formats(folder: Path) -> set[str]:
+    """The formats with a golden set that an export lists; of one that was interrupted, and lists nothing, all.
+
+    One that is not listed may be of another model: a repository on the Hub keeps what is no longer pushed.
+
+    Raises:
+        UserError: a damaged export.json.
+    """
+    found = {path.parent.name for path in folder.glob(f"*/{GOLDEN}")}
+    if not (folder / EXPORT).is_file():
+        return found
+    try:
+        return found & set(json.loads((folder / EXPORT).read_text("utf8"))["artifacts"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder / EXPORT}: lists no formats ({type(error).__name__}: {error}). Export again."
+        ) from error
 
 
 def verify(model) -> None:

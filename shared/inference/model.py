@@ -32,6 +32,9 @@ FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-
 # All others are PyTorch's
 RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": LiteRTRunner}
 
+# Encoders here round what they multiply by a scale (bitsandbytes: by outliers) of all rows: together, each depends on the others
+BY_ITSELF = ("onnx-int8", "int8")
+
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
@@ -40,8 +43,8 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
     """The fastest artifact of a folder, or the one named.
 
     Args:
-        folder: what shared/export wrote (with `export.json`, a folder for each format), one of these formats, a run of a
-            task (adapters too), or any name that `shared.publish.hub.pull` takes.
+        folder: what shared/export wrote (`export.json`, and a folder for each format that it lists), one of these formats, a run
+            of a task (adapters too), or any name that `shared.publish.hub.pull` takes.
         artifact: one of FASTEST, or "safetensors" (the folder's own weights).
         task: where the configuration does not tell it; one of TASKS.
 
@@ -49,7 +52,8 @@ def load(folder: Path | str, artifact: str | None = None, task: str | None = Non
         UserError: no such folder or artifact, a model of another task, or a damaged file.
     """
     folder = pull(str(folder))
-    here = [name for name in FASTEST if (folder / name / GOLDEN).is_file()]
+    exported = golden.formats(folder)
+    here = [name for name in FASTEST if name in exported]
     if not here:
         own = _read(folder / GOLDEN).get("artifact", "safetensors")
         if artifact not in (None, own):
@@ -237,7 +241,7 @@ class Model:
         stride = min(getattr(self.config, "window_stride", STRIDE), length // 2 - 1)
         windows = make_windows(rows, self.tokenizer, length, stride)
         start, end = (np.empty(len(windows.ids), np.float32) for _ in range(2))
-        for batch in _batches(np.diff(windows.starts)):
+        for batch in self._batches(np.diff(windows.starts)):
             check_cancelled(cancelled)
             scores = self._encode(
                 [windows[i]["input_ids"] for i in batch], [windows[i]["token_type_ids"] for i in batch]
@@ -273,7 +277,7 @@ class Model:
         texts = [text] if isinstance(text, str) else text
         ids = [np.array(self.tokenizer(each, truncation=True, max_length=self.context)["input_ids"]) for each in texts]
         filled = [None] * len(texts)
-        for batch in _batches(np.array([len(row) for row in ids]), 1024):  # times the vocabulary: 125 MB of BERT's
+        for batch in self._batches(np.array([len(row) for row in ids]), 1024):  # times the vocabulary: 125 MB of BERT's
             (scores,) = self._encode([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
             for i, logits in zip(batch, scores, strict=True):
                 filled[i] = self._filled(ids[i], logits, top_k)
@@ -348,7 +352,7 @@ class Model:
     def _encoded(self, texts: list[str], cancelled):
         """Batches of texts of about equal length: numbers of the texts, and inputs of an encoder."""
         ids = [np.array(self.tokenizer(each, truncation=True, max_length=self.context)["input_ids"]) for each in texts]
-        for batch in _batches(np.array([len(row) for row in ids])):
+        for batch in self._batches(np.array([len(row) for row in ids])):
             check_cancelled(cancelled)
             yield batch, self._padded([ids[i] for i in batch], [np.zeros_like(ids[i]) for i in batch])
 
@@ -412,6 +416,17 @@ class Model:
             )["input_ids"]
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
+    def _batches(self, lengths: np.ndarray, tokens: int = 4096) -> list[np.ndarray]:
+        """Numbers of an encoder's rows of about equal length, at most `tokens` with their padding in each batch; of a form that
+        computes rows together otherwise than alone, one in each."""
+        batches, batch = [], []
+        for i in np.argsort(-lengths, kind="stable"):
+            if batch and (self.artifact in BY_ITSELF or (len(batch) + 1) * lengths[batch[0]] > tokens):
+                batches.append(np.array(batch))
+                batch = []
+            batch.append(i)
+        return [*batches, np.array(batch)] if batch else batches
+
     def _encode(self, ids: list[np.ndarray], types: list[np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs of an encoder for windows padded on the right: each (windows, longest window)."""
         return self._runner.encode(self._padded(ids, types))
@@ -428,17 +443,6 @@ class Model:
         if "token_type_ids" not in self.tokenizer.model_input_names:
             del batch["token_type_ids"]
         return {name: values.astype(np.int64) for name, values in batch.items()}
-
-
-def _batches(lengths: np.ndarray, tokens: int = 4096) -> list[np.ndarray]:
-    """Numbers of rows of about equal length, at most `tokens` with their padding in each batch."""
-    batches, batch = [], []
-    for i in np.argsort(-lengths, kind="stable"):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
-            batches.append(np.array(batch))
-            batch = []
-        batch.append(i)
-    return [*batches, np.array(batch)] if batch else batches
 
 
 def _read(path: Path) -> dict:

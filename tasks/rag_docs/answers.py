@@ -50,7 +50,8 @@ def test_rows_of(folder: Path) -> list[dict]:
     path = folder / "test.jsonl"
     if not path.is_file():
         raise UserError(f"{folder}: no test.jsonl, so what it was not trained on is not known. Train it here.")
-    return [json.loads(line) for line in path.read_text("utf8").splitlines()]
+    with path.open(encoding="utf8", newline="\n") as lines:  # splitlines would break in a text at U+2028
+        return [json.loads(line) for line in lines]
 
 
 def splits_of(folder: Path) -> dict:
@@ -90,12 +91,19 @@ def unanswered(folder: Path, splits: dict) -> dict[str, list[dict]]:
 
 
 def write_rows(retriever: Path, folder: Path) -> None:
-    """train.jsonl, validation.jsonl and test.jsonl for tasks/qa_squad: its rows have the same sides as the retriever's."""
+    """train.jsonl, validation.jsonl and test.jsonl for tasks/qa_squad: its rows have the same sides as the retriever's.
+
+    Raises:
+        UserError: as `splits_of`; a folder that cannot be made.
+    """
     from shared.publish.results import replace_file
 
     splits = splits_of(retriever)
     none = unanswered(retriever, splits)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--rows {folder}: cannot be made ({error.strerror}); name another folder.") from error
     for name, rows in splits.items():
         lines = []
         for row in [*rows, *none[name]]:

@@ -10,6 +10,7 @@ from finished_run import make_run
 
 from shared.compare.readme import FIGURES
 from shared.compare.table import main
+from shared.publish.results import write_samples
 
 
 def shown(capsys, *argv) -> list[dict]:
@@ -57,6 +58,41 @@ def test_two_runs_in_detail_and_a_report_that_can_be_mailed(tmp_path, capsys):
     three = make_run(tmp_path / "three", scores=[3.0] * 15, rows="c" * 64, test_perplexity=8.0)
     main([one, three])
     assert "no paired test: they were not scored on the same rows" in capsys.readouterr().out
+
+
+def test_samples_are_paired_by_temperature_and_stay_text(tmp_path, capsys):
+    runs = []
+    for name, end in (("one", "\\<script> ![](//x.y)"), ("two", "\u2028\x85\x0c[a](//x.y)")):
+        run = Path(make_run(tmp_path / name, test_perplexity=9.0))
+        keys = {"prompt": "Go", "base": None, "reference": None}
+        drawn = [keys | {"trained": f"{name} {warm}{end}", "temperature": warm} for warm in (0.0, 0.8)]
+        write_samples(run / "samples.jsonl", [*drawn, keys | {"trained": f"{name} on", "prompt": "Other"}])
+        runs.append(str(run))
+    main([*runs, "--html", str(tmp_path / "compare.html")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("- asked", "- one", "- two"))] == [
+        "- asked at temperature 0.0: Go",
+        r"- one: one 0.0\\\<script> ![]\(//x.y)",
+        r"- two: two 0.0 [a]\(//x.y)",
+        "- asked at temperature 0.8: Go",
+        r"- one: one 0.8\\\<script> ![]\(//x.y)",
+        r"- two: two 0.8 [a]\(//x.y)",
+        "- asked: Other",
+        "- one: one on",
+        "- two: two on",
+    ]
+    page = (tmp_path / "compare.html").read_text()
+    assert page.count("<b>Prompt at temperature 0.8</b>") == 2 and r"0.8\&lt;script&gt; ![](//x.y)" in page
+
+
+def test_a_file_that_cannot_be_written_or_read_is_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run", test_accuracy=0.5)
+    (tmp_path / "file").write_text("")
+    for option in ("--output", "--html", "--readme"):
+        with pytest.raises(SystemExit) as ended:
+            main([run, option, str(tmp_path / "file" / "compare.md")])
+        assert ended.value.code == 2
+        assert re.fullmatch(r"error: \S+: \w[\w ]+; name another file\.\n", capsys.readouterr().err)
 
 
 def test_what_is_no_run_is_one_line(tmp_path, capsys):

@@ -26,7 +26,7 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora.build import BATCH, build, ordered_map, prepare
+from shared.corpora.build import BATCH, build, main, ordered_map, prepare
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents
 from shared.corpora.wikitext import wiki_text
@@ -1003,3 +1003,12 @@ def test_a_declared_charset_is_read(encoding, declared, text, where):
     }[where]
     page = f"<html><head>{head}</head><body>{text}</body></html>"
     assert decode(page.encode(encoding), declared if where == "header" else None) == page
+
+
+def test_an_output_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), "--output", str(tmp_path / "file" / "corpus.jsonl")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: --output ")
+    assert said.endswith("; name another file.\n") and said.count("\n") == 1

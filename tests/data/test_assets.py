@@ -101,6 +101,15 @@ def test_gpt2_tokenizer_gives_the_known_ids(cache):
     assert {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"} <= names
 
 
+def test_a_text_of_aclsum_with_a_line_separator_stays_one_row(tmp_path):
+    (source := tmp_path / "aclsum" / "dataset").mkdir(parents=True)
+    row = {"summary": {"challenge": "a\u2028b"}, "sentences": {"intro": ["c\x85d"]}}
+    for name in ("train", "val", "test"):
+        (source / f"{name}.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf8")
+    assets._aclsum(tmp_path, tmp_path)
+    assert json.loads((tmp_path / "validation.jsonl").read_text("utf8"))["summary"] == "a\u2028b"
+
+
 def test_aclsum_keeps_its_splits_and_columns():
     folder = assets.fetch("aclsum")
     splits = {name: rows(folder / f"{name}.jsonl") for name in ("train", "validation", "test")}

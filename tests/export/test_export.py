@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import onnx
 import onnxruntime
@@ -109,7 +111,7 @@ def models(tiny, tiny_bert, tmp_path_factory):
 WANTED = {
     "llama": ["merged", "fp16", "int8", "gguf-q8_0", "onnx", "onnx-int8", "int4"],
     "gpt2": ["gguf", "onnx", "onnx-int8", "int4"],
-    "bert": ["onnx"],
+    "bert": ["int8", "onnx", "onnx-int8"],
     "qa": ["int8", "onnx", "onnx-int8"],
     "t5": ["fp16", "onnx", "onnx-int8"],
     "bart": ["onnx"],
@@ -275,7 +277,7 @@ def test_an_export_is_served_and_refused_when_it_has_drifted(exports, tmp_path):
     assert engine.artifact == "onnx-int8" and summary["summary"] == engine.model.summarize([context], 5)[0]
     engine = Engine(str(exports("bert")), "onnx")
     (words,) = stream(lambda emit: engine.fill("the ___ near the river", 3, emit))
-    assert words == load(exports("bert")).fill("the [MASK] near the river", 3)
+    assert words == load(exports("bert"), "onnx").fill("the [MASK] near the river", 3)
     drifted = shutil.copytree(exports("bert") / "onnx", tmp_path / "drifted")
     golden = json.loads((drifted / "golden.json").read_text())
     for item in golden["items"]:
@@ -569,6 +571,45 @@ def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, 
     assert load(tmp_path / "outputs" / "bert-export").artifact == "merged"
 
 
+def test_formats_of_other_weights_are_removed_and_those_of_the_same_stay(models, tmp_path, capsys):
+    """A folder that is exported into again, as after another training: what is left there would be taken for this model."""
+    run, out = shutil.copytree(models / "bert", tmp_path / "run"), tmp_path / "out"
+    export(str(run), ["fp16"], out)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": sentence(i, 30)}) for i in range(6)))
+    added = export(str(run), ["merged"], out, dataset=str(tmp_path / "rows.jsonl"))
+    assert list(added["artifacts"]) == ["original", "merged", "fp16"] and "removed from" not in capsys.readouterr().out
+    assert added == json.loads((out / "export.json").read_text())
+    assert "| fp16, scored on the run's test split |" in (out / "README.md").read_text()
+    assert "| merged |" in (out / "README.md").read_text() and load(out, "merged").verify() is None
+    torch.manual_seed(1)
+    config = transformers.BertConfig.from_pretrained(run)
+    transformers.BertForMaskedLM(config).save_pretrained(run)  # trained anew
+    trained = export(str(run), ["merged"], out)
+    assert list(trained["artifacts"]) == ["original", "merged"] and not (out / "fp16").exists()
+    said = f"removed from {out}: merged, fp16, of another model or of weights that have changed since"
+    assert said in capsys.readouterr().out.splitlines()
+    # What no export.json lists is not taken, though it may lie there: a repository keeps what is no longer pushed
+    shutil.copytree(models / "bert", out / "onnx-int8")
+    (out / "onnx-int8" / "golden.json").write_text("{}")
+    assert load(out).artifact == "merged"
+    (out / "export.json").write_text("[]")
+    with pytest.raises(UserError, match="export.json: lists no formats"):
+        load(out)
+
+
+def test_an_export_replaces_no_model_and_says_what_cannot_be_made(models, tmp_path):
+    run = shutil.copytree(models / "bert", tmp_path / "run")
+    before = sorted(run.iterdir())
+    for output, said in ((run, "holds config.json"), (tmp_path, "holds run, which is to be exported")):
+        with pytest.raises(UserError, match=f"--output {output}: {said}.* name another folder"):
+            export(str(run), ["merged"], output)
+    assert sorted(run.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=f"--output {output}: cannot be made .*; name another folder"):
+            export(str(run), ["merged"], output)
+
+
 @pytest.mark.parametrize(
     "task, name, artifact, change, refused",
     [
@@ -606,6 +647,51 @@ def test_classes_are_the_same_in_onnx_and_gated_by_accuracy_and_macro_f1(models,
         score.score(original, rows, False)
     with pytest.raises(UserError, match="name rows with text and label"):
         score.test_rows(tmp_path, "text-classification", None)
+
+
+def test_classes_that_are_called_by_numbers_are_scored_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "1", "1": "2", "2": "3"}}))
+    config = transformers.BertConfig(num_labels=3, id2label={0: "1", 1: "2", 2: "3"})
+    model = SimpleNamespace(
+        config=config, task="text-classification", classify=lambda texts: [[{"label": t}] for t in texts]
+    )
+    numbers = [1, 2, 3, 2, 1, 3, 2, 1]
+    for labels in (numbers, list(map(str, numbers)), list(map(float, numbers))):
+        rows = [{"text": str(number), "label": label} for number, label in zip(numbers, labels, strict=True)]
+        assert score.score(model, rows, False)["accuracy"] == 100, labels[0]
+    # A data set with names numbers them from 0, and here in another order than the model
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["3", "2", "1"]))
+    rows = {"text": list(map(str, numbers)), "label": [3 - number for number in numbers]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "rows.parquet")
+    rows, _ = score.test_rows(tmp_path, "text-classification", str(tmp_path / "rows.parquet"))
+    assert score.score(model, rows, False)["accuracy"] == 100
+    model.config = transformers.BertConfig(num_labels=4, id2label=dict(enumerate(["zero", "one", "two", "three"])))
+    rows = [{"text": ["zero", "one", "two", "three"][number], "label": number} for number in numbers]
+    assert score.score(model, rows, False)["accuracy"] == 100, "the number of a class"
+
+
+@pytest.mark.parametrize("artifact", ["int8", "onnx-int8"])
+def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, artifact):
+    """What is multiplied is rounded to one scale, which a row with an outlier would set for all: here each is as alone."""
+    texts = [sentence(i, 5 + 3 * i) for i in range(12)]
+    model = load(exports("classes"), artifact)
+    assert model.classify(texts) == [model.classify([text])[0] for text in texts]
+    model = load(exports("qa"), artifact)
+    contexts = [sentence(i, 10 + 12 * i) for i in range(8)]  # of one window and of several
+    assert model.answer(["where?"] * 8, contexts) == [model.answer("where?", context) for context in contexts]
+    model = load(exports("bert"), artifact)
+    texts = [f"{text} [MASK]" for text in texts]
+    assert model.fill(texts) == [model.fill(text) for text in texts]
+    if artifact == "int8":
+        alone = np.concatenate([model.embed([text]) for text in texts])
+        np.testing.assert_array_equal(model.embed(texts), alone)
+
+
+def test_a_row_with_a_line_separator_stays_one(tmp_path):
+    rows = [{"text": f"two{mark}lines", "label": "a"} for mark in "\u2028\x85\x0c"]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "test.jsonl").write_text(lines, encoding="utf8")
+    assert score.test_rows(tmp_path, "text-classification", None)[0] == rows
 
 
 def test_no_more_rows_are_scored_than_the_interval_asks_for(models, monkeypatch, capfd):

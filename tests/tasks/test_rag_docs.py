@@ -428,6 +428,20 @@ def known_reader(folder, dataset, tested):
     return folder
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    for name in ("splits_of", "unanswered"):
+        monkeypatch.setattr(answers, name, lambda *_: {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--rows .*file/rows: cannot be made .*; name another folder"):
+        answers.write_rows(tmp_path, tmp_path / "file" / "rows")
+
+
+def test_a_text_with_a_line_separator_stays_one_row(tmp_path):
+    rows = [{"context": f"two{mark}lines"} for mark in "\u2028\x85\x0c"]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf8")
+    assert answers.test_rows_of(tmp_path) == rows
+
+
 def test_a_reader_that_may_know_the_texts_is_refused(run, questions, tmp_path):
     rows = tmp_path / "rows"
     rows.mkdir()
