@@ -21,6 +21,7 @@ from shared import UserError
 from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
+from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
 
@@ -86,10 +87,16 @@ class Engine:
         ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         return self._submit([row or [self._written.bos_token_id or 0] for row in ids], sampling, emit)
 
+    def check_question(self, question: str) -> None:
+        """Raises UserError for a question that is too long (TooLong), or a model of another task."""
+        self._needs("question-answering")
+        self._encode(question)  # refuses a book before it is read whole
+        room = question_room(self._text.tokenizer, *window_of(self.model.config, self.context))
+        check_question(self._deadline.run(self._text.split, question), room)
+
     def answer(self, question: str, context: str, emit: Callable) -> Job:
         """Finds the answer in a text. Emits the dict of `Model.answer`, with `confidence` that there is one."""
-        self._needs("question-answering")
-        self._encode(question)
+        self.check_question(question)
         self._deadline.run(self._text.split, context)  # only that it can be encoded: it is read in windows
 
         def run(jobs):
@@ -102,8 +109,7 @@ class Engine:
 
     def answer_from(self, question: str, texts: list[str], emit: Callable) -> Job:
         """Finds the answer in one of several texts, the best first. Emits as `answer`, with the `number` of the text, from 1."""
-        self._needs("question-answering")
-        self._encode(question)
+        self.check_question(question)
         for text in texts:
             self._deadline.run(self._text.split, text)
 

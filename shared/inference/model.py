@@ -33,7 +33,6 @@ FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-
 RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": LiteRTRunner}
 
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
-WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
 
 def load(folder: Path | str, artifact: str | None = None, task: str | None = None) -> "Model":
@@ -211,7 +210,11 @@ class Model:
         return [self._runner.logits(row) for row in ids]
 
     def answer(
-        self, question: str | list[str], context: str | list[str], cancelled: Callable[[], bool] | None = None
+        self,
+        question: str | list[str],
+        context: str | list[str],
+        cancelled: Callable[[], bool] | None = None,
+        cut: bool = False,
     ) -> dict | list[dict]:
         """The best answer of each context to its question, found as tasks/qa_squad trains and evaluates it.
 
@@ -221,9 +224,10 @@ class Model:
             `threshold` of the latter, None where the model was trained on questions that all have an answer.
 
         Raises:
+            TooLong: a question that leaves no room for its context; with `cut`, to measure, it is cut as in training.
             Cancelled: `cancelled`, asked between batches, was true.
         """
-        from shared.inference.qa_windows import decode, make_windows, strip_blanks
+        from shared.inference.qa_windows import decode, make_windows, strip_blanks, window_of
 
         if self.task != "question-answering":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not answer questions about a text.")
@@ -233,9 +237,7 @@ class Model:
         rows = [{"question": q, "context": c, "answers": nothing} for q, c in zip(questions, contexts, strict=True)]
         if not rows:
             return []
-        length = min(getattr(self.config, "window_length", WINDOW), self.context)
-        stride = min(getattr(self.config, "window_stride", STRIDE), length // 2 - 1)
-        windows = make_windows(rows, self.tokenizer, length, stride)
+        windows = make_windows(rows, self.tokenizer, *window_of(self.config, self.context), cut)
         start, end = (np.empty(len(windows.ids), np.float32) for _ in range(2))
         for batch in _batches(np.diff(windows.starts)):
             check_cancelled(cancelled)

@@ -232,6 +232,12 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
     assert len(words) == 3 and words[0]["score"] >= words[1]["score"] > 0
     none = post("/fill-mask", json={"model": tiny_bert.name, "text": "No blank."})
     assert none.status_code == 400 and "[MASK]" in none.json()["error"]["message"]
+    asked = [f"{'word ' * n}who?" for n in (250, 251, 254)]  # of a window of 384, 128 shared, 3 special tokens
+    found = [post("/answer", json={"model": "answers", "question": each, "context": texts[0]}) for each in asked]
+    assert [each.status_code for each in found] == [200, 400, 400]
+    error = found[1].json()["error"]
+    assert "253 tokens" in error["message"] and "at most 252" in error["message"] and "\n" not in error["message"]
+    assert error["code"] == "context_length_exceeded"
     wrong = post("/answer", json={"model": "llama", "question": "What?", "context": "That."})
     assert wrong.status_code == 400 and "text-generation" in wrong.json()["error"]["message"]
 

@@ -110,6 +110,9 @@ def test_a_reader_marks_the_answer_in_a_passage(server):
     assert found["answer"] == texts[found["number"] - 1][found["start"] : found["end"]]
     none = ask(question=ELSEWHERE[0]["content"], documents="mill").json()
     assert (none["answer"], none["confidence"], none["citations"]) == ("", 0.0, [])
+    for start in (question, ELSEWHERE[0]["content"]):  # with passages that are near enough, and with none
+        long = ask(question=start + " word" * 300, documents="mill")
+        assert long.status_code == 400 and "at most 252" in long.json()["error"]["message"], long.text
     for body, code in (
         ({"documents": "x"}, 404),
         ({}, 422),
