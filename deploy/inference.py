@@ -85,7 +85,8 @@ class Engine:
         self._needs("text-generation")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._submit([row or [self._written.bos_token_id or 0] for row in ids], sampling, emit)
+        prompts = [row or [self._written.bos_token_id or 0] for row in ids]
+        return self._submit(prompts, sampling, emit, continues=True)
 
     def check_question(self, question: str) -> None:
         """Raises UserError for a question that is too long (TooLong), or a model of another task."""
@@ -185,7 +186,7 @@ class Engine:
             more = f" and {wanted:,} more are wanted" if wanted else ""
             raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
 
-    def _submit(self, prompts: list[list[int]], sampling: Sampling, emit: Callable) -> Job:
+    def _submit(self, prompts: list[list[int]], sampling: Sampling, emit: Callable, continues: bool = False) -> Job:
         known = self.model.config.get_text_config().vocab_size
         for ids in prompts:
             self._fits(len(ids), sampling.max_tokens or 1)
@@ -193,7 +194,7 @@ class Engine:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
 
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
-        return self._writer.submit(TextJob(emit, prompts, most, sampling))
+        return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))
 
 
 def model_id(name: str) -> str:

@@ -24,9 +24,13 @@ import uvicorn
 from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deploy import inference
 from deploy.admission import AdmissionMiddleware, Limits
 from deploy.api import Service, create_app, main
+from deploy.generation import Sampling
 from shared import UserError
 
 CHAT = [{"role": "user", "content": "Tell me a story."}]
@@ -125,6 +129,52 @@ def test_the_official_client_chats(server):
     several = client.chat.completions.create(**ask, n=3)
     texts = [choice.message.content for choice in several.choices]
     assert texts[0] == streamed and len(set(texts)) == 3 and several.usage.completion_tokens == 36
+
+
+def test_a_continuation_keeps_the_blank_before_its_first_word(tiny, tmp_path):
+    """Llama 2's decoder drops the first blank of a text; what is continued is no beginning. Characters go on in bytes."""
+    specials = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = {piece: i for i, piece in enumerate([*specials, *"▁aelnorstw", "▁s", "▁so", "▁son", "▁now", "no"])}
+    tokenizer = Tokenizer(models.BPE(words, [("▁", "s"), ("▁s", "o"), ("▁so", "n"), ("n", "o")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    undone = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(undone)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(tiny / "llama", vocab_size=len(words), eos_token_id=1, bos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    engine = inference.Engine(str(tmp_path))
+    for prompt, written, wanted in (
+        ("so", ["▁now", "▁", "no"], " now no"),
+        ("so " * 20, ["no"], "no"),
+        ("ဗမာ" * 20, ["▁now", "▁now"], " now now"),  # bytes, three a character
+        ([words["<0xC3>"]], ["<0xA9>", "▁now"], "é now"),  # half of a character
+    ):
+        engine.model.batch = lambda written=written: Dictated([words[piece] for piece in written])
+        sampling = Sampling(max_tokens=len(written))
+        pieces = list(inference.stream(lambda emit, p=prompt, s=sampling: engine.complete([p], s, emit)))
+        assert "".join(piece.text for piece in pieces[:-1]) == wanted
+
+
+class Dictated:
+    """In the place of a model's batch: each row gets these tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.rows = tokens, []
+
+    def add(self, rows):
+        self.rows += rows
+
+    def tokens_read(self, prompts):
+        return 1
+
+    def step(self):
+        for row in self.rows:
+            for token in self.tokens:
+                row.written.append(token)
+                row.on_token(token)
+        ended, self.rows = self.rows, []
+        return ended
 
 
 def test_the_official_client_completes(server):
