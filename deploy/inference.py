@@ -21,6 +21,7 @@ from shared import UserError
 from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
+from shared.inference.positions import check_summary
 from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
@@ -123,6 +124,7 @@ class Engine:
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
         self._needs("summarization")
+        check_summary(self.model.config, max_tokens)
         self._fits(len(self._encode(self.model.summary_prefix + text)))
 
         def run(jobs):

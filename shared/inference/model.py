@@ -22,7 +22,7 @@ from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
-from shared.inference.positions import longest_input
+from shared.inference.positions import check_summary, longest_input
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -383,9 +383,10 @@ class Model:
         num_beams: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
-        """`summarize` as token ids, padding removed."""
+        """`summarize` as token ids, padding removed. Raises TooLong: more new tokens than the model can write."""
         if self.task != "summarization":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not summarize.")
+        check_summary(self.config, max_new_tokens or 0)
         batch = self.tokenizer(
             [self.summary_prefix + text for text in texts],
             truncation=True,

@@ -32,6 +32,7 @@ from deploy.admission import AdmissionMiddleware, Limits
 from deploy.api import Service, create_app, main
 from deploy.generation import Sampling
 from shared import UserError
+from shared.data.encoding import TooLong
 
 CHAT = [{"role": "user", "content": "Tell me a story."}]
 
@@ -276,6 +277,12 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
     assert summary == server.service.engines["summaries"].model.summarize([texts[0]], max_new_tokens=5)[0]
     too_long = post("/summarize", json={"model": "summaries", "text": "word " * 600})
     assert too_long.status_code == 400 and "602 tokens" in too_long.json()["error"]["message"]
+    lengths = [{"model": "summaries", "text": "red", "max_tokens": most} for most in (512, 513)]  # of 512 positions
+    found = [post("/summarize", json=body) for body in lengths]
+    assert [each.status_code for each in found] == [200, 400], found
+    assert "513 tokens" in found[1].json()["error"]["message"] and "at most 512" in found[1].json()["error"]["message"]
+    with pytest.raises(TooLong, match="at most 512"):
+        server.service.engines["summaries"].model.summarize(["red"], max_new_tokens=513)
     words = post("/fill-mask", json={"model": tiny_bert.name, "text": "A [MASK] </s> [SEP] day.", "top_k": 3}).json()[
         "words"
     ]
