@@ -105,9 +105,9 @@ def read_all(files: list, problems: list[str], bar) -> Iterator[dict]:
     for number, file in enumerate(files):
         try:
             text = read_upload(file.name, file.getvalue())
-            room -= len(text)
-            if room < 0:
+            if len(text) > room:
                 raise UserError(t("files_long", file.name, LONGEST))
+            room -= len(text)
             yield {"source": file.name, "title": Path(file.name).stem, "text": text}
         except UserError as error:
             problems.append(str(error))

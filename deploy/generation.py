@@ -4,6 +4,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -17,6 +18,7 @@ from shared.inference.model import Model
 from shared.inference.sampling import PROMPT_CHUNK
 
 REPLIES = 16  # at once, of one model
+BEFORE = 16  # tokens of a prompt with which its continuation is decoded
 # Rows x the longest of them, in tokens: what keys and values of a model take at most, unless 4 contexts are more
 CELLS = 16 * 1024
 
@@ -58,11 +60,13 @@ class TextJob(Job):
 
     Attributes:
         prompts: token ids; `sampling.n` replies to each, of `most` tokens.
+        continues: the replies go on with the text of their prompts, in which a blank at their beginning counts.
     """
 
     prompts: list[list[int]]
     most: list[int]
     sampling: Sampling
+    continues: bool = False
 
     def __post_init__(self):
         self.next = 0  # prompt
@@ -70,12 +74,22 @@ class TextJob(Job):
 
 
 class Reply:
-    """The text of one row of token ids as they come; holds back what may be the beginning of a stop text."""
+    """The text of one row of token ids as they come; holds back what may be the beginning of a stop text.
 
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
+    Args:
+        before: token ids that it goes on with. Decoders of Metaspace (Llama 2, Mistral) drop the first blank of a text.
+    """
+
+    def __init__(self, tokenizer, stop: tuple[str, ...], before: Sequence[int] = ()):
         self._tokenizer, self._stop, self._held = tokenizer, stop, ""
         self._decoder = DecodeStream(skip_special_tokens=True)
         self.reason = None
+        first = max(len(before) - BEFORE, 0)
+        # A part of a character would spoil the whole ones after it
+        while first and "\ufffd" in tokenizer.decode([before[first]]):
+            first -= 1
+        for token in before[first:]:
+            self._decoder.step(tokenizer, token)
 
     def add(self, token: int) -> str:
         """What can be shown after this token; `reason` is set when a stop text was found."""
@@ -176,7 +190,7 @@ class Writer:
             job.began = time.perf_counter()
         sampling, rows = job.sampling, []
         for i in range(sampling.n):
-            reply = Reply(self._tokenizer, sampling.stop)
+            reply = Reply(self._tokenizer, sampling.stop, job.prompts[job.next] if job.continues else ())
             row = Row(
                 job.prompts[job.next],
                 job.most[job.next],

@@ -21,6 +21,8 @@ from shared import UserError
 from shared.data.encoding import PlainText, TooLong
 from shared.inference.golden import GOLDEN
 from shared.inference.model import load
+from shared.inference.positions import check_summary
+from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
 
@@ -84,12 +86,19 @@ class Engine:
         self._needs("text-generation")
         prompts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        return self._submit([row or [self._written.bos_token_id or 0] for row in ids], sampling, emit)
+        prompts = [row or [self._written.bos_token_id or 0] for row in ids]
+        return self._submit(prompts, sampling, emit, continues=True)
+
+    def check_question(self, question: str) -> None:
+        """Raises UserError for a question that is too long (TooLong), or a model of another task."""
+        self._needs("question-answering")
+        self._encode(question)  # refuses a book before it is read whole
+        room = question_room(self._text.tokenizer, *window_of(self.model.config, self.context))
+        check_question(self._deadline.run(self._text.split, question), room)
 
     def answer(self, question: str, context: str, emit: Callable) -> Job:
         """Finds the answer in a text. Emits the dict of `Model.answer`, with `confidence` that there is one."""
-        self._needs("question-answering")
-        self._encode(question)
+        self.check_question(question)
         self._deadline.run(self._text.split, context)  # only that it can be encoded: it is read in windows
 
         def run(jobs):
@@ -102,8 +111,7 @@ class Engine:
 
     def answer_from(self, question: str, texts: list[str], emit: Callable) -> Job:
         """Finds the answer in one of several texts, the best first. Emits as `answer`, with the `number` of the text, from 1."""
-        self._needs("question-answering")
-        self._encode(question)
+        self.check_question(question)
         for text in texts:
             self._deadline.run(self._text.split, text)
 
@@ -116,6 +124,7 @@ class Engine:
     def summarize(self, text: str, max_tokens: int, emit: Callable) -> Job:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
         self._needs("summarization")
+        check_summary(self.model.config, max_tokens)
         self._fits(len(self._encode(self.model.summary_prefix + text)))
 
         def run(jobs):
@@ -179,7 +188,7 @@ class Engine:
             more = f" and {wanted:,} more are wanted" if wanted else ""
             raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
 
-    def _submit(self, prompts: list[list[int]], sampling: Sampling, emit: Callable) -> Job:
+    def _submit(self, prompts: list[list[int]], sampling: Sampling, emit: Callable, continues: bool = False) -> Job:
         known = self.model.config.get_text_config().vocab_size
         for ids in prompts:
             self._fits(len(ids), sampling.max_tokens or 1)
@@ -187,7 +196,7 @@ class Engine:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
 
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
-        return self._writer.submit(TextJob(emit, prompts, most, sampling))
+        return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))
 
 
 def model_id(name: str) -> str:

@@ -78,7 +78,7 @@ def use(model: Model, prompts: list) -> list:
     if model.task == "summarization":
         return model.summary_ids(prompts, GOLDEN_TOKENS)
     if model.task == "question-answering":
-        found = model.answer([p["question"] for p in prompts], [p["context"] for p in prompts])
+        found = model.answer([p["question"] for p in prompts], [p["context"] for p in prompts], cut=True)
         return [[answer["start"], answer["end"]] for answer in found]
     return golden_outputs(model, prompts)
 

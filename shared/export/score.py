@@ -248,7 +248,7 @@ def _masked_accuracy(model: Model, rows: list[dict], first: int) -> dict:
 
 
 def _answers(model: Model, rows: list[dict], _: int) -> dict:
-    given = model.answer([row["question"] for row in rows], [row["context"] for row in rows])
+    given = model.answer([row["question"] for row in rows], [row["context"] for row in rows], cut=True)
     golds = [row["answers"]["text"] for row in rows]
     found = metrics.load("squad").compute(predictions=[a["answer"] for a in given], references=golds, per_row=True)
     return {name: (np.array(found["rows"][name]), np.ones(len(rows))) for name in ("f1", "exact_match")}

@@ -89,5 +89,5 @@ def golden_outputs(model, prompts: list) -> list:
         return [[model.classify([p])[0][0]["label"]] for p in prompts]
     if model.task == "summarization":
         return [model.summary_ids([p], GOLDEN_TOKENS)[0] for p in prompts]
-    found = [model.answer(p["question"], p["context"]) for p in prompts]
+    found = [model.answer(p["question"], p["context"], cut=True) for p in prompts]
     return [[a["start"], a["end"]] for a in found]

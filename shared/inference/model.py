@@ -22,7 +22,7 @@ from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
-from shared.inference.positions import longest_input
+from shared.inference.positions import check_summary, longest_input
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -36,7 +36,6 @@ RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": 
 BY_ITSELF = ("onnx-int8", "int8")
 
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
-WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
 
 def load(folder: Path | str, artifact: str | None = None, task: str | None = None) -> "Model":
@@ -215,7 +214,11 @@ class Model:
         return [self._runner.logits(row) for row in ids]
 
     def answer(
-        self, question: str | list[str], context: str | list[str], cancelled: Callable[[], bool] | None = None
+        self,
+        question: str | list[str],
+        context: str | list[str],
+        cancelled: Callable[[], bool] | None = None,
+        cut: bool = False,
     ) -> dict | list[dict]:
         """The best answer of each context to its question, found as tasks/qa_squad trains and evaluates it.
 
@@ -225,9 +228,10 @@ class Model:
             `threshold` of the latter, None where the model was trained on questions that all have an answer.
 
         Raises:
+            TooLong: a question that leaves no room for its context; with `cut`, to measure, it is cut as in training.
             Cancelled: `cancelled`, asked between batches, was true.
         """
-        from shared.inference.qa_windows import decode, make_windows, strip_blanks
+        from shared.inference.qa_windows import decode, make_windows, strip_blanks, window_of
 
         if self.task != "question-answering":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not answer questions about a text.")
@@ -237,9 +241,7 @@ class Model:
         rows = [{"question": q, "context": c, "answers": nothing} for q, c in zip(questions, contexts, strict=True)]
         if not rows:
             return []
-        length = min(getattr(self.config, "window_length", WINDOW), self.context)
-        stride = min(getattr(self.config, "window_stride", STRIDE), length // 2 - 1)
-        windows = make_windows(rows, self.tokenizer, length, stride)
+        windows = make_windows(rows, self.tokenizer, *window_of(self.config, self.context), cut)
         start, end = (np.empty(len(windows.ids), np.float32) for _ in range(2))
         for batch in self._batches(np.diff(windows.starts)):
             check_cancelled(cancelled)
@@ -385,9 +387,10 @@ class Model:
         num_beams: int | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
-        """`summarize` as token ids, padding removed."""
+        """`summarize` as token ids, padding removed. Raises TooLong: more new tokens than the model can write."""
         if self.task != "summarization":
             raise UserError(f"{self.folder} is a model for {self.task}: it does not summarize.")
+        check_summary(self.config, max_new_tokens or 0)
         batch = self.tokenizer(
             [self.summary_prefix + text for text in texts],
             truncation=True,

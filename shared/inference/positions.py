@@ -29,6 +29,22 @@ def longest_input(config, tokenizer) -> int | None:
     return min((limit for limit in limits if limit and limit < 1e9), default=None)
 
 
+def check_summary(config, tokens: int) -> None:
+    """What an encoder-decoder writes has positions of its own, as many as its configuration says; T5's have no end.
+
+    Raises:
+        TooLong: the decoder has fewer than `tokens`.
+    """
+    from shared.data.encoding import TooLong
+
+    most = getattr(config, "max_decoder_position_embeddings", None)  # LED's
+    most = most or getattr(config, "max_position_embeddings", None)
+    if most and tokens > most:
+        raise TooLong(
+            f"a summary of up to {tokens:,} tokens is wanted; this model writes at most {most:,}. Ask for fewer."
+        )
+
+
 def check_length(max_length: int, source: Path, tokenizer) -> None:
     """For encoders that a task trains; says what else of a text they do not read.
 

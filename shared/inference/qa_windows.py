@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared import UserError
+from shared.data.encoding import TooLong
+
+WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
 
 
 def gold_answer(answers: dict) -> tuple[str, int] | None:
@@ -57,11 +60,38 @@ class Windows:
         }
 
 
-def make_windows(rows: Iterable[dict], tokenizer, max_length: int, doc_stride: int) -> Windows:
+def window_of(config, context: int) -> tuple[int, int]:
+    """Most tokens of a window, and how many of its context the next one shares, of a model that reads `context` tokens."""
+    length = min(getattr(config, "window_length", WINDOW), context)
+    return length, min(getattr(config, "window_stride", STRIDE), length // 2 - 1)
+
+
+def question_room(tokenizer, max_length: int, doc_stride: int) -> int:
+    """Most tokens of a question, so that windows still move on in its context."""
+    return max_length - doc_stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
+
+
+def check_question(tokens: int, most: int) -> None:
+    """For questions that somebody asks: what is cut off is mostly what they ask.
+
+    Raises:
+        TooLong: more tokens than `question_room` gives.
+    """
+    if tokens > most:
+        raise TooLong(
+            f"the question has {tokens:,} tokens; this model reads at most {most:,} of one. Ask it in fewer words."
+        )
+
+
+def make_windows(rows: Iterable[dict], tokenizer, max_length: int, doc_stride: int, cut: bool = True) -> Windows:
     """Question and context in windows of at most `max_length` tokens; neighbours share `doc_stride` tokens of the context.
+
+    Args:
+        cut: questions that leave no room for the context are cut, and counted; otherwise refused.
 
     Raises:
         UserError: a slow tokenizer, or lengths that leave no room.
+        TooLong: as `check_question`, unless `cut`.
     """
     if not tokenizer.is_fast:
         raise UserError("this model's tokenizer gives no character positions; take a model with a fast tokenizer.")
@@ -69,15 +99,17 @@ def make_windows(rows: Iterable[dict], tokenizer, max_length: int, doc_stride: i
         raise UserError(
             f"--doc_stride {doc_stride} is not below half of --max_length {max_length}: windows would not move on."
         )
-    most = max_length - doc_stride - tokenizer.num_special_tokens_to_add(pair=True) - 1
-    parts, lengths, row_of, answer, cut, number = {"ids": [], "types": [], "spans": []}, [], [], [], 0, 0
+    most = question_room(tokenizer, max_length, doc_stride)
+    parts, lengths, row_of, answer, cut_questions, number = {"ids": [], "types": [], "spans": []}, [], [], [], 0, 0
     for batch in _batches(rows, 1000):
         asked = [row["question"] for row in batch]
         encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         long = [i for i, offsets in enumerate(encoded) if len(offsets) > most]
         for i in long:
+            if not cut:
+                check_question(len(encoded[i]), most)
             asked[i] = asked[i][: encoded[i][most - 1][1]]
-        cut += len(long)
+        cut_questions += len(long)
         windows = tokenizer(
             asked,
             [row["context"] for row in batch],
@@ -107,7 +139,7 @@ def make_windows(rows: Iterable[dict], tokenizer, max_length: int, doc_stride: i
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         row=np.array(row_of),
         answer=np.array(answer),
-        cut_questions=cut,
+        cut_questions=cut_questions,
     )
 
 

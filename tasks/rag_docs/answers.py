@@ -143,7 +143,7 @@ def read_passages(reader, questions: list[str], passages: list[list[str]]) -> li
     from shared.retrieval.answers import best_answer
 
     asked = [question for question, texts in zip(questions, passages, strict=True) for _ in texts]
-    found = iter(reader.answer(asked, [text for texts in passages for text in texts]))
+    found = iter(reader.answer(asked, [text for texts in passages for text in texts], cut=True))
     return [best_answer([next(found) for _ in texts]) if texts else {"answer": ""} for texts in passages]
 
 

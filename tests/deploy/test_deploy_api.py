@@ -24,10 +24,15 @@ import uvicorn
 from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deploy import inference
 from deploy.admission import AdmissionMiddleware, Limits
 from deploy.api import Service, create_app, main
+from deploy.generation import Sampling
 from shared import UserError
+from shared.data.encoding import TooLong
 
 CHAT = [{"role": "user", "content": "Tell me a story."}]
 
@@ -125,6 +130,52 @@ def test_the_official_client_chats(server):
     several = client.chat.completions.create(**ask, n=3)
     texts = [choice.message.content for choice in several.choices]
     assert texts[0] == streamed and len(set(texts)) == 3 and several.usage.completion_tokens == 36
+
+
+def test_a_continuation_keeps_the_blank_before_its_first_word(tiny, tmp_path):
+    """Llama 2's decoder drops the first blank of a text; what is continued is no beginning. Characters go on in bytes."""
+    specials = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = {piece: i for i, piece in enumerate([*specials, *"▁aelnorstw", "▁s", "▁so", "▁son", "▁now", "no"])}
+    tokenizer = Tokenizer(models.BPE(words, [("▁", "s"), ("▁s", "o"), ("▁so", "n"), ("n", "o")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    undone = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(undone)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    config = LlamaConfig.from_pretrained(tiny / "llama", vocab_size=len(words), eos_token_id=1, bos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    engine = inference.Engine(str(tmp_path))
+    for prompt, written, wanted in (
+        ("so", ["▁now", "▁", "no"], " now no"),
+        ("so " * 20, ["no"], "no"),
+        ("ဗမာ" * 20, ["▁now", "▁now"], " now now"),  # bytes, three a character
+        ([words["<0xC3>"]], ["<0xA9>", "▁now"], "é now"),  # half of a character
+    ):
+        engine.model.batch = lambda written=written: Dictated([words[piece] for piece in written])
+        sampling = Sampling(max_tokens=len(written))
+        pieces = list(inference.stream(lambda emit, p=prompt, s=sampling: engine.complete([p], s, emit)))
+        assert "".join(piece.text for piece in pieces[:-1]) == wanted
+
+
+class Dictated:
+    """In the place of a model's batch: each row gets these tokens."""
+
+    def __init__(self, tokens):
+        self.tokens, self.rows = tokens, []
+
+    def add(self, rows):
+        self.rows += rows
+
+    def tokens_read(self, prompts):
+        return 1
+
+    def step(self):
+        for row in self.rows:
+            for token in self.tokens:
+                row.written.append(token)
+                row.on_token(token)
+        ended, self.rows = self.rows, []
+        return ended
 
 
 def test_the_official_client_completes(server):
@@ -226,12 +277,24 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
     assert summary == server.service.engines["summaries"].model.summarize([texts[0]], max_new_tokens=5)[0]
     too_long = post("/summarize", json={"model": "summaries", "text": "word " * 600})
     assert too_long.status_code == 400 and "602 tokens" in too_long.json()["error"]["message"]
+    lengths = [{"model": "summaries", "text": "red", "max_tokens": most} for most in (512, 513)]  # of 512 positions
+    found = [post("/summarize", json=body) for body in lengths]
+    assert [each.status_code for each in found] == [200, 400], found
+    assert "513 tokens" in found[1].json()["error"]["message"] and "at most 512" in found[1].json()["error"]["message"]
+    with pytest.raises(TooLong, match="at most 512"):
+        server.service.engines["summaries"].model.summarize(["red"], max_new_tokens=513)
     words = post("/fill-mask", json={"model": tiny_bert.name, "text": "A [MASK] </s> [SEP] day.", "top_k": 3}).json()[
         "words"
     ]
     assert len(words) == 3 and words[0]["score"] >= words[1]["score"] > 0
     none = post("/fill-mask", json={"model": tiny_bert.name, "text": "No blank."})
     assert none.status_code == 400 and "[MASK]" in none.json()["error"]["message"]
+    asked = [f"{'word ' * n}who?" for n in (250, 251, 254)]  # of a window of 384, 128 shared, 3 special tokens
+    found = [post("/answer", json={"model": "answers", "question": each, "context": texts[0]}) for each in asked]
+    assert [each.status_code for each in found] == [200, 400, 400]
+    error = found[1].json()["error"]
+    assert "253 tokens" in error["message"] and "at most 252" in error["message"] and "\n" not in error["message"]
+    assert error["code"] == "context_length_exceeded"
     wrong = post("/answer", json={"model": "llama", "question": "What?", "context": "That."})
     assert wrong.status_code == 400 and "text-generation" in wrong.json()["error"]["message"]
 

@@ -110,6 +110,9 @@ def test_the_pages_for_texts(open_page):
     marked = app.main.markdown[-1].value
     shown = re.sub(r":green-background\[((?:\\.|[^\]])*)\]", r"\1", marked)
     assert shown.replace("  \n", "\n") == literally(context).replace("  \n", "\n"), "the text, and a mark in it"
+    labelled(app.text_input, "question", "vi").set_value("word " * 300)
+    labelled(app.button, "find", "vi").click().run()
+    assert not app.exception and "at most 252" in app.error[0].value, "no part of a question is left out"
     app = open_page("fill")
     labelled(app.button, "guess").click().run()
     assert not app.exception and len(app.get("progress")) == 8

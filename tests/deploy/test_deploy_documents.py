@@ -8,12 +8,14 @@ import signal
 import sqlite3
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkout import ROOT
 from test_deploy_api import Server, status, wait_for
 from test_deploy_app import labelled
 
+from deploy import documents_page
 from deploy.api import main
 from deploy.chat_page import as_document, history
 from deploy.documents import NOT_THERE, Collection, collection_name, open_collections
@@ -110,6 +112,9 @@ def test_a_reader_marks_the_answer_in_a_passage(server):
     assert found["answer"] == texts[found["number"] - 1][found["start"] : found["end"]]
     none = ask(question=ELSEWHERE[0]["content"], documents="mill").json()
     assert (none["answer"], none["confidence"], none["citations"]) == ("", 0.0, [])
+    for start in (question, ELSEWHERE[0]["content"]):  # with passages that are near enough, and with none
+        long = ask(question=start + " word" * 300, documents="mill")
+        assert long.status_code == 400 and "at most 252" in long.json()["error"]["message"], long.text
     for body, code in (
         ({"documents": "x"}, 404),
         ({}, 422),
@@ -267,6 +272,14 @@ def test_own_files_are_answered_from(open_page):
     assert app.session_state.chat[-1]["replies"][0]["sources"][0]["source"] == "crane.md" and len(said.expander) == 1
     app.file_uploader[0].set_value([("bad.txt", b"\xff\xfe\xfd", "text/plain")]).run()
     assert len(app.error) == 1 and not app.exception
+
+
+def test_a_file_that_does_not_fit_takes_no_room(monkeypatch):
+    monkeypatch.setattr(documents_page, "LONGEST", 30)
+    files = [SimpleNamespace(name=f"{n}.txt", getvalue=lambda n=n: b"a" * n) for n in (20, 25, 10, 1)]
+    problems, bar = [], SimpleNamespace(progress=lambda *_: None)
+    read = [document["source"] for document in documents_page.read_all(files, problems, bar)]
+    assert read == ["20.txt", "10.txt"] and [each.split(":")[0] for each in problems] == ["25.txt", "1.txt"]
 
 
 def test_make_ask_indexes_beside_the_page_and_both_end_together(port, tmp_path):

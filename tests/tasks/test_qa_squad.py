@@ -24,6 +24,7 @@ from shared import UserError
 from shared.compare.readme import FIGURES
 from shared.data import assets
 from shared.data.columns import find_columns
+from shared.data.encoding import TooLong
 from shared.inference import qa_windows
 from shared.inference.positions import longest_input
 from shared.training.arguments import parse
@@ -278,6 +279,9 @@ def test_what_a_metaspace_model_answers_has_no_blank_before_it(metaspace, tmp_pa
     contexts = [f"{'red ' * n}boxes was seen in Lima by it" for n in range(6)]
     answers = loaded.answer(["Where ?"] * 6, contexts)
     assert any(answer["answer"] for answer in answers)
+    with pytest.raises(TooLong, match="at most 12"):  # 32 less 15 shared, 4 special tokens and one to move on
+        loaded.answer("Where " * 40, contexts[0])
+    assert loaded.answer("Where " * 40, contexts[0], cut=True).keys() == answers[0].keys()
     for answer, context in zip(answers, contexts, strict=True):
         assert answer["answer"] == answer["answer"].strip() == context[answer["start"] : answer["end"]]
 
@@ -374,6 +378,8 @@ def test_preflight_lists_what_a_label_cannot_say(tokenizer):
     with pytest.raises(UserError, match="none of 1 answers fits a window"):
         only = [question(LONG, LONG[40:900])]
         squad_features.preflight(only, qa_windows.make_windows(only, tokenizer, 48, 16))
+    with pytest.raises(TooLong, match="the question has 200 tokens; this model reads at most 28 of one"):
+        qa_windows.make_windows(rows, tokenizer, 48, 16, cut=False)
     with pytest.raises(UserError, match="--doc_stride 30 is not below half"):
         qa_windows.make_windows(rows, tokenizer, 48, 30)
 
