@@ -23,7 +23,7 @@ from tqdm import tqdm
 from shared import UserError, one_spelling
 from shared.retrieval.passages import WORD, cut
 
-FORMAT = "lm-taskbook retrieval 1"  # raise it when tables, passages or words change
+FORMAT = "lm-taskbook retrieval 2"  # raise it when tables, passages or words change
 LONGEST_QUESTION = 10_000  # characters
 DEPTH = 100  # places of each ranking that are fused
 AT_ONCE = 200  # passages encoded and written in one transaction

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,10 +45,38 @@ The pond
 
 def test_passages_stand_where_they_say():
     found = cut(MANUAL)
-    assert [(part.heading, part.line) for part in found] == [("The mill", 1), ("Prices", 7), ("The pond", 16)]
+    assert [(part.heading, part.line) for part in found] == [("The mill", 1), ("Prices", 5), ("The pond", 16)]
     assert found[1].text.endswith("sack = 9\n```") and found[2].text.endswith("Đừng câu cá ở đây.")
     for part in found:
         assert MANUAL.startswith(part.text, part.start) and MANUAL[: part.start].count("\n") == part.line - 1
+
+
+UNUSUAL = {
+    "file names": ("Copy these:\n\nmain.py\nutils.py\nwww.example.com\n\nThen restart.", [""]),
+    "names alone": ("anna.meyer\n\nbob.lee", [""]),
+    "names of docs:prose": ("a.b\n\nDoes this.\n\na.c\n\nDoes that.", ["a.b", "a.c"]),
+    "a name in a text": ("It calls\na.b\nthen.\n\nReturns:\na.c\n\nMore.", [""]),
+    "headings alone": ("# Install\n## Steps\n\nRun it.\n\n# End\n\n## Of it", ["Steps"]),
+    "nothing but headings": ("# One\n\n## Two", ["Two"]),
+    "a fence in a line": ("# One\n\n```pip install x```\n\nRun.\n\n# Two\n\nEnd.", ["One", "Two"]),
+    "a longer closing fence": ("# A\n\n```\n# x\n````\n\n# B\n\nEnd.", ["A", "B"]),
+    "a fence in a fence": ("# A\n\n````md\n```\n# x\n```\n````\n\n# B\n\nEnd.", ["A", "B"]),
+    "another fence does not end it": ("# A\n\n```\n~~~\n# x\n```\n\n# B\n\nEnd.", ["A", "B"]),
+    "a fence that nothing ends": ("# A\n\n```python\n\n# B\n\nEnd.", ["A", "B"]),
+    "reStructuredText": ("Intro\n~~~~~\n\nText.\n\nUse\n~~~~\n\nMore.\n\nEnd\n===\n\nEnd.", ["Intro", "Use", "End"]),
+    "tildes": ("# A\n\n~~~\n# x\n~~~\n\n# B\n\nEnd.", ["A", "B"]),
+}
+
+
+@pytest.mark.parametrize("text, headings", UNUSUAL.values(), ids=UNUSUAL)
+def test_headings_and_what_looks_like_them(text, headings):
+    """No line is lost, whatever it looks like."""
+    found = cut(text)
+    assert [part.heading for part in found] == headings
+    lines = [line for line in text.split("\n") if re.search(r"\w", line)]
+    assert [line for part in found for line in part.text.split("\n") if re.search(r"\w", line)] == lines
+    headings_only = "\n\n".join(f"# Heading {i}" for i in range(1000))
+    assert all(len(WORD.findall(part.text)) <= 60 for part in cut(headings_only, most_words=30))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -55,6 +84,7 @@ def test_no_word_is_lost_and_none_stands_twice(seed):
     """Of documents of sentences, long lines, Chinese, blank lines and blanks anywhere."""
     draw = random.Random(seed)
     parts = ["word ", "End. ", "\n", "\n\n", "  \r\n\r\n", "中文字。", "x" * 50, " ", "?\u2028", "\f", "e\u0301 "]
+    parts += ["\n\nmain.py\n", "\na.b", "\n# H\n", "\n```\n", "\n~~~~\n", "\n== M ==\n", "\n====\n"]
     document = "".join(draw.choices(parts, k=600))
     found = cut(document, most_words=draw.randint(1, 30))
     assert sum((WORD.findall(part.text) for part in found), []) == WORD.findall(document)
@@ -263,7 +293,7 @@ def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys
         )
         == 0
     )
-    assert "mill.md > Prices (notes/mill.md, line 7)\n## Prices" in capsys.readouterr().out
+    assert "mill.md > Prices (notes/mill.md, line 5)\n## Empty\n\n## Prices" in capsys.readouterr().out
     (folder / "page.html").unlink()
     assert main(command) == 0 and "1 kept, 1 removed" in capsys.readouterr().out
     for words, said in ((["--ask", "x"], "no such index"), ([str(tmp_path / "none")], "no such file or folder")):
