@@ -24,7 +24,8 @@ LARGEST = 5_000_000  # bytes of a page; an article has at most one or two
 
 def documents(source: str, *, columns: dict | None = None, dataset_config: str | None = None, split: str = "train"):
     """Streams the documents of any source but the web, see `crawl`: dicts with `text`, `html` or `wikitext`; `source`, `title`,
-    `license` where known. A str instead of a dict is the reason why a document is passed over.
+    `license` where known; `line`, where in its file a text begins, where it stands there as it is. A str instead of a dict is
+    the reason why a document is passed over.
 
     Args:
         source: `docs:` name, local file or folder, or Hub dataset `org/name[@revision]`.
@@ -144,7 +145,10 @@ def _characters(file: Path) -> Iterator[str]:
 
 
 def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
-    return _parts(_characters(file), name, Path(name).name)
+    line = 1
+    for part in _parts(_characters(file), name, Path(name).name):
+        yield part | {"line": line}
+        line += part["text"].count("\n")
 
 
 def _html(file: Path, name: str, columns: dict) -> Iterator[dict | str]:

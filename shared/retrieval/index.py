@@ -13,7 +13,7 @@ import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ SHOWN = "id, source, title, heading, line, start, text"
 
 @dataclass(frozen=True)
 class Found:
-    """A passage of the index; `score` is that of the ranking, larger is better."""
+    """A passage of the index; `line` is that of the file, 0 where its text is not the file's own (HTML, PDF, tables); `score` is
+    that of the ranking, larger is better.
+    """
 
     id: int
     source: str
@@ -144,7 +146,8 @@ class Index:
         """Makes the index hold exactly these documents; those that it has already are neither cut nor encoded again.
 
         Args:
-            documents: `text` and `source`, which names it; `title` where known. One after the other, never all in memory.
+            documents: `text` and `source`, which names it; `title` where known; `line` of its file where it begins, 1 where it
+                is not told, 0 where the text is not that of a file. One after the other, never all in memory.
 
         Returns:
             How many documents were `added`, `changed`, `kept` and `removed`.
@@ -179,12 +182,14 @@ class Index:
                 number += 1
                 source = f"{name}#{number}"
             seen.add(source)
-            digest = hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()
+            line = document.get("line", 1)
+            digest = hashlib.sha256(json.dumps([title, text, line]).encode()).hexdigest()
             if known.get(source) == digest:
                 counts["kept"] += 1
                 continue
             counts["changed" if source in known else "added"] += 1
-            waiting.append((source, digest, title, cut(text)))
+            passages = [replace(part, line=line and line + part.line - 1) for part in cut(text)]
+            waiting.append((source, digest, title, passages))
             if sum(len(passages) for *_, passages in waiting) >= AT_ONCE:
                 self._write(waiting)
                 waiting = []

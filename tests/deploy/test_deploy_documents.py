@@ -8,12 +8,14 @@ import signal
 import sqlite3
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkout import ROOT
 from test_deploy_api import Server, status, wait_for
 from test_deploy_app import labelled
 
+from deploy import documents_page
 from deploy.api import main
 from deploy.chat_page import as_document, history
 from deploy.documents import NOT_THERE, Collection, collection_name, open_collections
@@ -267,6 +269,14 @@ def test_own_files_are_answered_from(open_page):
     assert app.session_state.chat[-1]["replies"][0]["sources"][0]["source"] == "crane.md" and len(said.expander) == 1
     app.file_uploader[0].set_value([("bad.txt", b"\xff\xfe\xfd", "text/plain")]).run()
     assert len(app.error) == 1 and not app.exception
+
+
+def test_own_files_have_lines_and_a_pdf_has_none(monkeypatch):
+    monkeypatch.setattr(documents_page, "read_upload", lambda name, content: content.decode())
+    opened = [SimpleNamespace(name=name, getvalue=lambda: b"A text.") for name in ("a.txt", "b.PDF")]
+    rows = documents_page.read_all(opened, [], SimpleNamespace(progress=lambda *_: None))
+    assert [row["line"] for row in rows] == [1, 0]
+    assert documents_page.source_line({"source": "b.PDF", "line": None}) == "b.PDF"
 
 
 def test_make_ask_indexes_beside_the_page_and_both_end_together(port, tmp_path):

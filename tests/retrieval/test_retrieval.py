@@ -17,7 +17,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from shared import UserError
-from shared.retrieval.__main__ import main
+from shared.data import files
+from shared.retrieval.__main__ import main, texts_of
+from shared.retrieval.answers import citations
 from shared.retrieval.encoder import SETTINGS, Encoder, pool, save_settings
 from shared.retrieval.index import Index, fuse, terms
 from shared.retrieval.passages import WORD, cut
@@ -151,6 +153,34 @@ def test_an_index_is_updated_not_rebuilt(encoder, tmp_path, monkeypatch):
     fresh.update(changed)
     shown = [[(p.source, p.line, p.text) for p in each.search("globes of the library", 9)] for each in (index, fresh)]
     assert shown[0] == shown[1]
+
+
+def test_a_cited_line_is_that_of_the_file(tiny_bert, tmp_path, capsys, monkeypatch):
+    """Of a text that is read in parts too; of a page, a PDF or a table, whose text is not the file's own, none is told."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    lines = [f"Line {i} of many." for i in range(1, 201)]
+    lines[149] = "# The heron stands here."
+    (folder / "long.txt").write_text("\n".join(["", *lines]))
+    monkeypatch.setattr(files.pieces, "__defaults__", (1000,))
+    pages = " ".join(f"The stork number {i} returns in its own week of March." for i in range(9))
+    (folder / "page.html").write_text(f"<html>\n\n<body>\n<h1>Storks</h1><p>{pages}</p></body></html>")
+    (folder / "table.csv").write_text("text\nThe crane dances.\n")
+    (folder / "lone.md").write_text("\n\nThe egret fishes.")
+    name, known = str(tmp_path / "x.sqlite"), Index(tmp_path / "words.sqlite")
+    assert main([str(folder), "--index", name, "--model", str(tiny_bert)]) == 0
+    known.update(texts_of(str(folder)))
+    for question, line in (("heron", 151), ("stork", None), ("crane", None), ("egret", 3)):
+        found = known.search(question)[0]
+        assert citations([found])[0]["line"] == line
+    capsys.readouterr()
+    for question, said in (("stork", "(notes/page.html)"), ("egret", "(notes/lone.md, line 3)")):
+        assert main(["--index", name, "--ask", question, "--most", "1000"]) == 0
+        assert said in capsys.readouterr().out
+    before = {part.id: part.line for part in known.passages()}
+    (folder / "long.txt").write_text("\n".join(["", "", *lines]))
+    known.update(texts_of(str(folder)))
+    assert sum(before.get(part.id) == part.line for part in known.passages()) == 3, "those of the other files"
 
 
 def test_a_source_given_twice_is_two_documents(tmp_path):
