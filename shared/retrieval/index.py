@@ -64,13 +64,20 @@ def terms(text: str) -> list[str]:
 
     `torch.nn.max_pool2d` and `BertModel` are also found by `max`, `pool2d` and `bert`; Vietnamese is counted by syllables.
     """
-    found = [dotted.lower() for dotted in re.findall(r"\w+(?:\.\w+)+", text)]
+    found = [_folded(dotted) for dotted in re.findall(r"\w+(?:\.\w+)+", text)]
     for word in WORD.findall(one_spelling(text)):
-        found.append(word.lower())
+        found.append(_folded(word))
         if word.isascii():
             parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W_A-Z]+", word)
-            found += [part.lower() for part in parts] if len(parts) > 1 else []
+            found += [_folded(part) for part in parts] if len(parts) > 1 else []
     return found
+
+
+def _folded(word: str) -> str:
+    """A word in small letters that FTS5 leaves as they are, so that a term asked for is the one stored: `lower` would give ς and
+    µ, which it stores as σ and μ. The dot of Turkish İ goes: whoever asks for istanbul means İSTANBUL too.
+    """
+    return unicodedata.normalize("NFC", word.casefold().replace("i\u0307", "i"))
 
 
 def passage_text(title: str, text: str) -> str:

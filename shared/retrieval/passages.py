@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import regex
 
 MOST_WORDS = 120  # of a passage: about 160 tokens of English, which small encoders were trained on
-# Chinese and Japanese write no blanks: each character counts. The marks of other scripts belong to the letter before them.
-WORD = regex.compile(r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}]|[[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+")
+# Chinese, Japanese and four scripts of South East Asia write no blanks: each character counts. The marks of the latter and of
+# all other scripts belong to the letter before them.
+_ALONE, _MARKED = r"[\p{Han}\p{Hiragana}\p{Katakana}]", r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+WORD = regex.compile(rf"(?V1){_ALONE}|{_MARKED}\p{{M}}*|[[\w\p{{M}}]--{_ALONE}--{_MARKED}]+")
 HEADING = re.compile(r"#{1,6}[ \t]+\S.*|(={2,6})[^=].*\1")  # Markdown, MediaWiki
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")  # docs:prose sets qualified names above what it says of them
 UNDERLINE = re.compile(r"={3,}|-{3,}")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -109,6 +110,37 @@ def test_words_of_code_and_of_languages():
     assert {"bertmodel", "bert", "model"} == set(terms("BertModel"))
     assert terms("hoà thuận") == terms("ho\u0061\u0300 thuận") == ["hòa", "thuận"]
     assert terms("中文abc") == ["中", "文", "abc"]
+
+
+def test_every_letter_of_unicode_is_found():
+    """FTS5 folds what it stores by tables of its own."""
+    letters = [chr(i) for i in range(0x30, 0x30000) if unicodedata.category(chr(i))[0] in "LNM"]
+    index = Index(":memory:")
+    index.update([{"source": "x", "text": " ".join(f"zz{letter}" for letter in letters)}])
+    stored = {row[0] for row in index.connection.execute("SELECT term FROM vocabulary")}
+    assert [letter for letter in letters if not set(terms(f"zz{letter}")) <= stored] == []
+
+
+@pytest.mark.parametrize(
+    "asked, text",
+    [
+        ("νόμος", "Ο νόμος ισχύει."),
+        ("ΝΌΜΟΣ", "Ο νόμος ισχύει."),
+        ("5 µm", "A gap of five μm."),
+        ("istanbul", "İSTANBUL'DA"),
+        ("İstanbul", "Istanbul ve İSTANBUL"),
+        ("STRASSE", "Die Straße ist nass."),
+        ("กรุงเทพ", "ฉันอยู่ที่กรุงเทพมหานคร"),
+        ("ວຽງຈັນ", "ຂ້ອຍຢູ່ວຽງຈັນ"),
+        ("ភ្នំពេញ", "ខ្ញុំរស់នៅភ្នំពេញ"),
+        ("ရန်ကုန်", "ကျွန်တော်ရန်ကုန်မှာနေတယ်"),
+    ],
+)
+def test_words_of_other_scripts_are_found(asked, text):
+    index = Index(":memory:")
+    index.update([{"source": "x", "text": text}, {"source": "y", "text": "something else"}])
+    assert [found.source for found in index.search(asked)] == ["x"]
+    assert set(terms(asked)) - {"5"} <= set(terms(text))
 
 
 def test_fusion_is_that_of_the_paper():
