@@ -179,15 +179,18 @@ class Index:
         known = dict(self.connection.execute("SELECT source, digest FROM documents"))
         counts = dict.fromkeys(("added", "changed", "kept", "removed"), 0)
         seen: set[str] = set()
+        last: dict[
+            str, int
+        ] = {}  # number of the last one of a name: counting anew for each would take hours for a large table
         waiting: list[tuple] = []  # (source, digest, title, passages)
         for document in documents:
             # Halves of characters cannot be stored; in their place stands one character each, so that places stay
             given = (str(document.get(name) or "") for name in ("text", "title", "source"))
             text, title, name = (value.encode("utf8", "replace").decode() for value in given)
-            source, number = name, 1
+            source = name
             while source in seen:
-                number += 1
-                source = f"{name}#{number}"
+                last[name] = last.get(name, 1) + 1
+                source = f"{name}#{last[name]}"
             seen.add(source)
             line = document.get("line", 1)
             digest = hashlib.sha256(json.dumps([title, text, line]).encode()).hexdigest()

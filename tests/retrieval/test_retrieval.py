@@ -221,6 +221,25 @@ def test_a_source_given_twice_is_two_documents(tmp_path):
     rows = [{"source": "t.csv", "text": "first row"}, {"source": "t.csv", "text": "second row"}]
     assert index.update(rows) == {"added": 2, "changed": 0, "kept": 0, "removed": 1} and index.update(rows)["kept"] == 2
     assert [found.source for found in index.search("second")] == ["t.csv#2"]
+    names = ["a#2", "a", "a", "a", "a#2"]
+    index.update([{"source": name, "text": f"row {i}"} for i, name in enumerate(names)])
+    assert [found.source for found in index.passages()] == ["a#2", "a", "a#3", "a#4", "a#2#2"]
+
+
+def test_many_rows_of_one_source_take_no_longer_each(monkeypatch):
+    """Names that are tried grow with the rows, not with their square."""
+    rows = [{"source": "wikipedia", "text": ""} for _ in range(300)]
+    tried = 0
+
+    class Seen(set):
+        def __contains__(self, name):
+            nonlocal tried
+            tried += 1
+            return super().__contains__(name)
+
+    monkeypatch.setattr("shared.retrieval.index.set", Seen, raising=False)
+    Index(":memory:").update(rows)
+    assert 300 <= tried < 1000
 
 
 WRITER = """
