@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options) -> None:
     if not options.source and options.ask is None and not options.push_to_hub:
         raise UserError("nothing to do: name a SOURCE to index, or --ask a question.")
+    if options.most < 1:
+        raise UserError(f"--most {options.most}: nothing would be shown. Give 1 or more.")
     import transformers
 
     from shared.publish.hub import pull

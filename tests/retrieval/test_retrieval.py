@@ -350,7 +350,7 @@ def test_pooling_by_hand():
     assert pool(hidden, lengths, "cls").tolist()[0] == [1.0, 0.0]
 
 
-def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys):
+def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys, caplog):
     folder, index = tmp_path / "notes", tmp_path / "x.sqlite"
     folder.mkdir()
     (folder / "mill.md").write_text(MANUAL)
@@ -377,7 +377,17 @@ def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys
     assert "mill.md > Prices (notes/mill.md, line 5)\n## Empty\n\n## Prices" in capsys.readouterr().out
     (folder / "page.html").unlink()
     assert main(command) == 0 and "1 kept, 1 removed" in capsys.readouterr().out
-    for words, said in ((["--ask", "x"], "no such index"), ([str(tmp_path / "none")], "no such file or folder")):
+    (folder / "stars.csv").write_text("name,magnitude\nSirius,-1.5\n")
+    assert main(command) == 0
+    assert "1 another kind of file, 1 table without a column text" in caplog.text
+    capsys.readouterr()
+    for words, said in (
+        ([str(folder / "stars.csv")], "found name, magnitude. Name the one with the text: python -m shared.corpora"),
+        (["--ask", "x", "--most", "0"], "--most 0: nothing would be shown"),
+        (["--ask", "x"], "no such index"),
+        ([str(tmp_path / "none")], "no such file or folder"),
+    ):
+        (tmp_path / "new.sqlite").unlink(missing_ok=True)
         assert main([*words, "--index", str(tmp_path / "new.sqlite"), "--model", str(tiny_bert)]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.strip().splitlines()) == 1, error
