@@ -13,7 +13,7 @@ import streamlit as st
 
 from deploy.choices import base_name, engine_of
 from deploy.documents import Collection, Evidence, reply_from
-from deploy.documents_page import choose_documents, show_sources
+from deploy.documents_page import choose_documents, show_sources, source_line
 from deploy.generation import Chunk, Sampling
 from deploy.inference import Engine, stream
 from deploy.text_pages import text_box
@@ -133,7 +133,7 @@ def as_document(chat: list[dict], messages: list[dict], name: str) -> str:
         first = message["replies"][0] if "replies" in message else {}
         for each in first.get("sources", []) if first.get("enough") else []:
             where = place(each["title"], each["heading"], each["source"])
-            turns[-number] += f"\n\n{each['number']}. {where}: {t('source_line', each['source'], each['line'])}"
+            turns[-number] += f"\n\n{each['number']}. {where}: {source_line(each)}"
     return "\n\n".join([f"# {t('chat_with', name)}", *turns]) + "\n"
 
 

@@ -108,10 +108,16 @@ def read_all(files: list, problems: list[str], bar) -> Iterator[dict]:
             if len(text) > room:
                 raise UserError(t("files_long", file.name, LONGEST))
             room -= len(text)
-            yield {"source": file.name, "title": Path(file.name).stem, "text": text}
+            line = 0 if file.name.lower().endswith(".pdf") else 1  # a PDF has no lines
+            yield {"source": file.name, "title": Path(file.name).stem, "text": text, "line": line}
         except UserError as error:
             problems.append(str(error))
         bar.progress((number + 1) / len(files), t("indexing"))
+
+
+def source_line(cited: dict) -> str:
+    """The source of a passage, with its line where it has one."""
+    return t("source_line", cited["source"], cited["line"]) if cited["line"] else cited["source"]
 
 
 def show_sources(sources: list[dict], answer: dict | None = None) -> None:
@@ -124,7 +130,7 @@ def show_sources(sources: list[dict], answer: dict | None = None) -> None:
         where = place(each["title"], each["heading"], each["source"])
         marked = bool(answer) and answer["number"] == each["number"]
         with st.expander(literally(f"[{each['number']}] {where}"), expanded=marked):
-            st.caption(literally(t("source_line", each["source"], each["line"])))
+            st.caption(literally(source_line(each)))
             span = (answer["start"], answer["end"]) if marked else (0, 0)
             st.markdown(with_mark(each["text"], *span))
             if each["source"].startswith(("https://", "http://")):

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -22,9 +23,14 @@ log = logging.getLogger("taskbook")
 LARGEST = 5_000_000  # bytes of a page; an article has at most one or two
 
 
+class NoColumn(UserError):
+    """A table without the column of the text."""
+
+
 def documents(source: str, *, columns: dict | None = None, dataset_config: str | None = None, split: str = "train"):
     """Streams the documents of any source but the web, see `crawl`: dicts with `text`, `html` or `wikitext`; `source`, `title`,
-    `license` where known. A str instead of a dict is the reason why a document is passed over.
+    `license` where known; `line`, where in its file a text begins, where it stands there as it is. A str instead of a dict is
+    the reason why a document is passed over.
 
     Args:
         source: `docs:` name, local file or folder, or Hub dataset `org/name[@revision]`.
@@ -89,7 +95,8 @@ def _local(path: Path, columns: dict) -> Iterator[dict | str]:
 
 
 def local_files(path: Path) -> Iterator[tuple[Path, str]]:
-    """A file, or all files below a folder but hidden ones, in the order of names; each with its name from the folder on.
+    """A file, or all files below a folder but hidden ones, in the order of names; each with its name from the folder on. Folders
+    that links lead to are read as well, each folder once.
 
     Raises:
         UserError: a single file of a kind that is not read.
@@ -100,23 +107,42 @@ def local_files(path: Path) -> Iterator[tuple[Path, str]]:
         yield path, path.name
         return
     path = path.absolute()  # "." has a name then
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path.parent)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts[1:]):
-            yield file, name.as_posix()
+    folders, seen, found = deque([path]), set(), []
+    while folders:
+        folder = folders.popleft()
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        try:
+            inside = [each for each in folder.iterdir() if not each.name.startswith(".")]
+        except PermissionError as error:
+            log.warning("%s: cannot be read, passed over: %s", folder, error.strerror)
+            continue
+        found += [each for each in inside if each.is_file()]
+        folders.extend(
+            each for each in inside if each.is_dir() and each.is_symlink()
+        )  # after those that are in their own place
+        folders.extendleft(each for each in inside if each.is_dir() and not each.is_symlink())
+    for file in sorted(found):
+        yield file, file.relative_to(path.parent).as_posix()
 
 
 def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iterator[dict | str]:
     """The documents of a file, see `documents`; a str where it is of another kind, or from where it is damaged.
 
     Raises:
-        UserError: a table without the column of the text; with `alone` also what else is wrong with a table, and where.
+        UserError: with `alone`, or where `columns` are named, a table without the column of the text; with `alone` also what else
+            is wrong with a table, and where.
     """
     if not (read := _reader(file)):
         yield "another kind of file"
         return
     try:
         yield from read(file, name, columns)
+    except NoColumn:  # one of many files, which may be a list of something else
+        if alone or columns:
+            raise
+        yield "table without a column text"
     # A damaged file may hold good documents before the damage, and others follow it.
     except (OSError, EOFError, ValueError, zlib.error, ElementTree.ParseError) as error:
         if alone and isinstance(error.__cause__, UserError):
@@ -144,7 +170,10 @@ def _characters(file: Path) -> Iterator[str]:
 
 
 def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
-    return _parts(_characters(file), name, Path(name).name)
+    line = 1
+    for part in _parts(_characters(file), name, Path(name).name):
+        yield part | {"line": line}
+        line += part["text"].count("\n")
 
 
 def _html(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
@@ -245,8 +274,9 @@ def _table(rows: Iterable[dict | str], name: str, columns: dict, terms: str = ""
             continue
         column = columns.get("text", "text")
         if first and column not in row:
-            raise UserError(
-                f"{name}: no column {column}: found {', '.join(map(str, row))}. Name the one with the text: --columns text=..."
+            raise NoColumn(
+                f"{name}: no column {column}: found {', '.join(map(str, row))}. Name the one with the text: "
+                "python -m shared.corpora SOURCE --columns text=... --output texts.jsonl"
             )
         first = False
         yield {

@@ -22,18 +22,19 @@ log = logging.getLogger("taskbook")
 
 
 def texts_of(source: str) -> Iterator[dict]:
-    """Documents of a source with their text as it stands there: places in it are lines of the file."""
+    """Documents of a source with their text as it stands there; `line` is 0 where lines of the text are not those of the file."""
     from shared.corpora.build import with_text
     from shared.corpora.readers import documents
     from shared.data.cleaning import malformed
 
     passed_over = Counter()
-    for row in map(with_text, documents(source)):
+    for document in documents(source):
+        row = with_text(document)
         reason = row.removeprefix("bad: ") if isinstance(row, str) else malformed(row.get("text"))
         if reason:
             passed_over[reason.split("\n")[0]] += 1
         else:
-            yield row
+            yield row | {"line": document.get("line", 0)}
     if passed_over:
         log.warning("%s: passed over: %s", source, ", ".join(f"{count:,} {why}" for why, count in passed_over.items()))
 
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options) -> None:
     if not options.source and options.ask is None and not options.push_to_hub:
         raise UserError("nothing to do: name a SOURCE to index, or --ask a question.")
+    if options.most < 1:
+        raise UserError(f"--most {options.most}: nothing would be shown. Give 1 or more.")
     import transformers
 
     from shared.publish.hub import pull
@@ -112,7 +115,8 @@ def _run(options) -> None:
             print(f"Nothing in {options.index} has to do with that.")
         for number, passage in enumerate(found, 1):
             where = place(passage.title, passage.heading, passage.source)
-            print(f"[{number}] {where} ({passage.source}, line {passage.line})\n{passage.text}\n")
+            line = f", line {passage.line}" if passage.line else ""
+            print(f"[{number}] {where} ({passage.source}{line})\n{passage.text}\n")
 
 
 if __name__ == "__main__":

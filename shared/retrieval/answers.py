@@ -120,9 +120,9 @@ def place(title: str, heading: str, source: str) -> str:
 
 
 def citations(passages: Sequence[Found]) -> list[dict]:
-    """Passages as a reply's `[1]` and so on refer to them."""
+    """Passages as a reply's `[1]` and so on refer to them; `line` is None where the text is not that of a file."""
     names = ("source", "title", "heading", "line", "text")
     return [
-        {"number": number, **{name: getattr(passage, name) for name in names}}
+        {"number": number, **{name: getattr(passage, name) for name in names}, "line": passage.line or None}
         for number, passage in enumerate(passages, 1)
     ]

@@ -13,7 +13,7 @@ import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from shared import UserError, one_spelling
 from shared.retrieval.passages import WORD, cut
 
-FORMAT = "lm-taskbook retrieval 1"  # raise it when tables, passages or words change
+FORMAT = "lm-taskbook retrieval 2"  # raise it when tables, passages or words change
 LONGEST_QUESTION = 10_000  # characters
 DEPTH = 100  # places of each ranking that are fused
 AT_ONCE = 200  # passages encoded and written in one transaction
@@ -45,7 +45,9 @@ SHOWN = "id, source, title, heading, line, start, text"
 
 @dataclass(frozen=True)
 class Found:
-    """A passage of the index; `score` is that of the ranking, larger is better."""
+    """A passage of the index; `line` is that of the file, 0 where its text is not the file's own (HTML, PDF, tables); `score` is
+    that of the ranking, larger is better.
+    """
 
     id: int
     source: str
@@ -62,13 +64,20 @@ def terms(text: str) -> list[str]:
 
     `torch.nn.max_pool2d` and `BertModel` are also found by `max`, `pool2d` and `bert`; Vietnamese is counted by syllables.
     """
-    found = [dotted.lower() for dotted in re.findall(r"\w+(?:\.\w+)+", text)]
+    found = [_folded(dotted) for dotted in re.findall(r"\w+(?:\.\w+)+", text)]
     for word in WORD.findall(one_spelling(text)):
-        found.append(word.lower())
+        found.append(_folded(word))
         if word.isascii():
             parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W_A-Z]+", word)
-            found += [part.lower() for part in parts] if len(parts) > 1 else []
+            found += [_folded(part) for part in parts] if len(parts) > 1 else []
     return found
+
+
+def _folded(word: str) -> str:
+    """A word in small letters that FTS5 leaves as they are, so that a term asked for is the one stored: `lower` would give ς and
+    µ, which it stores as σ and μ. The dot of Turkish İ goes: whoever asks for istanbul means İSTANBUL too.
+    """
+    return unicodedata.normalize("NFC", word.casefold().replace("i\u0307", "i"))
 
 
 def passage_text(title: str, text: str) -> str:
@@ -144,7 +153,8 @@ class Index:
         """Makes the index hold exactly these documents; those that it has already are neither cut nor encoded again.
 
         Args:
-            documents: `text` and `source`, which names it; `title` where known. One after the other, never all in memory.
+            documents: `text` and `source`, which names it; `title` where known; `line` of its file where it begins, 1 where it
+                is not told, 0 where the text is not that of a file. One after the other, never all in memory.
 
         Returns:
             How many documents were `added`, `changed`, `kept` and `removed`.
@@ -169,22 +179,27 @@ class Index:
         known = dict(self.connection.execute("SELECT source, digest FROM documents"))
         counts = dict.fromkeys(("added", "changed", "kept", "removed"), 0)
         seen: set[str] = set()
+        last: dict[
+            str, int
+        ] = {}  # number of the last one of a name: counting anew for each would take hours for a large table
         waiting: list[tuple] = []  # (source, digest, title, passages)
         for document in documents:
             # Halves of characters cannot be stored; in their place stands one character each, so that places stay
             given = (str(document.get(name) or "") for name in ("text", "title", "source"))
             text, title, name = (value.encode("utf8", "replace").decode() for value in given)
-            source, number = name, 1
+            source = name
             while source in seen:
-                number += 1
-                source = f"{name}#{number}"
+                last[name] = last.get(name, 1) + 1
+                source = f"{name}#{last[name]}"
             seen.add(source)
-            digest = hashlib.sha256(json.dumps([title, text]).encode()).hexdigest()
+            line = document.get("line", 1)
+            digest = hashlib.sha256(json.dumps([title, text, line]).encode()).hexdigest()
             if known.get(source) == digest:
                 counts["kept"] += 1
                 continue
             counts["changed" if source in known else "added"] += 1
-            waiting.append((source, digest, title, cut(text)))
+            passages = [replace(part, line=line and line + part.line - 1) for part in cut(text)]
+            waiting.append((source, digest, title, passages))
             if sum(len(passages) for *_, passages in waiting) >= AT_ONCE:
                 self._write(waiting)
                 waiting = []

@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import regex
 
 MOST_WORDS = 120  # of a passage: about 160 tokens of English, which small encoders were trained on
-# Chinese and Japanese write no blanks: each character counts. The marks of other scripts belong to the letter before them.
-WORD = regex.compile(r"(?V1)[\p{Han}\p{Hiragana}\p{Katakana}]|[[\w\p{M}]--[\p{Han}\p{Hiragana}\p{Katakana}]]+")
-# Markdown, MediaWiki, and the qualified names that docs:prose sets above what it says of them
-HEADING = re.compile(r"#{1,6}[ \t]+\S.*|(={2,6})[^=].*\1|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# Chinese, Japanese and four scripts of South East Asia write no blanks: each character counts. The marks of the latter and of
+# all other scripts belong to the letter before them.
+_ALONE, _MARKED = r"[\p{Han}\p{Hiragana}\p{Katakana}]", r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+WORD = regex.compile(rf"(?V1){_ALONE}|{_MARKED}\p{{M}}*|[[\w\p{{M}}]--{_ALONE}--{_MARKED}]+")
+HEADING = re.compile(r"#{1,6}[ \t]+\S.*|(={2,6})[^=].*\1")  # Markdown, MediaWiki
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")  # docs:prose sets qualified names above what it says of them
 UNDERLINE = re.compile(r"={3,}|-{3,}")
-FENCE = re.compile(r"`{3,}|~{3,}")
+FENCE = re.compile(r"(`{3,})[^`]*|(~{3,}).*")  # as CommonMark has it, any indentation allowed
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n")
 
 
@@ -29,8 +31,8 @@ class Passage:
 def cut(document: str, most_words: int = MOST_WORDS) -> list[Passage]:
     """Passages of at most `most_words` words in their order: whole paragraphs where they fit, else sentences, else words.
 
-    A heading begins a passage and belongs to it; one without a text below it is left out. All words of all else are in exactly
-    one passage.
+    A heading begins a passage and belongs to it; one without a text below it begins that of the next heading, or ends the last
+    one. All words of a document are in exactly one passage.
     """
     found: list[Passage] = []
     pending: list[tuple[int, int, int]] = []  # start, end, words
@@ -38,7 +40,7 @@ def cut(document: str, most_words: int = MOST_WORDS) -> list[Passage]:
 
     def flush() -> None:
         nonlocal line, counted
-        if pending and not only_heading:
+        if pending:
             start, end = pending[0][0], pending[-1][1]
             line, counted = line + document.count("\n", counted, start), start
             found.append(Passage(document[start:end], heading, start, line))
@@ -46,55 +48,90 @@ def cut(document: str, most_words: int = MOST_WORDS) -> list[Passage]:
 
     for start, end, title in _paragraphs(document):
         if title is not None:
-            flush()
+            count = len(WORD.findall(document, start, end))
+            if not only_heading or sum(words for *_, words in pending) + count > most_words:
+                flush()
             heading, only_heading = title, True
-            pending.append((start, end, len(WORD.findall(document, start, end))))
+            pending.append((start, end, count))
             continue
         for first, last, count in _pieces(document, start, end, most_words):
             if pending and not only_heading and sum(words for *_, words in pending) + count > most_words:
                 flush()
             pending.append((first, last, count))
             only_heading = False
-    flush()
+    if only_heading and found:
+        found[-1] = replace(found[-1], text=document[found[-1].start : pending[-1][1]])
+    else:
+        flush()
     return found
 
 
 def _paragraphs(document: str) -> Iterator[tuple[int, int, str | None]]:
     """Start and end of each paragraph, without blanks around it; for a heading also what it says."""
-    begin = end = lines = 0
-    fence = None
+    lines = []  # start, end and text, without blanks around it
     for match in re.finditer(r"[^\n]*\n|[^\n]+", document):
-        line = match[0].strip()
-        first, last = match.start() + len(match[0]) - len(match[0].lstrip()), match.start() + len(match[0].rstrip())
-        mark = FENCE.match(line)
-        if fence or mark:  # a comment in a block of code is no heading, an empty line in it no end
-            if fence is None:
-                fence = mark[0]
-            elif line == fence:
-                fence = None
-            if not lines:
-                begin = first
-            lines += 1
-            end = max(last, begin)
-        elif not line:
-            if lines:
-                yield begin, end, None
-            lines = 0
-        elif lines == 1 and UNDERLINE.fullmatch(line):
+        first = match.start() + len(match[0]) - len(match[0].lstrip())
+        lines.append((first, match.start() + len(match[0].rstrip()), match[0].strip()))
+    fences = _fences([line for *_, line in lines])
+    begin = end = count = at = 0
+    while at < len(lines):
+        first, last, line = lines[at]
+        here = at
+        at = fences.get(here, here) + 1
+        if count == 1 and here not in fences and (UNDERLINE.fullmatch(line) or _is_underline(line, lines[here - 1][2])):
             yield begin, last, document[begin:end].strip()
-            lines = 0
-        elif HEADING.fullmatch(line):
-            if lines:
+            count = 0
+        elif here not in fences and (HEADING.fullmatch(line) or _is_name(lines, here)):
+            if count:
                 yield begin, end, None
             yield first, last, line.strip("#= \t")
-            lines = 0
-        else:
-            if not lines:
+            count = 0
+        elif line:
+            if not count:
                 begin = first
-            lines += 1
-            end = last
-    if lines:
+            count += at - here
+            end = lines[at - 1][1]
+        elif count:
+            yield begin, end, None
+            count = 0
+    if count:
         yield begin, end, None
+
+
+def _is_underline(line: str, above: str) -> bool:
+    """Whether a line is a `~~~~~` that reStructuredText sets below a heading of about its length, and no fence."""
+    return len(line) >= 3 and not line.strip("~") and abs(len(line) - len(above)) <= 2
+
+
+def _is_name(lines: list[tuple[int, int, str]], at: int) -> bool:
+    """Whether a line is a qualified name as docs:prose sets it, above a text, and none in a list of names or in a text."""
+    if not NAME.fullmatch(lines[at][2]) or at and lines[at - 1][2]:
+        return False
+    below = next((lines[i][2] for i in range(at + 1, len(lines)) if lines[i][2]), "")
+    return bool(below) and not any(kind.fullmatch(below) for kind in (HEADING, NAME, UNDERLINE))
+
+
+def _fences(lines: list[str]) -> dict[int, int]:
+    """First and last line of each block of code: a comment in it is no heading, an empty line no end. One that nothing ends is
+    none, or the headings below it would be lost.
+    """
+    found: dict[int, int] = {}
+    never: dict[str, int] = {}  # from which length on nothing below ends a fence of this character
+    at = 0
+    while at < len(lines):
+        mark = FENCE.fullmatch(lines[at])
+        if mark and not (at and _is_underline(lines[at], lines[at - 1])):
+            sign = mark[1] or mark[2]
+            end = None
+            if len(sign) < never.get(sign[0], len(sign) + 1):
+                below = range(at + 1, len(lines))
+                end = next((i for i in below if lines[i].startswith(sign) and not lines[i].strip(sign[0])), None)
+            if end is None:
+                never[sign[0]] = min(len(sign), never.get(sign[0], len(sign)))
+            else:
+                found[at] = at = end
+        at += 1
+    return found
 
 
 def _pieces(document: str, start: int, end: int, most_words: int) -> Iterator[tuple[int, int, int]]:

@@ -28,7 +28,7 @@ from shared import UserError
 from shared.corpora import crawl as web
 from shared.corpora.build import BATCH, build, main, ordered_map, prepare
 from shared.corpora.crawl import crawl
-from shared.corpora.readers import decode, documents
+from shared.corpora.readers import decode, documents, local_files
 from shared.corpora.wikitext import wiki_text
 from shared.data.charsets import OLD
 from shared.data.cleaning import LONGEST, CleaningReport, language
@@ -1012,3 +1012,22 @@ def test_an_output_that_cannot_be_made_is_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith("error: --output ")
     assert said.endswith("; name another file.\n") and said.count("\n") == 1
+
+
+def test_folders_that_links_lead_to_are_read_once(tmp_path):
+    """Without going round in a ring, and without what hides."""
+    notes, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    for folder in (notes / "own", notes / ".git", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+    for file in (notes / "a.md", notes / "own" / "b.md", notes / ".git" / "c.md", elsewhere / "deep" / "d.md"):
+        file.write_text(file.name)
+    for link, target in (
+        ("linked", elsewhere),
+        ("again", notes / "own"),
+        ("round", notes),
+        ("gone", tmp_path / "gone"),
+    ):
+        (notes / link).symlink_to(target)
+    (elsewhere / "back").symlink_to(notes)
+    names = [name for _, name in local_files(notes)]
+    assert names == ["notes/a.md", "notes/linked/deep/d.md", "notes/own/b.md"]

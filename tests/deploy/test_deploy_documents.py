@@ -282,6 +282,14 @@ def test_a_file_that_does_not_fit_takes_no_room(monkeypatch):
     assert read == ["20.txt", "10.txt"] and [each.split(":")[0] for each in problems] == ["25.txt", "1.txt"]
 
 
+def test_own_files_have_lines_and_a_pdf_has_none(monkeypatch):
+    monkeypatch.setattr(documents_page, "read_upload", lambda name, content: content.decode())
+    opened = [SimpleNamespace(name=name, getvalue=lambda: b"A text.") for name in ("a.txt", "b.PDF")]
+    rows = documents_page.read_all(opened, [], SimpleNamespace(progress=lambda *_: None))
+    assert [row["line"] for row in rows] == [1, 0]
+    assert documents_page.source_line({"source": "b.PDF", "line": None}) == "b.PDF"
+
+
 def test_make_ask_indexes_beside_the_page_and_both_end_together(port, tmp_path):
     """On a fresh folder, stopped by Ctrl-C while it indexes: the index is whole and says that it is not complete."""
     for name in (".venv", "deploy", "shared", "requirements.txt"):

@@ -53,6 +53,7 @@ def said(key: str) -> str:
     [
         ("a.txt", VIETNAMESE.encode(), VIETNAMESE),
         ("a.TXT", b"\xef\xbb\xbfone\r\ntwo\r\n", "one\ntwo"),
+        ("lines.txt", b"\xef\xbb\xbf\n\n  one\n \n", "\n\n  one"),
         ("a.md", VIETNAMESE.encode("utf-16"), VIETNAMESE),
         ("a.txt", "plain English words".encode("utf-16-le"), "plain English words"),
         ("a.txt", unicodedata.normalize("NFD", VIETNAMESE).encode(), VIETNAMESE),

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from shared import UserError
-from shared.retrieval.__main__ import main
+from shared.data import files
+from shared.retrieval.__main__ import main, texts_of
+from shared.retrieval.answers import citations
 from shared.retrieval.encoder import SETTINGS, Encoder, pool, save_settings
 from shared.retrieval.index import Index, fuse, terms
 from shared.retrieval.passages import WORD, cut
@@ -44,10 +48,38 @@ The pond
 
 def test_passages_stand_where_they_say():
     found = cut(MANUAL)
-    assert [(part.heading, part.line) for part in found] == [("The mill", 1), ("Prices", 7), ("The pond", 16)]
+    assert [(part.heading, part.line) for part in found] == [("The mill", 1), ("Prices", 5), ("The pond", 16)]
     assert found[1].text.endswith("sack = 9\n```") and found[2].text.endswith("Đừng câu cá ở đây.")
     for part in found:
         assert MANUAL.startswith(part.text, part.start) and MANUAL[: part.start].count("\n") == part.line - 1
+
+
+UNUSUAL = {
+    "file names": ("Copy these:\n\nmain.py\nutils.py\nwww.example.com\n\nThen restart.", [""]),
+    "names alone": ("anna.meyer\n\nbob.lee", [""]),
+    "names of docs:prose": ("a.b\n\nDoes this.\n\na.c\n\nDoes that.", ["a.b", "a.c"]),
+    "a name in a text": ("It calls\na.b\nthen.\n\nReturns:\na.c\n\nMore.", [""]),
+    "headings alone": ("# Install\n## Steps\n\nRun it.\n\n# End\n\n## Of it", ["Steps"]),
+    "nothing but headings": ("# One\n\n## Two", ["Two"]),
+    "a fence in a line": ("# One\n\n```pip install x```\n\nRun.\n\n# Two\n\nEnd.", ["One", "Two"]),
+    "a longer closing fence": ("# A\n\n```\n# x\n````\n\n# B\n\nEnd.", ["A", "B"]),
+    "a fence in a fence": ("# A\n\n````md\n```\n# x\n```\n````\n\n# B\n\nEnd.", ["A", "B"]),
+    "another fence does not end it": ("# A\n\n```\n~~~\n# x\n```\n\n# B\n\nEnd.", ["A", "B"]),
+    "a fence that nothing ends": ("# A\n\n```python\n\n# B\n\nEnd.", ["A", "B"]),
+    "reStructuredText": ("Intro\n~~~~~\n\nText.\n\nUse\n~~~~\n\nMore.\n\nEnd\n===\n\nEnd.", ["Intro", "Use", "End"]),
+    "tildes": ("# A\n\n~~~\n# x\n~~~\n\n# B\n\nEnd.", ["A", "B"]),
+}
+
+
+@pytest.mark.parametrize("text, headings", UNUSUAL.values(), ids=UNUSUAL)
+def test_headings_and_what_looks_like_them(text, headings):
+    """No line is lost, whatever it looks like."""
+    found = cut(text)
+    assert [part.heading for part in found] == headings
+    lines = [line for line in text.split("\n") if re.search(r"\w", line)]
+    assert [line for part in found for line in part.text.split("\n") if re.search(r"\w", line)] == lines
+    headings_only = "\n\n".join(f"# Heading {i}" for i in range(1000))
+    assert all(len(WORD.findall(part.text)) <= 60 for part in cut(headings_only, most_words=30))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -55,6 +87,7 @@ def test_no_word_is_lost_and_none_stands_twice(seed):
     """Of documents of sentences, long lines, Chinese, blank lines and blanks anywhere."""
     draw = random.Random(seed)
     parts = ["word ", "End. ", "\n", "\n\n", "  \r\n\r\n", "中文字。", "x" * 50, " ", "?\u2028", "\f", "e\u0301 "]
+    parts += ["\n\nmain.py\n", "\na.b", "\n# H\n", "\n```\n", "\n~~~~\n", "\n== M ==\n", "\n====\n"]
     document = "".join(draw.choices(parts, k=600))
     found = cut(document, most_words=draw.randint(1, 30))
     assert sum((WORD.findall(part.text) for part in found), []) == WORD.findall(document)
@@ -77,6 +110,37 @@ def test_words_of_code_and_of_languages():
     assert {"bertmodel", "bert", "model"} == set(terms("BertModel"))
     assert terms("hoà thuận") == terms("ho\u0061\u0300 thuận") == ["hòa", "thuận"]
     assert terms("中文abc") == ["中", "文", "abc"]
+
+
+def test_every_letter_of_unicode_is_found():
+    """FTS5 folds what it stores by tables of its own."""
+    letters = [chr(i) for i in range(0x30, 0x30000) if unicodedata.category(chr(i))[0] in "LNM"]
+    index = Index(":memory:")
+    index.update([{"source": "x", "text": " ".join(f"zz{letter}" for letter in letters)}])
+    stored = {row[0] for row in index.connection.execute("SELECT term FROM vocabulary")}
+    assert [letter for letter in letters if not set(terms(f"zz{letter}")) <= stored] == []
+
+
+@pytest.mark.parametrize(
+    "asked, text",
+    [
+        ("νόμος", "Ο νόμος ισχύει."),
+        ("ΝΌΜΟΣ", "Ο νόμος ισχύει."),
+        ("5 µm", "A gap of five μm."),
+        ("istanbul", "İSTANBUL'DA"),
+        ("İstanbul", "Istanbul ve İSTANBUL"),
+        ("STRASSE", "Die Straße ist nass."),
+        ("กรุงเทพ", "ฉันอยู่ที่กรุงเทพมหานคร"),
+        ("ວຽງຈັນ", "ຂ້ອຍຢູ່ວຽງຈັນ"),
+        ("ភ្នំពេញ", "ខ្ញុំរស់នៅភ្នំពេញ"),
+        ("ရန်ကုန်", "ကျွန်တော်ရန်ကုန်မှာနေတယ်"),
+    ],
+)
+def test_words_of_other_scripts_are_found(asked, text):
+    index = Index(":memory:")
+    index.update([{"source": "x", "text": text}, {"source": "y", "text": "something else"}])
+    assert [found.source for found in index.search(asked)] == ["x"]
+    assert set(terms(asked)) - {"5"} <= set(terms(text))
 
 
 def test_fusion_is_that_of_the_paper():
@@ -123,12 +187,59 @@ def test_an_index_is_updated_not_rebuilt(encoder, tmp_path, monkeypatch):
     assert shown[0] == shown[1]
 
 
+def test_a_cited_line_is_that_of_the_file(tiny_bert, tmp_path, capsys, monkeypatch):
+    """Of a text that is read in parts too; of a page, a PDF or a table, whose text is not the file's own, none is told."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    lines = [f"Line {i} of many." for i in range(1, 201)]
+    lines[149] = "# The heron stands here."
+    (folder / "long.txt").write_text("\n".join(["", *lines]))
+    monkeypatch.setattr(files.pieces, "__defaults__", (1000,))
+    pages = " ".join(f"The stork number {i} returns in its own week of March." for i in range(9))
+    (folder / "page.html").write_text(f"<html>\n\n<body>\n<h1>Storks</h1><p>{pages}</p></body></html>")
+    (folder / "table.csv").write_text("text\nThe crane dances.\n")
+    (folder / "lone.md").write_text("\n\nThe egret fishes.")
+    name, known = str(tmp_path / "x.sqlite"), Index(tmp_path / "words.sqlite")
+    assert main([str(folder), "--index", name, "--model", str(tiny_bert)]) == 0
+    known.update(texts_of(str(folder)))
+    for question, line in (("heron", 151), ("stork", None), ("crane", None), ("egret", 3)):
+        found = known.search(question)[0]
+        assert citations([found])[0]["line"] == line
+    capsys.readouterr()
+    for question, said in (("stork", "(notes/page.html)"), ("egret", "(notes/lone.md, line 3)")):
+        assert main(["--index", name, "--ask", question, "--most", "1000"]) == 0
+        assert said in capsys.readouterr().out
+    before = {part.id: part.line for part in known.passages()}
+    (folder / "long.txt").write_text("\n".join(["", "", *lines]))
+    known.update(texts_of(str(folder)))
+    assert sum(before.get(part.id) == part.line for part in known.passages()) == 3, "those of the other files"
+
+
 def test_a_source_given_twice_is_two_documents(tmp_path):
     index = Index(tmp_path / "x.sqlite")
     assert index.update([{"source": "half", "text": "half \ud800 a letter"}])["added"] == 1
     rows = [{"source": "t.csv", "text": "first row"}, {"source": "t.csv", "text": "second row"}]
     assert index.update(rows) == {"added": 2, "changed": 0, "kept": 0, "removed": 1} and index.update(rows)["kept"] == 2
     assert [found.source for found in index.search("second")] == ["t.csv#2"]
+    names = ["a#2", "a", "a", "a", "a#2"]
+    index.update([{"source": name, "text": f"row {i}"} for i, name in enumerate(names)])
+    assert [found.source for found in index.passages()] == ["a#2", "a", "a#3", "a#4", "a#2#2"]
+
+
+def test_many_rows_of_one_source_take_no_longer_each(monkeypatch):
+    """Names that are tried grow with the rows, not with their square."""
+    rows = [{"source": "wikipedia", "text": ""} for _ in range(300)]
+    tried = 0
+
+    class Seen(set):
+        def __contains__(self, name):
+            nonlocal tried
+            tried += 1
+            return super().__contains__(name)
+
+    monkeypatch.setattr("shared.retrieval.index.set", Seen, raising=False)
+    Index(":memory:").update(rows)
+    assert 300 <= tried < 1000
 
 
 WRITER = """
@@ -239,7 +350,7 @@ def test_pooling_by_hand():
     assert pool(hidden, lengths, "cls").tolist()[0] == [1.0, 0.0]
 
 
-def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys):
+def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys, caplog):
     folder, index = tmp_path / "notes", tmp_path / "x.sqlite"
     folder.mkdir()
     (folder / "mill.md").write_text(MANUAL)
@@ -263,10 +374,20 @@ def test_the_command_indexes_and_answers_with_places(tiny_bert, tmp_path, capsys
         )
         == 0
     )
-    assert "mill.md > Prices (notes/mill.md, line 7)\n## Prices" in capsys.readouterr().out
+    assert "mill.md > Prices (notes/mill.md, line 5)\n## Empty\n\n## Prices" in capsys.readouterr().out
     (folder / "page.html").unlink()
     assert main(command) == 0 and "1 kept, 1 removed" in capsys.readouterr().out
-    for words, said in ((["--ask", "x"], "no such index"), ([str(tmp_path / "none")], "no such file or folder")):
+    (folder / "stars.csv").write_text("name,magnitude\nSirius,-1.5\n")
+    assert main(command) == 0
+    assert "1 another kind of file, 1 table without a column text" in caplog.text
+    capsys.readouterr()
+    for words, said in (
+        ([str(folder / "stars.csv")], "found name, magnitude. Name the one with the text: python -m shared.corpora"),
+        (["--ask", "x", "--most", "0"], "--most 0: nothing would be shown"),
+        (["--ask", "x"], "no such index"),
+        ([str(tmp_path / "none")], "no such file or folder"),
+    ):
+        (tmp_path / "new.sqlite").unlink(missing_ok=True)
         assert main([*words, "--index", str(tmp_path / "new.sqlite"), "--model", str(tiny_bert)]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.strip().splitlines()) == 1, error
