@@ -105,7 +105,6 @@ def main(script_args, args, run_args) -> None:
     from transformers import (
         AutoModel,
         AutoModelForSequenceClassification,
-        AutoTokenizer,
         DataCollatorWithPadding,
         set_seed,
     )
@@ -115,6 +114,7 @@ def main(script_args, args, run_args) -> None:
     from shared.metrics import macro_f1
     from shared.publish import compare
     from shared.publish.hub import pull
+    from shared.publish.vocabulary import load_tokenizer
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.out_of_memory import evaluate_within_memory
@@ -127,7 +127,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}

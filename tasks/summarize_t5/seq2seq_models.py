@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
+from shared.publish import vocabulary
 from shared.training.losses import finite
 from shared.training.scoring import score_rows
 from shared.training.sharding import refuse_sharded
@@ -35,7 +35,7 @@ def load_tokenizer(source: Path | None, texts: Iterator[str], vocab_size: int):
     """
     if source is not None:
         names = ["input_ids", "attention_mask"]  # a BERT's token types mean nothing to a BART
-        return AutoTokenizer.from_pretrained(source, model_input_names=names, trust_remote_code=False)
+        return vocabulary.load_tokenizer(source, model_input_names=names)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
