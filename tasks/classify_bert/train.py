@@ -39,8 +39,8 @@ class ScriptArguments:
 
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
-    from datasets import ClassLabel, Dataset, DatasetDict
-    from labelled_texts import hides_labels, likely_one, refuse_measures, to_row
+    from datasets import ClassLabel, DatasetDict
+    from labelled_texts import hides_labels, likely_one, number_labels, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -67,15 +67,10 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
             f"{run_args.dataset}: {len(counts):,} labels, {len(classes)} of them with {script_args.min_label_rows} training rows "
             "or more; at least two are needed. Is --columns label=... the right column? Lower --min_label_rows?"
         )
-    number = {label: i for i, label in enumerate(classes)}
-    for split, rows in splits.items():
-        kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
-        if not kept:
-            raise UserError(f"{run_args.dataset}: no row of the {split} split has a label of the training split.")
-        splits[split] = Dataset.from_list(kept)
-    rare = sum(count for label, count in counts.items() if label not in number)
-    found = f"{len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
-    found = "; ".join(filter(None, (found, likely_one(counts))))
+    splits, left_out = number_labels(splits, classes, run_args.dataset)
+    rare = len(counts) - len(classes)
+    found = f"{len(classes)} labels, {rare} rarer ones left out with {left_out.pop('train'):,} training rows"
+    found = "; ".join(filter(None, (found, *left_out.values(), likely_one(counts))))
     log.info("%s: %s", run_args.dataset, found)
     log.info("training rows by label: %s", ", ".join(f"{label} {count:,}" for label, count in counts.most_common(20)))
     return splits, classes, f"{report}; {found}"
@@ -209,6 +204,7 @@ def main(script_args, args, run_args) -> None:
         **compute_metrics(np.full(len(labels), majority), labels, "baseline"),
         **helped,
         "test_rows": len(labels),
+        "data": cleaning,
     }
 
     # Export

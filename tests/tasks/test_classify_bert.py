@@ -270,3 +270,16 @@ def test_configurations_are_read(config):
     argv = [f"--config={TASK / 'configs' / config}", "--fp16=false"]
     script_args, args, run_args = parse(classify_bert.ScriptArguments, TRAINING, argv)
     assert run_args.dataset and args.train_sampling_strategy == "group_by_length" and script_args.max_length >= 96
+
+
+def test_rows_of_labels_that_are_not_learnt_are_counted(bert, tmp_path, caplog):
+    """An official test half of which has a label that training does not know: its accuracy is of the other half."""
+    (tmp_path / "data").mkdir()
+    for split, labels in (("train", "abab" * 10), ("validation", "ab" * 4), ("test", "abcc" * 20)):
+        rows = [{"review": f"{split} {i} {i * 7919}", "stars": label} for i, label in enumerate(labels)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_main(flags(bert, tmp_path / "data", tmp_path / "run", max_steps=1))
+    said = "test: 40 of 80 rows have labels that are not learnt; accuracy is of the others"
+    results = results_of(tmp_path / "run")
+    assert results["test_rows"] == 40 and said in results["data"] and "validation:" not in results["data"]
+    assert said in (tmp_path / "run" / "README.md").read_text() and said in caplog.text
