@@ -96,13 +96,8 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from texts to card."""
     # Setup
     import numpy as np
-    from linear_probe import CheckedTrainer, fit_linear, predict_linear, start_head
-    from transformers import (
-        AutoModel,
-        AutoModelForSequenceClassification,
-        DataCollatorWithPadding,
-        set_seed,
-    )
+    from linear_probe import CheckedTrainer, fit_linear, load_model, predict_linear, start_head
+    from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
     from shared.data.splits import first_rows
     from shared.inference.positions import check_length
@@ -156,10 +151,7 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)  # the new head
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype="float32", trust_remote_code=False, output_loading_info=True, **names
-    )
+    model, new_head = load_model(source, tokenizer, classes)
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
@@ -169,7 +161,7 @@ def main(script_args, args, run_args) -> None:
     )
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
-    if checkpoint is None and loaded["missing_keys"]:  # the head is new
+    if checkpoint is None and new_head:
         start_head(model.to(args.device), rows["train"], collator, args.per_device_eval_batch_size)
     trainer = CheckedTrainer(
         model=model,
