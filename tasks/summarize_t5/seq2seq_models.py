@@ -87,13 +87,15 @@ def load_model(source: Path | None, tokenizer, script_args, args):
             raise UserError(
                 f"{source} is a {config.model_type} model; expected an encoder-decoder (T5, BART) or a BERT to start one."
             )
-        # A name that older and newer configurations have in common; T5 has none, its positions are relative.
-        most = getattr(config, "max_position_embeddings", None)
-        if most and max(script_args.max_source_length, script_args.max_target_length) > most:
-            raise UserError(
-                f"{source} reads and writes at most {most} tokens: lower --max_source_length (now "
-                f"{script_args.max_source_length}) or --max_target_length (now {script_args.max_target_length})."
-            )
+        # A name that older and newer configurations have in common, but LED; T5 has none, its positions are relative.
+        both = getattr(config, "max_position_embeddings", None)
+        for side, does, option in (
+            ("encoder", "reads", "max_source_length"),
+            ("decoder", "writes", "max_target_length"),
+        ):
+            most, asked = getattr(config, f"max_{side}_position_embeddings", both), getattr(script_args, option)
+            if most and asked > most:
+                raise UserError(f"{source} {does} at most {most} tokens: lower --{option} (now {asked}).")
         if config.model_type == "bert":
             model = bart_from_bert(source, tokenizer)
         else:
