@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from shared import UserError
+from shared.publish.vocabulary import check_vocabulary
 
 log = logging.getLogger("taskbook")
 
@@ -33,11 +34,14 @@ def check_length(max_length: int, source: Path, tokenizer) -> None:
     """For encoders that a task trains; says what else of a text they do not read.
 
     Raises:
-        UserError: the model in the folder `source` reads fewer tokens than `max_length`.
+        UserError: the model in the folder `source` reads fewer tokens than `max_length`, or has fewer embeddings than its
+            tokenizer tokens.
     """
     from transformers import AutoConfig
 
-    longest = longest_input(AutoConfig.from_pretrained(source, trust_remote_code=False), tokenizer)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_vocabulary(config, tokenizer, source)
+    longest = longest_input(config, tokenizer)
     if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
     words = tokenizer.tokenize("ma ma")

@@ -41,3 +41,22 @@ def load_tokenizer(source: str | Path, adapter: bool = False, **options):
     if not kept and tokenizer.vocab_files_names or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(missing)
     return tokenizer
+
+
+def check_vocabulary(config, tokenizer, source: str | Path, needs: int | None = None) -> None:
+    """More embeddings than tokens are fine: many models are padded.
+
+    Args:
+        config: of the model.
+        needs: embeddings that the rows and their padding read; without, one for each token of the tokenizer.
+
+    Raises:
+        UserError: fewer embeddings than that.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)  # none where characters are hashed (CANINE)
+    if size and size < (needs or len(tokenizer)):
+        raise UserError(
+            f"{source}: its tokenizer has {len(tokenizer):,} tokens, the model {size:,} embeddings: tokens were added to the "
+            "tokenizer and not to the model. Take the model's own tokenizer, or first "
+            "`model.resize_token_embeddings(len(tokenizer))`, and save."
+        )

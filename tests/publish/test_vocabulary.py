@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 from checkout import ROOT
-from transformers import AutoTokenizer, ByT5Tokenizer, T5Config
+from transformers import AutoTokenizer, BertConfig, ByT5Tokenizer, T5Config
 
 from shared import UserError
 from shared.inference.model import Model
-from shared.publish.vocabulary import load_tokenizer
+from shared.inference.positions import check_length
+from shared.publish.vocabulary import check_vocabulary, load_tokenizer
 from shared.retrieval.encoder import Encoder
 
 NO_TOKENIZER = r"no tokenizer beside the model. Save there .* `tokenizer.save_pretrained\(folder\)`"
@@ -73,6 +74,18 @@ def test_an_adapter_is_no_whole_model(tiny, tmp_path):
     with pytest.raises(UserError, match=r"is an adapter, .*python -m shared.export .* --to merged"):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path, adapter=True).chat_template
+
+
+def test_more_tokens_than_embeddings_are_one_line(tiny_bert):
+    """Encoders by check_length; a model with more embeddings than tokens is fine."""
+    tokenizer, config = load_tokenizer(tiny_bert), BertConfig.from_pretrained(tiny_bert)
+    check_length(64, tiny_bert, tokenizer)
+    config.vocab_size += 64
+    check_vocabulary(config, tokenizer, tiny_bert)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(UserError, match="its tokenizer has 30,523 tokens, the model 30,522 embeddings"):
+        check_length(64, tiny_bert, tokenizer)
+    check_vocabulary(BertConfig.from_pretrained(tiny_bert), tokenizer, tiny_bert, needs=30522)
 
 
 def test_tasks_load_no_tokenizer_past_it():
