@@ -26,6 +26,7 @@ from shared.inference.positions import check_summary, longest_input
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
+from shared.publish.vocabulary import load_tokenizer
 
 # On a CPU, measured: see shared/export/README.md. Files for llama.cpp come late: PyTorch reads them slowly
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0", "litert")
@@ -114,14 +115,12 @@ class Model:
     """
 
     def __init__(self, folder: Path, artifact: str, task: str | None = None):
-        from transformers import AutoTokenizer
-
         self.folder, self.artifact = folder, artifact
         try:
             self.task = task or task_of(folder)
             if self.task not in TASKS:
                 raise UserError(f"--task {self.task}: expected one of {', '.join(TASKS)}.")
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = load_tokenizer(folder, adapter=True)
             self._runner = RUNNERS.get(artifact, TorchRunner)(folder, self.task)
         except UserError:
             raise

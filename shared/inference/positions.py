@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from shared import UserError
+from shared.publish.vocabulary import check_vocabulary
 
 log = logging.getLogger("taskbook")
 
@@ -49,14 +50,17 @@ def check_length(max_length: int, source: Path, tokenizer) -> None:
     """For encoders that a task trains; says what else of a text they do not read.
 
     Raises:
-        UserError: the model in the folder `source` reads fewer tokens than `max_length`, or these hold no text.
+        UserError: the model in the folder `source` reads fewer tokens than `max_length`, these hold no text, or it has fewer
+            embeddings than its tokenizer tokens.
     """
     from transformers import AutoConfig
 
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
         raise UserError(f"--max_length {max_length}: of each text {special} are special tokens. Take more.")
-    longest = longest_input(AutoConfig.from_pretrained(source, trust_remote_code=False), tokenizer)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_vocabulary(config, tokenizer, source)
+    longest = longest_input(config, tokenizer)
     if longest and max_length > longest:
         raise UserError(f"--max_length {max_length}: this model reads {longest} tokens at most.")
     words = tokenizer.tokenize("ma ma")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from shared import UserError
 from shared.publish.results import file_digest
+from shared.publish.vocabulary import load_tokenizer
 
 MAX_LENGTH = 256  # tokens; what sentence-transformers' MiniLM reads
 SETTINGS = {"pooling": "mean", "question_prompt": "", "passage_prompt": "", "max_length": MAX_LENGTH}
@@ -37,14 +38,14 @@ class Encoder:
     """An encoder in a folder: one that tasks/rag_docs left, one of sentence-transformers, or any with a mean of its tokens."""
 
     def __init__(self, folder: Path, device: str = "cpu"):
-        """Raises UserError for a folder without an encoder."""
-        from transformers import AutoModel, AutoTokenizer
+        """Raises UserError for a folder without an encoder or its tokenizer."""
+        from transformers import AutoModel
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.model = AutoModel.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
+            self.tokenizer = load_tokenizer(folder)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: holds no encoder ({str(error).splitlines()[0][:150]}).") from error
         self.folder, self.model = Path(folder), self.model.to(device).eval()

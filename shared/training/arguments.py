@@ -195,10 +195,15 @@ LIMITS |= dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1))
 LIMITS |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"), (0, math.inf))
 LIMITS |= dict.fromkeys(("adam_beta1", "adam_beta2", "mlm_probability", "max_bad_rows"), (0, 1))
 LIMITS |= {"dataloader_num_workers": (0, math.inf), "label_smoothing_factor": (0, 1)}
+# Trainer's evaluations would miss rows, or what is measured on them
+KEPT = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
+KEPT |= {"dataloader_drop_last": False}
 
 
 def _check_numbers(script_args, training_args, run_args) -> None:
-    """Raises UserError for a number out of LIMITS, a count of rows, tokens and so on below 1, a dropout that is no share."""
+    """Raises UserError for a number out of LIMITS, a count of rows, tokens and so on below 1, a dropout that is no share; for
+    an option that must stay as in KEPT.
+    """
     limits = dict(LIMITS)
     for args in (script_args, run_args):
         for f in fields(args):
@@ -212,6 +217,10 @@ def _check_numbers(script_args, training_args, run_args) -> None:
             if isinstance(value, int | float) and not least <= value <= most:
                 meant = f"from {least} to {most:,}" if most < math.inf else f"of {least} or more"
                 raise UserError(f"--{name} {value}: give a number {meant}.")
+    for name, kept in KEPT.items():
+        if getattr(training_args, name) != kept:
+            value = str(getattr(training_args, name)).lower()
+            raise UserError(f"--{name} {value}: evaluations here need every row, with its predictions. Leave it out.")
     if training_args.max_steps == 0:
         raise UserError("--max_steps 0: whole epochs would be trained. Give 1 or more, or -1 for --num_train_epochs.")
     if training_args.max_steps < 0 and not training_args.num_train_epochs:

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, PromptEncoderConfig, get_peft_model, pre
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     TrainingArguments,
 )
@@ -18,6 +17,7 @@ from trl import SFTConfig
 
 from shared import UserError
 from shared.inference.torch_runner import carries_state, causal_architecture, keep_layout
+from shared.publish import vocabulary
 from shared.publish.hub import check_peft, pull
 from shared.training.four_bit import four_bit
 from shared.training.packed_attention import PACKED
@@ -79,14 +79,12 @@ def load_tokenizer(source: Path, args=None):
     Raises:
         UserError: a token that the vocabulary does not have, or a template that cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = vocabulary.load_tokenizer(source)
     path = args and args.chat_template_path
     if path and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf8")
     elif path:
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(
-            pull(path, weights=False), trust_remote_code=False
-        ).chat_template
+        tokenizer.chat_template = vocabulary.load_tokenizer(pull(path, weights=False), adapter=True).chat_template
         if tokenizer.chat_template is None:
             raise UserError(f"--chat_template_path {path}: its tokenizer has no chat template.")
     for name in ("eos_token", "pad_token") if args else ():

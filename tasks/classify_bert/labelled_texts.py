@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from datasets import Dataset
+
 from shared import UserError, one_spelling
 from shared.data.cleaning import clean_text, malformed
 
@@ -57,6 +59,29 @@ def likely_one(labels) -> str:
         )
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
+
+
+def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, dict]:
+    """The splits with each label as its place in `classes`, without the rows of other labels, and what was left out.
+
+    Returns:
+        The splits; `train`: how many of its rows were left out; for each other split that lost any, a sentence with how many.
+
+    Raises:
+        UserError: nothing is left of a split.
+    """
+    number, numbered, left_out = {label: i for i, label in enumerate(classes)}, {}, {}
+    for split, rows in splits.items():
+        kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
+        if not kept:
+            raise UserError(f"{source}: no row of the {split} split has a label of the training split.")
+        numbered[split], lost = Dataset.from_list(kept), len(rows) - len(kept)
+        if split == "train":
+            left_out[split] = lost
+        elif lost:
+            said = f"{split}: {lost:,} of {len(rows):,} rows have labels that are not learnt"
+            left_out[split] = f"{said}; accuracy is of the others"
+    return numbered, left_out
 
 
 def refuse_measures(source: str, labels) -> None:

@@ -1,5 +1,5 @@
-"""A linear classifier on the frozen encoder: what it knows before training, and where the head starts. A Trainer that stops at
-NaN. Used by train.py."""
+"""The classifier. A linear one on the frozen encoder: what it knows before training, and where the head starts. A Trainer that
+stops at NaN. Used by train.py."""
 
 import itertools
 import logging
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 
+from shared import UserError
 from shared.training.losses import finite, step_mean
 
 log = logging.getLogger("taskbook")
@@ -44,6 +45,36 @@ class CheckedTrainer(Trainer):
         if model.training:
             finite(loss, lambda: f" at step {self.state.global_step + 1}")
         return (loss, outputs) if return_outputs else loss
+
+
+def load_model(source, tokenizer, classes: list[str]) -> tuple:
+    """The classifier in fp32, and whether its last layer is new: an encoder has none, another classifier one for its own labels.
+
+    A tokenizer without a padding token gets the end token for it, which is hidden by the mask.
+
+    Raises:
+        UserError: the tokenizer has neither; weights of other shapes than config.json says.
+    """
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"{source}: its tokenizer has no padding token, and no end token to take for it. Name one there."
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        dtype="float32",
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # a head for another number of labels
+        id2label=dict(enumerate(classes)),
+        label2id={name: i for i, name in enumerate(classes)},
+        problem_type="single_label_classification",  # or a base for several labels a text would leave sigmoids to pipelines
+    )
+    other = [name for name, *_ in loaded["mismatched_keys"]]
+    if body := [name for name in other if name.startswith(f"{model.base_model_prefix}.")]:
+        raise UserError(f"{source}: {body[0]} has another shape than config.json says: they are of two models.")
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder scores the last token before padding
+    return model, bool(loaded["missing_keys"] or other)
 
 
 def start_head(model, rows, collator, batch_size: int) -> float | None:

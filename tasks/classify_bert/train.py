@@ -39,8 +39,8 @@ class ScriptArguments:
 
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
-    from datasets import ClassLabel, Dataset, DatasetDict
-    from labelled_texts import hides_labels, likely_one, refuse_measures, to_row
+    from datasets import ClassLabel, DatasetDict
+    from labelled_texts import hides_labels, likely_one, number_labels, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -67,15 +67,10 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
             f"{run_args.dataset}: {len(counts):,} labels, {len(classes)} of them with {script_args.min_label_rows} training rows "
             "or more; at least two are needed. Is --columns label=... the right column? Lower --min_label_rows?"
         )
-    number = {label: i for i, label in enumerate(classes)}
-    for split, rows in splits.items():
-        kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
-        if not kept:
-            raise UserError(f"{run_args.dataset}: no row of the {split} split has a label of the training split.")
-        splits[split] = Dataset.from_list(kept)
-    rare = sum(count for label, count in counts.items() if label not in number)
-    found = f"{len(classes)} labels, {len(counts) - len(classes)} rarer ones left out with {rare:,} training rows"
-    found = "; ".join(filter(None, (found, likely_one(counts))))
+    splits, left_out = number_labels(splits, classes, run_args.dataset)
+    rare = len(counts) - len(classes)
+    found = f"{len(classes)} labels, {rare} rarer ones left out with {left_out.pop('train'):,} training rows"
+    found = "; ".join(filter(None, (found, *left_out.values(), likely_one(counts))))
     log.info("%s: %s", run_args.dataset, found)
     log.info("training rows by label: %s", ", ".join(f"{label} {count:,}" for label, count in counts.most_common(20)))
     return splits, classes, f"{report}; {found}"
@@ -101,20 +96,15 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from texts to card."""
     # Setup
     import numpy as np
-    from linear_probe import CheckedTrainer, fit_linear, predict_linear, start_head
-    from transformers import (
-        AutoModel,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        set_seed,
-    )
+    from linear_probe import CheckedTrainer, fit_linear, load_model, predict_linear, start_head
+    from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
     from shared.data.splits import first_rows
     from shared.inference.positions import check_length
     from shared.metrics import macro_f1
     from shared.publish import compare
     from shared.publish.hub import pull
+    from shared.publish.vocabulary import load_tokenizer
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.out_of_memory import evaluate_within_memory
@@ -127,7 +117,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
@@ -161,10 +151,7 @@ def main(script_args, args, run_args) -> None:
 
     # Model
     set_seed(args.seed)  # the new head
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype="float32", trust_remote_code=False, output_loading_info=True, **names
-    )
+    model, new_head = load_model(source, tokenizer, classes)
     if run_args.dry_run:
         return print_plan(model, args, run_args, supervised_share=0.0, **facts)
 
@@ -174,7 +161,7 @@ def main(script_args, args, run_args) -> None:
     )
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper, collator = StopOnSignal(), DataCollatorWithPadding(tokenizer)
-    if checkpoint is None and loaded["missing_keys"]:  # the head is new
+    if checkpoint is None and new_head:
         start_head(model.to(args.device), rows["train"], collator, args.per_device_eval_batch_size)
     trainer = CheckedTrainer(
         model=model,
@@ -209,6 +196,7 @@ def main(script_args, args, run_args) -> None:
         **compute_metrics(np.full(len(labels), majority), labels, "baseline"),
         **helped,
         "test_rows": len(labels),
+        "data": cleaning,
     }
 
     # Export

@@ -9,7 +9,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_mode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     TrainingArguments,
 )
@@ -17,6 +16,7 @@ from trl import DPOConfig
 
 from shared import UserError
 from shared.inference.torch_runner import causal_architecture, keep_layout
+from shared.publish import vocabulary
 from shared.publish.hub import check_peft, pull
 from shared.training.four_bit import four_bit
 from shared.training.sharding import refuse_sharded
@@ -86,11 +86,10 @@ def load_tokenizer(source: Path, base: Path):
     """The tokenizer of a run, or that of its base; it needs a chat template.
 
     Raises:
-        UserError: no chat template.
+        UserError: no tokenizer, or no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        source if (source / "tokenizer_config.json").is_file() else base, trust_remote_code=False
-    )
+    folder = source if (source / "tokenizer_config.json").is_file() else base
+    tokenizer = vocabulary.load_tokenizer(folder, adapter=folder != base)
     if not tokenizer.chat_template:
         raise UserError(f"{source}: no chat template, so no chat model. Train one first with tasks/chat_sft.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # hidden by the mask, and never trained

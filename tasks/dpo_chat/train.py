@@ -112,6 +112,7 @@ def main(script_args, args, run_args) -> None:
     from shared.metrics import paired_difference
     from shared.publish import compare
     from shared.publish.hub import pull
+    from shared.publish.vocabulary import check_vocabulary
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
@@ -145,6 +146,9 @@ def main(script_args, args, run_args) -> None:
     # Model
     set_seed(args.seed)
     model = load_model(source, base, adapter, script_args, args, run_args.dry_run)
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
+    used = (max(ids) for rows in tokenized.values() for side in sides for ids in rows[side] if ids)
+    check_vocabulary(model.config, tokenizer, base, needs=1 + max(tokenizer.pad_token_id, *used))
     served = serve_as(model, source, tokenizer, encoder.stop)
     if run_args.dry_run:
         in_4bit = script_args.method == "qlora"
@@ -152,7 +156,7 @@ def main(script_args, args, run_args) -> None:
 
     # Train
     lora = (adapter.r, adapter.lora_alpha) if adapter else (script_args.lora_r, script_args.lora_alpha)
-    seen = {"rows": [list(learnt[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]}
+    seen = {"rows": [list(learnt[name]) for name in sides]}
     seen["chat_template"] = tokenizer.chat_template
     identity = run_identity(args, run_args, **seen, method=script_args.method, adapter=lora)
     checkpoint = begin(args, run_args, {**checked, "cleaning": cleaning}, identity)

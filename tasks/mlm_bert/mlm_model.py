@@ -3,19 +3,20 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
+from transformers import AutoConfig, AutoModelForMaskedLM, pipeline, set_seed
 
 from shared import UserError
 from shared.inference.positions import check_length
+from shared.publish import vocabulary
 
 
 def load_tokenizer(source: Path, max_length: int):
     """The tokenizer of an encoder.
 
     Raises:
-        UserError: it has no mask token, or the model reads fewer tokens than `max_length`.
+        UserError: there is none, it has no mask token, or the model reads fewer tokens than `max_length`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = vocabulary.load_tokenizer(source)
     if tokenizer.mask_token is None:
         raise UserError(
             f"{source}: its tokenizer has no mask token, so it is no masked language model. Choose an encoder, such as "

@@ -6,7 +6,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -14,6 +13,7 @@ from transformers import (
 
 from shared import UserError
 from shared.inference.torch_runner import causal_architecture
+from shared.publish import vocabulary
 from shared.publish.hub import pull
 from shared.training.packed_attention import PACKED
 
@@ -32,7 +32,7 @@ def load_tokenizer(name: str | None, texts: Iterator[str], vocab_size: int):
     """
     if name:
         source = pull(name)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = vocabulary.load_tokenizer(source)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: this tokenizer has no end token to put between documents. Choose another.")
         tokenizer.model_max_length = int(1e30)  # documents may be of any length: they are cut into blocks

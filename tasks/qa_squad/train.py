@@ -98,7 +98,6 @@ def main(script_args, args, run_args) -> None:
 
     import reader
     import squad_features as features
-    from transformers import AutoTokenizer
     from transformers.trainer_utils import set_seed
 
     from shared.data.splits import first_rows
@@ -106,6 +105,7 @@ def main(script_args, args, run_args) -> None:
     from shared.inference.qa_windows import decode, make_windows, strip_blanks
     from shared.publish import compare
     from shared.publish.hub import pull
+    from shared.publish.vocabulary import load_tokenizer
     from shared.training.checkpoints import CompleteCheckpoints, train
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
@@ -118,7 +118,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     limits = {"train": run_args.max_train_rows, "validation": script_args.max_validation_rows}

@@ -101,12 +101,13 @@ def main(script_args, args, run_args) -> None:
     import numpy as np
     import question_rows
     import retriever
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     from shared.data.splits import first_rows
     from shared.inference.positions import check_length
     from shared.publish import compare
     from shared.publish.hub import pull
+    from shared.publish.vocabulary import load_tokenizer
     from shared.retrieval.encoder import SETTINGS, save_settings, tokenize
     from shared.retrieval.index import DEPTH, Index, fuse, passage_text
     from shared.training.checkpoints import CompleteCheckpoints, train
@@ -123,7 +124,7 @@ def main(script_args, args, run_args) -> None:
 
     # Data
     source = pull(run_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, cleaning = once_a_machine(lambda: load_rows(run_args, args.seed))
     settings = {name: getattr(script_args, name) for name in SETTINGS}

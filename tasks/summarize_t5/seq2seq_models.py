@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -20,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
+from shared.publish import vocabulary
 from shared.training.losses import finite
 from shared.training.scoring import score_rows
 from shared.training.sharding import refuse_sharded
@@ -35,7 +35,7 @@ def load_tokenizer(source: Path | None, texts: Iterator[str], vocab_size: int):
     """
     if source is not None:
         names = ["input_ids", "attention_mask"]  # a BERT's token types mean nothing to a BART
-        return AutoTokenizer.from_pretrained(source, model_input_names=names, trust_remote_code=False)
+        return vocabulary.load_tokenizer(source, model_input_names=names)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -87,13 +87,15 @@ def load_model(source: Path | None, tokenizer, script_args, args):
             raise UserError(
                 f"{source} is a {config.model_type} model; expected an encoder-decoder (T5, BART) or a BERT to start one."
             )
-        # A name that older and newer configurations have in common; T5 has none, its positions are relative.
-        most = getattr(config, "max_position_embeddings", None)
-        if most and max(script_args.max_source_length, script_args.max_target_length) > most:
-            raise UserError(
-                f"{source} reads and writes at most {most} tokens: lower --max_source_length (now "
-                f"{script_args.max_source_length}) or --max_target_length (now {script_args.max_target_length})."
-            )
+        # A name that older and newer configurations have in common, but LED; T5 has none, its positions are relative.
+        both = getattr(config, "max_position_embeddings", None)
+        for side, does, option in (
+            ("encoder", "reads", "max_source_length"),
+            ("decoder", "writes", "max_target_length"),
+        ):
+            most, asked = getattr(config, f"max_{side}_position_embeddings", both), getattr(script_args, option)
+            if most and asked > most:
+                raise UserError(f"{source} {does} at most {most} tokens: lower --{option} (now {asked}).")
         if config.model_type == "bert":
             model = bart_from_bert(source, tokenizer)
         else:

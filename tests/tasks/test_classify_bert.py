@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from functools import partial
 
@@ -14,7 +15,15 @@ import torch
 import transformers
 from checkout import ROOT, train_script
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, DataCollatorWithPadding, pipeline
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    pipeline,
+)
 
 from shared import UserError
 from shared.data import assets
@@ -270,3 +279,46 @@ def test_configurations_are_read(config):
     argv = [f"--config={TASK / 'configs' / config}", "--fp16=false"]
     script_args, args, run_args = parse(classify_bert.ScriptArguments, TRAINING, argv)
     assert run_args.dataset and args.train_sampling_strategy == "group_by_length" and script_args.max_length >= 96
+
+
+@pytest.mark.parametrize("labels", [3, 5])
+def test_a_classifier_of_other_labels_becomes_one_of_these(labels, bert, reviews, tmp_path, caplog):
+    """Of several labels a text, and of another number of them: its head starts anew, pipelines give shares of 1."""
+    config = BertConfig.from_pretrained(bert, num_labels=labels, problem_type="multi_label_classification")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "base")
+    run_main(flags(tmp_path / "base", reviews, tmp_path / "run", max_steps=1))
+    assert ("the head starts as a linear classifier" in caplog.text) == (labels != 3)
+    scores = pipeline("text-classification", model=str(tmp_path / "run"), top_k=None)(["splendid"])[0]
+    assert len(scores) == 3 and sum(score["score"] for score in scores) == pytest.approx(1, abs=1e-5)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["problem_type"] == "single_label_classification"
+
+
+def test_a_body_of_another_shape_is_refused(bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "base")
+    config = json.loads((bert / "config.json").read_text()) | {"vocab_size": 99}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="word_embeddings.weight has another shape than config.json says"):
+        linear_probe.load_model(tmp_path / "base", AutoTokenizer.from_pretrained(bert), ["a", "b"])
+
+
+def test_a_decoder_without_padding_is_padded_with_its_end(tiny, reviews, tmp_path):
+    run_main(flags(tiny / "gpt2", reviews, tmp_path / "run", max_steps=1))
+    classify = pipeline("text-classification", model=str(tmp_path / "run"))
+    assert classify.tokenizer.pad_token_id == classify.model.config.pad_token_id == 50256
+    text = "splendid 1 2 3 4 5"
+    alone, together = classify(text)[0], classify([text, f"{text} 6 7 8 9"], batch_size=2)[0]
+    assert alone["score"] == pytest.approx(together["score"], abs=1e-5)
+
+
+def test_rows_of_labels_that_are_not_learnt_are_counted(bert, tmp_path, caplog):
+    """An official test half of which has a label that training does not know: its accuracy is of the other half."""
+    (tmp_path / "data").mkdir()
+    for split, labels in (("train", "abab" * 10), ("validation", "ab" * 4), ("test", "abcc" * 20)):
+        rows = [{"review": f"{split} {i} {i * 7919}", "stars": label} for i, label in enumerate(labels)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_main(flags(bert, tmp_path / "data", tmp_path / "run", max_steps=1))
+    said = "test: 40 of 80 rows have labels that are not learnt; accuracy is of the others"
+    results = results_of(tmp_path / "run")
+    assert results["test_rows"] == 40 and said in results["data"] and "validation:" not in results["data"]
+    assert said in (tmp_path / "run" / "README.md").read_text() and said in caplog.text

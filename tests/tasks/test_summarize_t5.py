@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial
 
 import articles
@@ -24,6 +25,8 @@ from transformers import (
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     GenerationConfig,
+    LEDConfig,
+    LEDForConditionalGeneration,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -564,7 +567,10 @@ def test_dry_run_plans_and_writes_nothing(pairs, tmp_path, capsys):
         ({"long_documents": "fold"}, "invalid choice"),
         ({"model_name_or_path": "./nowhere"}, "./nowhere"),
         ({"scratch_width": 100}, "--scratch_width 100: give a multiple of 64"),
-        ({"model_name_or_path": "bart", "max_source_length": 1024}, "reads and writes at most 128 tokens"),
+        (
+            {"model_name_or_path": "bart", "max_source_length": 1024},
+            "reads at most 128 tokens: lower --max_source_length",
+        ),
         ({"model_name_or_path": "llama"}, "is a llama model; expected an encoder-decoder (T5, BART)"),
         ({"columns": "document=nothing"}, "no column nothing"),
     ],
@@ -576,6 +582,26 @@ def test_foreseeable_errors_are_one_line(options, words, tmp_path, small, tiny, 
         run_main(flags(pairs, tmp_path / "run", **options))
     assert words in str(stopped.value) and len(str(stopped.value).splitlines()) <= 2
     assert not list(tmp_path.glob("run/checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        (97, 12, "reads at most 96 tokens: lower --max_source_length .now 97"),
+        (96, 33, "writes at most 32 tokens: lower --max_target_length .now 33"),
+        (96, 32, None),
+    ],
+)
+def test_led_has_positions_of_two_lengths(source, target, words, small, tmp_path):
+    sizes = {
+        f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+    }
+    sizes |= {"max_encoder_position_embeddings": 96, "max_decoder_position_embeddings": 32, "d_model": 16}
+    LEDForConditionalGeneration(LEDConfig(vocab_size=400, attention_window=16, **sizes)).save_pretrained(tmp_path)
+    lengths = Namespace(max_source_length=source, max_target_length=target)
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), bf16=False)
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        seq2seq_models.load_model(tmp_path, AutoTokenizer.from_pretrained(small / "bart"), lengths, args)
 
 
 def test_a_misspelt_key_stops_before_torch():

@@ -116,9 +116,13 @@ def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog)
         ("rag_docs", "learning_rate", "nan", "0 or more"),
         ("rag_docs", "max_steps", "0", "1 or more, or -1"),
         ("dpo_chat", "num_train_epochs", "0", "nothing would be trained"),
+        ("classify_bert", "prediction_loss_only", "true", "evaluations here need every row"),
+        ("classify_bert", "eval_do_concat_batches", "false", "Leave it out"),
+        ("summarize_t5", "batch_eval_metrics", "true", "Leave it out"),
+        ("qa_squad", "dataloader_drop_last", "true", "Leave it out"),
     ],
 )
-def test_a_number_that_makes_no_sense_is_one_line(task, option, value, line):
+def test_a_value_that_makes_no_sense_is_one_line(task, option, value, line):
     with pytest.raises(UserError, match=f"^--{option} {value}: .*{line}"):
         parsed(f"tasks/{task}/configs/laptop.yaml", f"--{option}={value}", "--hardware=this")
 
