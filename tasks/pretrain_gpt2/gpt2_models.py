@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -75,9 +76,9 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
     """A GPT-2 with random weights, or the model to continue from, in fp32. Dropout is off: a token is seen a few times only.
 
     Raises:
-        UserError: no causal language model, blocks longer than it reads, or more tokens than it has embeddings.
+        UserError: no causal language model, blocks longer than it reads, more tokens than it has embeddings, or what
+            `check_head` refuses.
     """
-    attention = PACKED if isolate else "sdpa"
     if model_name is None:
         layers, width = SIZES[size]
         config = GPT2Config(
@@ -95,19 +96,49 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
             pad_token_id=tokenizer.eos_token_id,
         )
         model = GPT2LMHeadModel(config)
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(PACKED if isolate else "sdpa")
         return model
     source = pull(model_name)
     causal_architecture(AutoConfig.from_pretrained(source, trust_remote_code=False), model_name)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention, trust_remote_code=False
+        source,
+        dtype=torch.float32,
+        use_safetensors=True,
+        attn_implementation=PACKED if isolate else None,  # sdpa where transformers knows it for the model
+        trust_remote_code=False,
     )
     longest = getattr(model.config, "max_position_embeddings", block_length)
     if block_length > longest:
         raise UserError(f"--block_length {block_length}: {model_name} has {longest} positions. Take at most that many.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{model_name} has fewer embeddings than the tokenizer tokens: leave --tokenizer out.")
+    check_head(model, model_name)
     return model
+
+
+@torch.no_grad()
+def check_head(model, name: str) -> None:
+    """Tries on a short row whether logits are the last hidden states times the head's weights: training computes no others.
+
+    Raises:
+        UserError: they are not.
+    """
+    head, why = model.get_output_embeddings(), "its logits are scaled or capped behind its head"
+    if getattr(head, "bias", None) is not None:
+        why, same = "its head has a bias", False
+    else:
+        # A cap changes large logits only: the head is given its input a thousandfold.
+        hook = head.register_forward_pre_hook(lambda _, given: (1000 * given[0],))
+        found = model(torch.arange(8)[None], use_cache=False, output_hidden_states=True)
+        hook.remove()
+        same = alike(found.logits, 1000 * F.linear(found.hidden_states[-1], head.weight))
+    if not same:
+        raise UserError(f"{name}: {why}, and the loss here would be another model's. Continue from another model.")
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether they differ by rounding only; what is not a number is left to the first step, which it stops."""
+    return not (ours - theirs).abs().mean() > 1e-3 * theirs.abs().mean()
 
 
 TEMPERATURES = (0.5, 0.8, 1.1)

@@ -233,7 +233,41 @@ def test_isolated_documents_do_not_see_each_other(tiny):
     assert torch.allclose(seen[:4], alone[:4], atol=1e-5) and not torch.allclose(seen[4:8], alone[4:8], atol=1e-2)
 
 
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+SMALL |= {"eos_token_id": 0, "pad_token_id": 0}
+LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+
+
+def saved(config, folder):
+    """A model of this configuration with random weights, its head's bias too, and a tokenizer of 300 tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(folder)
+    tokenizer = gpt2_models.load_tokenizer(None, iter(["one two three"]), 300)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 # Model, loss and optimizer
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.GraniteConfig(**LLAMA, logits_scaling=8.0), "logits are scaled or capped"),
+        (transformers.CohereConfig(**SMALL | {"intermediate_size": 64}), "logits are scaled or capped"),
+        (transformers.Gemma2Config(**LLAMA), "logits are scaled or capped"),
+        (transformers.PhiConfig(**SMALL, intermediate_size=64), "its head has a bias"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_whose_logits_are_no_plain_product_is_refused(config, why, tmp_path):
+    """Training computes hidden states times the head's weights: the loss and the perplexity would be another model's."""
+    tokenizer = saved(config, tmp_path)
+    with pytest.raises(UserError, match=why):
+        gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, False)
 
 
 @pytest.mark.parametrize(
