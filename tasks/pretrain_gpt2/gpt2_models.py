@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from trainer_gpt2 import hidden_states
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from shared import UserError
-from shared.inference.torch_runner import causal_architecture
+from shared.inference.torch_runner import carries_state, causal_architecture
 from shared.publish.hub import pull
 from shared.training.packed_attention import PACKED
 
@@ -77,7 +78,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
 
     Raises:
         UserError: no causal language model, blocks longer than it reads, more tokens than it has embeddings, or what
-            `check_head` refuses.
+            `check_head` and `check_isolation` refuse.
     """
     if model_name is None:
         layers, width = SIZES[size]
@@ -99,7 +100,14 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model.set_attn_implementation(PACKED if isolate else "sdpa")
         return model
     source = pull(model_name)
-    causal_architecture(AutoConfig.from_pretrained(source, trust_remote_code=False), model_name)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    architecture = causal_architecture(config, model_name)
+    apart = architecture._supports_sdpa and architecture._supports_attention_backend
+    if isolate and (not apart or carries_state(architecture, config)):
+        raise UserError(
+            f"--isolate_documents true: {model_name} ({config.model_type}) has attention of its own, or carries a state from one "
+            "document to the next. Leave it out."
+        )
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=torch.float32,
@@ -113,6 +121,8 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{model_name} has fewer embeddings than the tokenizer tokens: leave --tokenizer out.")
     check_head(model, model_name)
+    if isolate:
+        check_isolation(model, model_name, tokenizer.eos_token_id)
     return model
 
 
@@ -134,6 +144,25 @@ def check_head(model, name: str) -> None:
         same = alike(found.logits, 1000 * F.linear(found.hidden_states[-1], head.weight))
     if not same:
         raise UserError(f"{name}: {why}, and the loss here would be another model's. Continue from another model.")
+
+
+@torch.no_grad()
+def check_isolation(model, name: str, end: int) -> None:
+    """Tries whether two documents in a row give the hidden states that each gives alone, with the model's own attention.
+
+    Raises:
+        UserError: they do not.
+    """
+    row = (end + torch.arange(8)) % model.get_input_embeddings().num_embeddings
+    row = torch.cat([row, row.flip(0).roll(1)])  # both begin with the end token
+    together = hidden_states(model, row[None], end)
+    model.set_attn_implementation("eager")
+    alone = torch.cat([hidden_states(model, part[None], end) for part in row.split(8)])
+    model.set_attn_implementation(PACKED)
+    if not alike(together, alone):
+        raise UserError(
+            f"--isolate_documents true: {name} does not score documents of a row as it does alone. Leave it out."
+        )
 
 
 def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

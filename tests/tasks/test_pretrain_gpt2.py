@@ -250,6 +250,54 @@ def saved(config, folder):
     return tokenizer
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.BloomConfig(**SMALL), "attention of its own"),
+        (transformers.MambaConfig(**SMALL), "carries a state"),
+        (
+            transformers.GPTNeoConfig(**SMALL | {"num_layers": 2, "num_heads": 4}, attention_types=[[["global"], 2]]),
+            "own",
+        ),
+        (transformers.FalconConfig(**SMALL), "attention of its own"),
+        (transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "own"),
+        (transformers.Gemma2Config(**LLAMA, final_logit_softcapping=None), "attention of its own"),
+        (transformers.Lfm2Config(**LLAMA, full_attn_idxs=[1]), "carries a state"),
+        (transformers.LlamaConfig(**LLAMA), ""),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_that_cannot_isolate_is_refused_and_else_reads_on(config, why, tmp_path):
+    """Without --isolate_documents each takes the attention that transformers has for it, and scores as it does itself."""
+    tokenizer = saved(config, tmp_path)
+    ids = torch.tensor([[END, 5, 6, 7, END, 9, 8, 7]])
+    model = gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, False)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        ours = trainer_gpt2.hidden_states(model, ids, END) @ model.get_output_embeddings().weight.T
+        torch.testing.assert_close(ours, own(ids).logits[0], rtol=1e-4, atol=1e-5)
+    if why:
+        with pytest.raises(UserError, match=f"--isolate_documents true: .*{why}"):
+            gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True)
+    else:
+        assert (
+            gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True).config._attn_implementation == "packed"
+        )
+
+
+def test_isolation_is_tried(tmp_path, monkeypatch):
+    """An attention that leaves out where documents begin is found out on a row of two."""
+    tokenizer = saved(transformers.LlamaConfig(**LLAMA, initializer_range=0.5), tmp_path)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def blind(*given, cu_seq_lens_q=None, **named):
+        return sdpa_attention_forward(*given, **named)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "packed", blind)
+    with pytest.raises(UserError, match="--isolate_documents true: .*does not score documents of a row as"):
+        gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True)
+
+
 # Model, loss and optimizer
 
 
