@@ -415,6 +415,27 @@ def test_weight_decay_and_muon_go_where_they_belong(tiny, use_muon):
     assert [group["muon"] for group in groups] == ([3, 1, 0] if use_muon else [0, 0, 0])
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_another_optimizer_is_used_or_refused(corpus, tmp_path, monkeypatch, optim):
+    """And the hidden matrices alone are decayed by it, too."""
+    with pytest.raises(UserError, match=f"--optim {optim} would not be used beside Muon: add --optimizer adamw"):
+        run_main(flags(corpus, tmp_path / "refused", optim=optim))
+    assert not (tmp_path / "refused").exists()
+    made = []
+    create = trainer_gpt2.PretrainTrainer.create_optimizer
+    monkeypatch.setattr(
+        trainer_gpt2.PretrainTrainer,
+        "create_optimizer",
+        lambda self, *given: made.append(create(self, *given)) or made[-1],
+    )
+    options = {"optim": optim, "optimizer": "adamw", "weight_decay": 0.1, "max_steps": 2, "max_test_rows": 5}
+    run_main(flags(corpus, tmp_path / "run", **options))
+    assert type(made[-1]).__name__.lower() == optim
+    decayed = [p for group in made[-1].param_groups if group["weight_decay"] for p in group["params"]]
+    assert len(decayed) == 2 * 4 and all(p.ndim == 2 and p.shape[0] in (64, 256) for p in decayed)
+    assert f"optimizer: {optim}" in (tmp_path / "run" / "README.md").read_text().lower()
+
+
 # N-gram models
 
 
