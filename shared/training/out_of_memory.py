@@ -94,7 +94,8 @@ def _why_not(trainer, inside: bool) -> str | None:
     if not inside:
         return (
             f"Out of memory at step {step}, outside of forward and backward pass, where smaller batches do not help. "
-            "Train an adapter (--method lora), use --optim adafactor, or a smaller model."
+            "Train an adapter (--method lora), use --optim adafactor (with --optimizer adamw, where the task has it), or a "
+            "smaller model."
         )
     if micro == 1:
         return (

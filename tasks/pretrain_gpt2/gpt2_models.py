@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
+from trainer_gpt2 import hidden_states
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from shared import UserError
-from shared.inference.torch_runner import causal_architecture
+from shared.inference.torch_runner import carries_state, causal_architecture
 from shared.publish import vocabulary
 from shared.publish.hub import pull
 from shared.training.packed_attention import PACKED
@@ -75,9 +77,9 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
     """A GPT-2 with random weights, or the model to continue from, in fp32. Dropout is off: a token is seen a few times only.
 
     Raises:
-        UserError: no causal language model, blocks longer than it reads, or more tokens than it has embeddings.
+        UserError: no causal language model, blocks longer than it reads, more tokens than it has embeddings, or what
+            `check_head` and `check_isolation` refuse.
     """
-    attention = PACKED if isolate else "sdpa"
     if model_name is None:
         layers, width = SIZES[size]
         config = GPT2Config(
@@ -95,19 +97,77 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
             pad_token_id=tokenizer.eos_token_id,
         )
         model = GPT2LMHeadModel(config)
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(PACKED if isolate else "sdpa")
         return model
     source = pull(model_name)
-    causal_architecture(AutoConfig.from_pretrained(source, trust_remote_code=False), model_name)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    architecture = causal_architecture(config, model_name)
+    apart = architecture._supports_sdpa and architecture._supports_attention_backend
+    if isolate and (not apart or carries_state(architecture, config)):
+        raise UserError(
+            f"--isolate_documents true: {model_name} ({config.model_type}) has attention of its own, or carries a state from one "
+            "document to the next. Leave it out."
+        )
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, attn_implementation=attention, trust_remote_code=False
+        source,
+        dtype=torch.float32,
+        use_safetensors=True,
+        attn_implementation=PACKED if isolate else None,  # sdpa where transformers knows it for the model
+        trust_remote_code=False,
     )
     longest = getattr(model.config, "max_position_embeddings", block_length)
     if block_length > longest:
         raise UserError(f"--block_length {block_length}: {model_name} has {longest} positions. Take at most that many.")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"{model_name} has fewer embeddings than the tokenizer tokens: leave --tokenizer out.")
+    check_head(model, model_name)
+    if isolate:
+        check_isolation(model, model_name, tokenizer.eos_token_id)
     return model
+
+
+@torch.no_grad()
+def check_head(model, name: str) -> None:
+    """Tries on a short row whether logits are the last hidden states times the head's weights: training computes no others.
+
+    Raises:
+        UserError: they are not.
+    """
+    head, why = model.get_output_embeddings(), "its logits are scaled or capped behind its head"
+    if getattr(head, "bias", None) is not None:
+        why, same = "its head has a bias", False
+    else:
+        # A cap changes large logits only: the head is given its input a thousandfold.
+        hook = head.register_forward_pre_hook(lambda _, given: (1000 * given[0],))
+        found = model(torch.arange(8)[None], use_cache=False, output_hidden_states=True)
+        hook.remove()
+        same = alike(found.logits, 1000 * F.linear(found.hidden_states[-1], head.weight))
+    if not same:
+        raise UserError(f"{name}: {why}, and the loss here would be another model's. Continue from another model.")
+
+
+@torch.no_grad()
+def check_isolation(model, name: str, end: int) -> None:
+    """Tries whether two documents in a row give the hidden states that each gives alone, with the model's own attention.
+
+    Raises:
+        UserError: they do not.
+    """
+    row = (end + torch.arange(8)) % model.get_input_embeddings().num_embeddings
+    row = torch.cat([row, row.flip(0).roll(1)])  # both begin with the end token
+    together = hidden_states(model, row[None], end)
+    model.set_attn_implementation("eager")
+    alone = torch.cat([hidden_states(model, part[None], end) for part in row.split(8)])
+    model.set_attn_implementation(PACKED)
+    if not alike(together, alone):
+        raise UserError(
+            f"--isolate_documents true: {name} does not score documents of a row as it does alone. Leave it out."
+        )
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether they differ by rounding only; what is not a number is left to the first step, which it stops."""
+    return not (ours - theirs).abs().mean() > 1e-3 * theirs.abs().mean()
 
 
 TEMPERATURES = (0.5, 0.8, 1.1)

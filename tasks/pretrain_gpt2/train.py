@@ -48,7 +48,7 @@ class ScriptArguments:
         default="muon",
         metadata={
             "help": "What trains the hidden matrices: Muon learns more from the same tokens, AdamW is the usual choice; "
-            "embeddings, norms and biases are always trained by AdamW."
+            "embeddings, norms and biases are always trained by AdamW. With adamw `--optim` may name another one for all."
         },
     )
     streaming: bool = field(
@@ -222,7 +222,7 @@ def main(script_args, args, run_args) -> None:
         line=helped["line"],
         training={
             "data": cleaning,
-            "optimizer": script_args.optimizer,
+            "optimizer": script_args.optimizer if args.optim == args.default_optim else args.optim.value,
             "tokens_trained": trainer.state.global_step * step_blocks * length,
         },
         pipeline="text-generation",

@@ -23,12 +23,14 @@ NO_LOGITS = torch.empty(0, dtype=torch.long)
 
 
 def check_options(script_args, args) -> None:
-    """Raises UserError where other options do not go with `--streaming` or `--optimizer muon`."""
+    """Raises UserError where other options do not go with `--streaming` or `--optimizer muon`, the default."""
     if script_args.streaming and (args.max_steps <= 0 or args.dataloader_num_workers):
         raise UserError(
             "--streaming needs --max_steps, and leaves --dataloader_num_workers at 0: a stream has no known end."
         )
     if script_args.optimizer == "muon":
+        if args.optim != args.default_optim:
+            raise UserError(f"--optim {args.optim.value} would not be used beside Muon: add --optimizer adamw.")
         refuse_sharded(args, "--optimizer muon", "use --optimizer adamw")
 
 
@@ -105,7 +107,9 @@ class PretrainTrainer(Trainer):
         self.peak = matmul_flops(dtype=dtype_of(self.args)) * self.args.world_size
 
     def create_optimizer(self, model=None):
-        """AdamW with betas from the training arguments, Muon for the hidden matrices if asked."""
+        """AdamW with betas from the training arguments, Muon for the hidden matrices if asked; or what `--optim` names."""
+        if self.args.optim != self.args.default_optim:
+            return super().create_optimizer(model)
         if self.optimizer is None:
             self.optimizer = MuonAdamW(
                 parameter_groups(self.model if model is None else model, self.muon, self.args.weight_decay),
@@ -114,6 +118,11 @@ class PretrainTrainer(Trainer):
                 eps=self.args.adam_epsilon,
             )
         return self.optimizer
+
+    def get_decay_parameter_names(self, model):
+        """The same as are decayed without `--optim`."""
+        decayed = {id(p) for group in parameter_groups(model, False, 1.0)[:2] for p in group["params"]}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean nats a token over the whole optimizer step (`num_items_in_batch` tokens).

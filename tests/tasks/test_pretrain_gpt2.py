@@ -233,7 +233,89 @@ def test_isolated_documents_do_not_see_each_other(tiny):
     assert torch.allclose(seen[:4], alone[:4], atol=1e-5) and not torch.allclose(seen[4:8], alone[4:8], atol=1e-2)
 
 
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+SMALL |= {"eos_token_id": 0, "pad_token_id": 0}
+LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+
+
+def saved(config, folder):
+    """A model of this configuration with random weights, its head's bias too, and a tokenizer of 300 tokens."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(folder)
+    tokenizer = gpt2_models.load_tokenizer(None, iter(["one two three"]), 300)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.BloomConfig(**SMALL), "attention of its own"),
+        (transformers.MambaConfig(**SMALL), "carries a state"),
+        (
+            transformers.GPTNeoConfig(**SMALL | {"num_layers": 2, "num_heads": 4}, attention_types=[[["global"], 2]]),
+            "own",
+        ),
+        (transformers.FalconConfig(**SMALL), "attention of its own"),
+        (transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64), "own"),
+        (transformers.Gemma2Config(**LLAMA, final_logit_softcapping=None), "attention of its own"),
+        (transformers.Lfm2Config(**LLAMA, full_attn_idxs=[1]), "carries a state"),
+        (transformers.LlamaConfig(**LLAMA), ""),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_that_cannot_isolate_is_refused_and_else_reads_on(config, why, tmp_path):
+    """Without --isolate_documents each takes the attention that transformers has for it, and scores as it does itself."""
+    tokenizer = saved(config, tmp_path)
+    ids = torch.tensor([[END, 5, 6, 7, END, 9, 8, 7]])
+    model = gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, False)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        ours = trainer_gpt2.hidden_states(model, ids, END) @ model.get_output_embeddings().weight.T
+        torch.testing.assert_close(ours, own(ids).logits[0], rtol=1e-4, atol=1e-5)
+    if why:
+        with pytest.raises(UserError, match=f"--isolate_documents true: .*{why}"):
+            gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True)
+    else:
+        assert (
+            gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True).config._attn_implementation == "packed"
+        )
+
+
+def test_isolation_is_tried(tmp_path, monkeypatch):
+    """An attention that leaves out where documents begin is found out on a row of two."""
+    tokenizer = saved(transformers.LlamaConfig(**LLAMA, initializer_range=0.5), tmp_path)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def blind(*given, cu_seq_lens_q=None, **named):
+        return sdpa_attention_forward(*given, **named)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "packed", blind)
+    with pytest.raises(UserError, match="--isolate_documents true: .*does not score documents of a row as"):
+        gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, True)
+
+
 # Model, loss and optimizer
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.GraniteConfig(**LLAMA, logits_scaling=8.0), "logits are scaled or capped"),
+        (transformers.CohereConfig(**SMALL | {"intermediate_size": 64}), "logits are scaled or capped"),
+        (transformers.Gemma2Config(**LLAMA), "logits are scaled or capped"),
+        (transformers.PhiConfig(**SMALL, intermediate_size=64), "its head has a bias"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_model_whose_logits_are_no_plain_product_is_refused(config, why, tmp_path):
+    """Training computes hidden states times the head's weights: the loss and the perplexity would be another model's."""
+    tokenizer = saved(config, tmp_path)
+    with pytest.raises(UserError, match=why):
+        gpt2_models.build_model(str(tmp_path), "nano", tokenizer, 16, False)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +413,27 @@ def test_weight_decay_and_muon_go_where_they_belong(tiny, use_muon):
         name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) for name in matrices
     )
     assert [group["muon"] for group in groups] == ([3, 1, 0] if use_muon else [0, 0, 0])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_another_optimizer_is_used_or_refused(corpus, tmp_path, monkeypatch, optim):
+    """And the hidden matrices alone are decayed by it, too."""
+    with pytest.raises(UserError, match=f"--optim {optim} would not be used beside Muon: add --optimizer adamw"):
+        run_main(flags(corpus, tmp_path / "refused", optim=optim))
+    assert not (tmp_path / "refused").exists()
+    made = []
+    create = trainer_gpt2.PretrainTrainer.create_optimizer
+    monkeypatch.setattr(
+        trainer_gpt2.PretrainTrainer,
+        "create_optimizer",
+        lambda self, *given: made.append(create(self, *given)) or made[-1],
+    )
+    options = {"optim": optim, "optimizer": "adamw", "weight_decay": 0.1, "max_steps": 2, "max_test_rows": 5}
+    run_main(flags(corpus, tmp_path / "run", **options))
+    assert type(made[-1]).__name__.lower() == optim
+    decayed = [p for group in made[-1].param_groups if group["weight_decay"] for p in group["params"]]
+    assert len(decayed) == 2 * 4 and all(p.ndim == 2 and p.shape[0] in (64, 256) for p in decayed)
+    assert f"optimizer: {optim}" in (tmp_path / "run" / "README.md").read_text().lower()
 
 
 # N-gram models
