@@ -32,10 +32,8 @@ from shared.publish.vocabulary import load_tokenizer
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0", "litert")
 # All others are PyTorch's
 RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": LiteRTRunner}
-
 # Encoders here round what they multiply by a scale (bitsandbytes: by outliers) of all rows: together, each depends on the others
 BY_ITSELF = ("onnx-int8", "int8")
-
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 
 
