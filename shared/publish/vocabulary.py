@@ -22,11 +22,8 @@ def load_tokenizer(source: str | Path, adapter: bool = False, **options):
     from transformers import AutoTokenizer
 
     source = Path(source)
-    if not adapter and (source / "adapter_config.json").is_file() and not (source / "config.json").is_file():
-        raise UserError(
-            f"{source} is an adapter, expected a whole model. Merge it into its base, and take the result: "
-            f"`python -m shared.export {source} --to merged`. tasks/dpo_chat takes LoRA adapters as they are."
-        )
+    if not adapter:
+        refuse_adapter(source)
     missing = (
         f"{source}: no tokenizer beside the model. Save there the one that the model was trained with: "
         "`tokenizer.save_pretrained(folder)`."
@@ -41,6 +38,15 @@ def load_tokenizer(source: str | Path, adapter: bool = False, **options):
     if not kept and tokenizer.vocab_files_names or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(missing)
     return tokenizer
+
+
+def refuse_adapter(source: str | Path) -> None:
+    """Raises UserError for a folder that holds an adapter alone."""
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise UserError(
+            f"{source} is an adapter, expected a whole model. Merge it into its base, and take the result: "
+            f"`python -m shared.export {source} --to merged`. tasks/dpo_chat takes LoRA adapters as they are."
+        )
 
 
 def check_vocabulary(config, tokenizer, source: str | Path, needs: int | None = None) -> None:

@@ -34,7 +34,7 @@ def load_tokenizer(name: str | None, texts: Iterator[str], vocab_size: int):
     """
     if name:
         source = pull(name)
-        tokenizer = vocabulary.load_tokenizer(source)
+        tokenizer = vocabulary.load_tokenizer(source, adapter=True)
         if tokenizer.eos_token_id is None:
             raise UserError(f"{name}: this tokenizer has no end token to put between documents. Choose another.")
         tokenizer.model_max_length = int(1e30)  # documents may be of any length: they are cut into blocks
@@ -100,6 +100,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model.set_attn_implementation(PACKED if isolate else "sdpa")
         return model
     source = pull(model_name)
+    vocabulary.refuse_adapter(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     architecture = causal_architecture(config, model_name)
     apart = architecture._supports_sdpa and architecture._supports_attention_backend
