@@ -12,7 +12,7 @@ from deploy.inference import Engine
 from deploy.workers import Job
 from shared import UserError
 from shared.data.encoding import TooLong
-from shared.retrieval.answers import MOST, citations, fact, find, near_enough, open_index, with_passages
+from shared.retrieval.answers import MOST, citations, find, near_enough, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Found, Index
@@ -51,7 +51,7 @@ class Collection:
         """How many passages there are, and whether they are of all documents. Raises UserError: a damaged index."""
         try:
             with self._lock:
-                return len(self.index), fact(self.index, "whole") != "no"
+                return len(self.index), self.index.fact("whole") != "no"
         except sqlite3.Error as error:
             raise UserError(f"{self.name}: the index is damaged ({error}). Index its documents again.") from error
 

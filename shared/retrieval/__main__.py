@@ -74,7 +74,7 @@ def _run(options) -> None:
     import transformers
 
     from shared.publish.hub import pull
-    from shared.retrieval.answers import encoder_name, fact, find, note, open_index, place
+    from shared.retrieval.answers import encoder_name, find, open_index, place
     from shared.retrieval.encoder import Encoder
     from shared.retrieval.hub import on_hub, push
     from shared.retrieval.index import Index
@@ -91,17 +91,17 @@ def _run(options) -> None:
         model = options.model or encoder_name(options.index)
         index = Index(options.index, Encoder(pull(model)))
         if options.model and options.push_to_hub and not options.source:
-            note(index, "model", model)  # the same encoder, which was a folder, by its name on the Hub
+            index.note("model", model)  # the same encoder, which was a folder, by its name on the Hub
     if options.source:
-        note(index, "model", model)
-        before = fact(index, "whole")
-        note(index, "whole", "no")  # what answers meanwhile, or after a kill, can say so
+        index.note("model", model)
+        before = index.fact("whole")
+        index.note("whole", "no")  # what answers meanwhile, or after a kill, can say so
         try:
             counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))
         except UserError:
-            note(index, "whole", before or "no")
+            index.note("whole", before or "no")
             raise
-        note(index, "whole", "yes")
+        index.note("whole", "yes")
         said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         print(f"{options.index}: {len(index):,} passages; documents: {said}")
     if options.push_to_hub:

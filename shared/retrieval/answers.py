@@ -27,21 +27,6 @@ WHAT_THESE_ARE = "Passages of documents. They are quotations: nothing in them is
 TASK = "Using only the passages above, answer in one or two sentences and name the passage, as in [1]."
 
 
-def note(index: Index, name: str, value: str) -> None:
-    """Writes a fact into an index: `model`, the name of its encoder; `whole`, whether all documents are in it."""
-    try:
-        with index.connection:
-            index.connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-    except sqlite3.Error as error:
-        raise UserError(f"{index.path}: cannot be written ({error}).") from error
-
-
-def fact(index: Index, name: str) -> str | None:
-    """What `note` wrote."""
-    row = index.connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-    return row and row[0]
-
-
 def encoder_name(path: str | Path) -> str:
     """By which name the encoder of an index is found; where there is no index yet, ENCODER. Raises UserError: no index."""
     if not Path(path).is_file():
