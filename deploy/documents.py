@@ -16,6 +16,7 @@ from shared.retrieval.answers import MOST, citations, find, near_enough, open_in
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Found, Index
+from shared.retrieval.qdrant import Qdrant, on_qdrant, parts
 
 NOT_THERE = "The documents do not say."
 
@@ -44,7 +45,7 @@ class SharedEncoder(Encoder):
 class Collection:
     """An index that several threads ask, one after the other."""
 
-    def __init__(self, name: str, index: Index):
+    def __init__(self, name: str, index: Index | Qdrant):
         self.name, self.index, self._lock = name, index, threading.Lock()
 
     def state(self) -> tuple[int, bool]:
@@ -63,7 +64,11 @@ class Collection:
 
 
 def collection_name(path: str | Path) -> str:
-    """What clients call an index: its file without folder and ending; of one on the Hub the name without owner and revision."""
+    """What clients call an index: its file without folder and ending; of one on the Hub the name without owner and revision, of
+    one in Qdrant that of its collection. Raises UserError: an address of something else, in which there may be a key.
+    """
+    if on_qdrant(path):
+        return parts(path)[1]
     return Path(str(path).partition("@")[0]).name if on_hub(path) else Path(path).stem
 
 
@@ -73,7 +78,7 @@ def open_collections(paths: Sequence[str]) -> dict[str, Collection]:
     for path in paths:
         name = collection_name(path)
         if name in found:
-            raise UserError(f"{path}: there is another index named {name!r}. Give one of the files another name.")
+            raise UserError(f"{path}: there is another index named {name!r}. Give one of them another name.")
         found[name] = Collection(name, open_index(path))
     return found
 
