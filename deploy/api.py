@@ -410,7 +410,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.api", description="Serves models over HTTP.")
     parser.add_argument("--model", action="append", help="Hub id, folder or pypi: name; may be repeated")
     parser.add_argument(
-        "--documents", action="append", help="an index to answer from, a file or org/name on the Hub; may be repeated"
+        "--documents",
+        action="append",
+        help="an index to answer from: a file, org/name on the Hub, or http(s)://server:port/collection; may be repeated",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")

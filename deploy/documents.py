@@ -12,10 +12,11 @@ from deploy.inference import Engine
 from deploy.workers import Job
 from shared import UserError
 from shared.data.encoding import TooLong
-from shared.retrieval.answers import MOST, citations, fact, find, near_enough, open_index, with_passages
+from shared.retrieval.answers import MOST, citations, find, near_enough, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Found, Index
+from shared.retrieval.qdrant import Qdrant, on_qdrant, parts
 
 NOT_THERE = "The documents do not say."
 
@@ -44,14 +45,14 @@ class SharedEncoder(Encoder):
 class Collection:
     """An index that several threads ask, one after the other."""
 
-    def __init__(self, name: str, index: Index):
+    def __init__(self, name: str, index: Index | Qdrant):
         self.name, self.index, self._lock = name, index, threading.Lock()
 
     def state(self) -> tuple[int, bool]:
         """How many passages there are, and whether they are of all documents. Raises UserError: a damaged index."""
         try:
             with self._lock:
-                return len(self.index), fact(self.index, "whole") != "no"
+                return len(self.index), self.index.fact("whole") != "no"
         except sqlite3.Error as error:
             raise UserError(f"{self.name}: the index is damaged ({error}). Index its documents again.") from error
 
@@ -63,7 +64,11 @@ class Collection:
 
 
 def collection_name(path: str | Path) -> str:
-    """What clients call an index: its file without folder and ending; of one on the Hub the name without owner and revision."""
+    """What clients call an index: its file without folder and ending; of one on the Hub the name without owner and revision, of
+    one in Qdrant that of its collection. Raises UserError: an address of something else, in which there may be a key.
+    """
+    if on_qdrant(path):
+        return parts(path)[1]
     return Path(str(path).partition("@")[0]).name if on_hub(path) else Path(path).stem
 
 
@@ -73,7 +78,7 @@ def open_collections(paths: Sequence[str]) -> dict[str, Collection]:
     for path in paths:
         name = collection_name(path)
         if name in found:
-            raise UserError(f"{path}: there is another index named {name!r}. Give one of the files another name.")
+            raise UserError(f"{path}: there is another index named {name!r}. Give one of them another name.")
         found[name] = Collection(name, open_index(path))
     return found
 

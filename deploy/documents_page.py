@@ -13,7 +13,7 @@ from deploy.texts import literally, t, with_mark
 from deploy.uploads import KINDS, LARGEST_MB, read_upload
 from shared import UserError
 from shared.publish.hub import pull
-from shared.retrieval.answers import ENCODER, place
+from shared.retrieval.answers import ENCODER, is_there, place
 from shared.retrieval.hub import on_hub
 from shared.retrieval.index import Index
 
@@ -56,10 +56,10 @@ def choose_documents() -> Collection | None:
         return own_files()
     if chosen not in paths:  # the box is no guard: what a browser sends need not be one of its options
         raise UserError(t("not_offered"))
-    if not on_hub(chosen) and not Path(chosen).is_file():
+    if not on_hub(chosen) and not is_there(chosen):
         st.info(t("not_indexed"), icon=":material/hourglass_top:")
         return None
-    collection = load(chosen, 0 if on_hub(chosen) else Path(chosen).stat().st_ino)
+    collection = load(chosen, Path(chosen).stat().st_ino if Path(chosen).is_file() else 0)
     count, whole = collection.state()
     st.caption(t("passages" if whole else "passages_so_far", count))
     return collection

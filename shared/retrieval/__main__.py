@@ -12,7 +12,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -48,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--index",
         required=True,
-        help="the file of the index, which is made where there is none; or org/name on the Hub, to --ask",
+        help="the file of the index, or http(s)://server:port/collection of Qdrant, made where there is none (key: "
+        "QDRANT_API_KEY in the environment); or org/name on the Hub, to --ask",
     )
     parser.add_argument(
         "--model",
@@ -77,34 +77,36 @@ def _run(options) -> None:
     import transformers
 
     from shared.publish.hub import pull
-    from shared.retrieval.answers import encoder_name, fact, find, note, open_index, place
+    from shared.retrieval.answers import encoder_name, find, index_at, is_there, open_index, place
     from shared.retrieval.encoder import Encoder
     from shared.retrieval.hub import on_hub, push
-    from shared.retrieval.index import Index
+    from shared.retrieval.qdrant import on_qdrant
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.push_to_hub and on_qdrant(options.index):
+        raise UserError("--push_to_hub: pushes the file of an index, no collection of Qdrant. Name a file.")
     if not options.source and on_hub(options.index):
         if options.push_to_hub or options.model:
             raise UserError(f"{options.index}: lies on the Hub, where it is only asked. Name the file of an index.")
         index = open_index(options.index)
-    elif not options.source and not Path(options.index).is_file():
+    elif not options.source and not is_there(options.index):
         raise UserError(f"{options.index}: no such index. Name a SOURCE to make it from.")
     else:
         model = options.model or encoder_name(options.index)
-        index = Index(options.index, Encoder(pull(model)))
+        index = index_at(options.index, Encoder(pull(model)))
         if options.model and options.push_to_hub and not options.source:
-            note(index, "model", model)  # the same encoder, which was a folder, by its name on the Hub
+            index.note("model", model)  # the same encoder, which was a folder, by its name on the Hub
     if options.source:
-        note(index, "model", model)
-        before = fact(index, "whole")
-        note(index, "whole", "no")  # what answers meanwhile, or after a kill, can say so
+        index.note("model", model)
+        before = index.fact("whole")
+        index.note("whole", "no")  # what answers meanwhile, or after a kill, can say so
         try:
             counts = index.update(tqdm(texts_of(options.source), desc="indexing", unit=" documents", disable=None))
         except UserError:
-            note(index, "whole", before or "no")
+            index.note("whole", before or "no")
             raise
-        note(index, "whole", "yes")
+        index.note("whole", "yes")
         said = ", ".join(f"{count:,} {what}" for what, count in counts.items())
         print(f"{options.index}: {len(index):,} passages; documents: {said}")
     if options.push_to_hub:

