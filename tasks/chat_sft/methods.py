@@ -79,7 +79,7 @@ def load_tokenizer(source: Path, args=None):
     Raises:
         UserError: a token that the vocabulary does not have, or a template that cannot be read.
     """
-    tokenizer = vocabulary.load_tokenizer(source)
+    tokenizer = vocabulary.load_tokenizer(source, adapter=True)  # of a run, too, whose folder holds an adapter alone
     path = args and args.chat_template_path
     if path and Path(path).is_file():
         tokenizer.chat_template = Path(path).read_text(encoding="utf8")
@@ -166,8 +166,9 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         needs: rows that the embedding must have; it grows only where all weights are trained.
 
     Raises:
-        UserError: the rows hold ids beyond the embedding, and only an adapter would be trained; no layers for 4 bits.
+        UserError: an adapter; the rows hold ids beyond the embedding, and only an adapter would be trained; no layers for 4 bits.
     """
+    vocabulary.refuse_adapter(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     causal_architecture(config, source.name)
     size = config.get_text_config().vocab_size

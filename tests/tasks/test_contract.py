@@ -291,7 +291,7 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(change, tmp_pa
 
     def identity(**options):
         flags = {"output_dir": tmp_path, "use_cpu": True, "bf16": False, "per_device_train_batch_size": 8} | options
-        module = train_script("mlm_bert")
+        module = train_script("classify_bert")
         _, args, run_args = parse(module.ScriptArguments, PLAIN, [f"--{name}={value}" for name, value in flags.items()])
         return run_identity(args, run_args, rows="the same")
 

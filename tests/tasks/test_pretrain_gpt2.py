@@ -433,7 +433,7 @@ def test_another_optimizer_is_used_or_refused(corpus, tmp_path, monkeypatch, opt
     assert type(made[-1]).__name__.lower() == optim
     decayed = [p for group in made[-1].param_groups if group["weight_decay"] for p in group["params"]]
     assert len(decayed) == 2 * 4 and all(p.ndim == 2 and p.shape[0] in (64, 256) for p in decayed)
-    assert f"optimizer: {optim}" in (tmp_path / "run" / "README.md").read_text().lower()
+    assert f"| optimizer | {optim} |" in (tmp_path / "run" / "README.md").read_text()
 
 
 # N-gram models

@@ -97,9 +97,8 @@ def test_a_callback_of_ones_own_is_one_entry(tiny_bert, tmp_path):
     source = (copy / "train.py").read_text()
     assert source.count("callbacks=[CompleteCheckpoints(identity), stopper],") == 1
     source = source.replace("callbacks=[CompleteCheckpoints(identity), stopper],", CALLBACK)
-    (copy / "train.py").write_text(
-        source.replace("        set_seed,", "        EarlyStoppingCallback,\n        set_seed,", 1)
-    )
+    assert source.count(", set_seed\n") == 1
+    (copy / "train.py").write_text(source.replace(", set_seed\n", ", EarlyStoppingCallback, set_seed\n"))
     options = {"learning_rate": 0.0, "max_steps": 8, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     ran = task_runs.command(copy / "train.py", *flags(tiny_bert, tmp_path, **options))
     assert ran.returncode == 0, ran.stderr[-2000:]
