@@ -30,9 +30,8 @@ def read_upload(name: str, content: bytes) -> str:
         raise UserError(t("file_large", name, LARGEST_MB))
     text = _of_pdf(name, content) if kind == "pdf" else _of_characters(name, content)
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = text.lstrip(
-        "\ufeff"
-    ).rstrip()  # lines that are blank in front count: places in the text are lines of the file
+    # Blank lines in front stay: places in the text are lines of the file
+    text = text.lstrip("\ufeff").rstrip()
     if not re.search(r"\w", text):
         raise UserError(t("file_scanned" if kind == "pdf" else "file_empty", name))
     if len(text) > LONGEST:

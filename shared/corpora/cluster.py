@@ -77,9 +77,8 @@ class Clean(PipelineStep):
 
         def rows(source: str, name: str | None, *_) -> Iterator[dict | str]:
             if name is not None:
-                return read_file(
-                    Path(source), name, plan["columns"], alone="/" not in name
-                )  # in a folder it has two parts
+                alone = "/" not in name  # in a folder it has two parts
+                return read_file(Path(source), name, plan["columns"], alone)
             hub = {"dataset_config": plan["dataset_config"], "split": plan["split"]}
             return documents(source, columns=plan["columns"], **hub)
 

@@ -119,9 +119,8 @@ def local_files(path: Path) -> Iterator[tuple[Path, str]]:
             log.warning("%s: cannot be read, passed over: %s", folder, error.strerror)
             continue
         found += [each for each in inside if each.is_file()]
-        folders.extend(
-            each for each in inside if each.is_dir() and each.is_symlink()
-        )  # after those that are in their own place
+        # Links come after folders in their own place
+        folders.extend(each for each in inside if each.is_dir() and each.is_symlink())
         folders.extendleft(each for each in inside if each.is_dir() and not each.is_symlink())
     for file in sorted(found):
         yield file, file.relative_to(path.parent).as_posix()

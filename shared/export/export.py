@@ -174,9 +174,8 @@ def export(
 def _make(output: Path, source: Path) -> None:
     """Makes the folder of an export. Raises UserError: it cannot be made, or what lies there would be lost."""
     held = [each for each in ("config.json", "adapter_config.json", "all_results.json") if (output / each).is_file()]
-    if (
-        held or source.resolve().parent == output.resolve()
-    ):  # its card would be replaced; one of its formats is the source
+    # Its card would be replaced, or one of its formats is the source
+    if held or source.resolve().parent == output.resolve():
         raise UserError(
             f"--output {output}: holds {held[0] if held else f'{source.name}, which is to be exported'}; an export replaces what "
             "lies there, so name another folder."

@@ -54,9 +54,8 @@ def test_rows(folder: Path, task: str, dataset: str | None) -> tuple[list[dict],
         UserError: other columns, or no rows to be had.
     """
     if dataset is None and (folder / TEST_ROWS).is_file():
-        with (folder / TEST_ROWS).open(
-            encoding="utf8", newline="\n"
-        ) as lines:  # splitlines would break in a row at U+2028
+        # splitlines would break in a row at U+2028
+        with (folder / TEST_ROWS).open(encoding="utf8", newline="\n") as lines:
             return [json.loads(line) for line in islice(lines, MOST[task])], "the run's test split"
     from shared.data.load import load_data
 
