@@ -31,13 +31,17 @@ class RunArguments:
 
     BELONGS_TO, which a task's ScriptArguments may have too, names the options that describe something: for the configuration's
     own data set (or model) it sets them, for another one on the command line they are what the command line says.
-    REFUSED, which only a task's ScriptArguments may have, names options of the trainer that would change nothing there, or the
+    REFUSED, which a task's ScriptArguments may have too, names options of the trainer that would change nothing there, or the
     wrong thing, each with the reason.
     """
 
     BELONGS_TO: ClassVar[dict[str, str]] = dict.fromkeys(
         ("columns", "dataset_config", "validation_file", "test_file"), "dataset"
     ) | {"lr_scheduler_kwargs": "lr_scheduler_type"}
+    REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("prediction_loss_only", "eval_do_concat_batches", "batch_eval_metrics", "dataloader_drop_last"),
+        "evaluations here need every row, with its predictions",
+    )
 
     model_name_or_path: str = field(
         default=None,
@@ -174,9 +178,9 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         raise UserError(f"{error} (from {config} and the command line)") from error
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     _check_numbers(script_args, training_args, run_args)
-    for name, reason in getattr(script_class, "REFUSED", {}).items():
+    for name, reason in (RunArguments.REFUSED | getattr(script_class, "REFUSED", {})).items():
         if (value := getattr(training_args, name)) != type(training_args).__dataclass_fields__[name].default:
-            raise UserError(f"--{name} {value}: {reason}. Leave it out.")
+            raise UserError(f"--{name} {str(value).lower()}: {reason}. Leave it out.")
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
@@ -195,15 +199,10 @@ LIMITS |= dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1))
 LIMITS |= dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"), (0, math.inf))
 LIMITS |= dict.fromkeys(("adam_beta1", "adam_beta2", "mlm_probability", "max_bad_rows"), (0, 1))
 LIMITS |= {"dataloader_num_workers": (0, math.inf), "label_smoothing_factor": (0, 1)}
-# Trainer's evaluations would miss rows, or what is measured on them
-KEPT = {"prediction_loss_only": False, "eval_do_concat_batches": True, "batch_eval_metrics": False}
-KEPT |= {"dataloader_drop_last": False}
 
 
 def _check_numbers(script_args, training_args, run_args) -> None:
-    """Raises UserError for a number out of LIMITS, a count of rows, tokens and so on below 1, a dropout that is no share; for
-    an option that must stay as in KEPT.
-    """
+    """Raises UserError for a number out of LIMITS, a count of rows, tokens and so on below 1, a dropout that is no share."""
     limits = dict(LIMITS)
     for args in (script_args, run_args):
         for f in fields(args):
@@ -217,10 +216,6 @@ def _check_numbers(script_args, training_args, run_args) -> None:
             if isinstance(value, int | float) and not least <= value <= most:
                 meant = f"from {least} to {most:,}" if most < math.inf else f"of {least} or more"
                 raise UserError(f"--{name} {value}: give a number {meant}.")
-    for name, kept in KEPT.items():
-        if getattr(training_args, name) != kept:
-            value = str(getattr(training_args, name)).lower()
-            raise UserError(f"--{name} {value}: evaluations here need every row, with its predictions. Leave it out.")
     if training_args.max_steps == 0:
         raise UserError("--max_steps 0: whole epochs would be trained. Give 1 or more, or -1 for --num_train_epochs.")
     if training_args.max_steps < 0 and not training_args.num_train_epochs:

@@ -166,9 +166,8 @@ class CompleteCheckpoints(TrainerCallback):
             self.limit, args.save_total_limit = args.save_total_limit, None
         self.saved_step = state.global_step
         output_dir = Path(args.output_dir)
-        if (
-            state.best_model_checkpoint
-        ):  # where it was written: the folder may have been moved since, or come from the Hub
+        # The state names where it was written: the folder may have been moved since, or come from the Hub
+        if state.best_model_checkpoint:
             best = output_dir / Path(state.best_model_checkpoint).name
             state.best_model_checkpoint = str(best) if best.is_dir() else None
             if args.load_best_model_at_end and not best.is_dir():

@@ -61,11 +61,8 @@ def likely_one(labels) -> str:
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 
 
-def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, dict]:
-    """The splits with each label as its place in `classes`, without the rows of other labels, and what was left out.
-
-    Returns:
-        The splits; `train`: how many of its rows were left out; for each other split that lost any, a sentence with how many.
+def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, dict[str, int]]:
+    """The splits with each label as its place in `classes`, without the rows of other labels, and how many of each were left out.
 
     Raises:
         UserError: nothing is left of a split.
@@ -75,12 +72,7 @@ def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, 
         kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
         if not kept:
             raise UserError(f"{source}: no row of the {split} split has a label of the training split.")
-        numbered[split], lost = Dataset.from_list(kept), len(rows) - len(kept)
-        if split == "train":
-            left_out[split] = lost
-        elif lost:
-            said = f"{split}: {lost:,} of {len(rows):,} rows have labels that are not learnt"
-            left_out[split] = f"{said}; accuracy is of the others"
+        numbered[split], left_out[split] = Dataset.from_list(kept), len(rows) - len(kept)
     return numbered, left_out
 
 

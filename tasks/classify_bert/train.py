@@ -70,7 +70,11 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     splits, left_out = number_labels(splits, classes, run_args.dataset)
     rare = len(counts) - len(classes)
     found = f"{len(classes)} labels, {rare} rarer ones left out with {left_out.pop('train'):,} training rows"
-    found = "; ".join(filter(None, (found, *left_out.values(), likely_one(counts))))
+    for split, lost in left_out.items():
+        if lost:
+            found += f"; {split}: {lost:,} of {lost + len(splits[split]):,} rows have labels that are not learnt"
+            found += "; accuracy is of the others"
+    found = "; ".join(filter(None, (found, likely_one(counts))))
     log.info("%s: %s", run_args.dataset, found)
     log.info("training rows by label: %s", ", ".join(f"{label} {count:,}" for label, count in counts.most_common(20)))
     return splits, classes, f"{report}; {found}"
