@@ -2,6 +2,7 @@
 evaluate, by shared/inference/model.py to answer; needs no torch.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from shared import UserError
 from shared.data.encoding import TooLong
 
 WINDOW, STRIDE = 384, 128  # tokens of a question with its context, where the configuration names none
+# A fast tokenizer keeps how it truncates between two calls: another thread's would cut, or not cut, this one's texts
+TOKENIZING = threading.Lock()
 
 
 def gold_answer(answers: dict) -> tuple[str, int] | None:
@@ -103,23 +106,25 @@ def make_windows(rows: Iterable[dict], tokenizer, max_length: int, doc_stride: i
     parts, lengths, row_of, answer, cut_questions, number = {"ids": [], "types": [], "spans": []}, [], [], [], 0, 0
     for batch in _batches(rows, 1000):
         asked = [row["question"] for row in batch]
-        encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        with TOKENIZING:
+            encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         long = [i for i, offsets in enumerate(encoded) if len(offsets) > most]
         for i in long:
             if not cut:
                 check_question(len(encoded[i]), most)
             asked[i] = asked[i][: encoded[i][most - 1][1]]
         cut_questions += len(long)
-        windows = tokenizer(
-            asked,
-            [row["context"] for row in batch],
-            truncation="only_second",
-            max_length=max_length,
-            stride=doc_stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            return_token_type_ids=True,
-        )
+        with TOKENIZING:
+            windows = tokenizer(
+                asked,
+                [row["context"] for row in batch],
+                truncation="only_second",
+                max_length=max_length,
+                stride=doc_stride,
+                return_overflowing_tokens=True,
+                return_offsets_mapping=True,
+                return_token_type_ids=True,
+            )
         golds = [gold_answer(row["answers"]) for row in batch]
         for i, window in enumerate(windows.encodings):
             spans = np.array(window.offsets, dtype=np.int32)

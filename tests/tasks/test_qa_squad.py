@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -361,6 +362,21 @@ def test_windows_overlap_and_cover_the_context(tokenizer):
         assert before[-16:] == after[:16]
     everything = dict.fromkeys(span for part in covered for span in part)
     assert len(everything) == len(tokenizer(LONG, add_special_tokens=False)["input_ids"])
+
+
+def test_windows_may_be_made_in_several_threads(tokenizer, monkeypatch):
+    """A tokenizer keeps how it truncates: what one thread sets, another must not change before the text is encoded."""
+    alone = qa_windows.make_windows([question(LONG, None)], tokenizer, 48, 16).lengths
+    set_state = tokenizer.set_truncation_and_padding
+
+    def slowly(**settings):
+        set_state(**settings)
+        time.sleep(0.002)  # the other threads' turn
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: qa_windows.make_windows([question(LONG, None)], tokenizer, 48, 16), range(16)))
+    assert [windows.lengths for windows in found] == [alone] * 16
 
 
 def test_preflight_lists_what_a_label_cannot_say(tokenizer):
