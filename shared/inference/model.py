@@ -32,7 +32,7 @@ from shared.publish.vocabulary import load_tokenizer
 FASTEST = ("int4", "onnx-int8", "onnx", "int8", "fp16", "merged", "gguf", "gguf-q8_0", "litert")
 # All others are PyTorch's
 RUNNERS = dict.fromkeys(("int4", "onnx-int8", "onnx"), OnnxRunner) | {"litert": LiteRTRunner}
-# Encoders here round what they multiply by a scale (bitsandbytes: by outliers) of all rows: together, each depends on the others
+# What these multiply is rounded by a scale (bitsandbytes: by outliers) of all rows: together, each depends on the others
 BY_ITSELF = ("onnx-int8", "int8")
 EMBEDS = ("feature-extraction", "fill-mask")  # tasks of encoders whose hidden states stand for a text
 
@@ -368,7 +368,8 @@ class Model:
         """
         if not texts:
             return []
-        found = self.summary_ids(texts, max_new_tokens, num_beams, cancelled)
+        parts = [[text] for text in texts] if self.artifact in BY_ITSELF else [texts]
+        found = [ids for part in parts for ids in self.summary_ids(part, max_new_tokens, num_beams, cancelled)]
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
     @property

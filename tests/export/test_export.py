@@ -114,7 +114,7 @@ WANTED = {
     "bert": ["int8", "onnx", "onnx-int8"],
     "qa": ["int8", "onnx", "onnx-int8"],
     "t5": ["fp16", "onnx", "onnx-int8"],
-    "bart": ["onnx"],
+    "bart": ["int8", "onnx", "onnx-int8"],
     "classes": ["merged", "fp16", "int8", "onnx", "onnx-int8"],
 }
 
@@ -671,7 +671,7 @@ def test_classes_that_are_called_by_numbers_are_scored_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("artifact", ["int8", "onnx-int8"])
-def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, artifact):
+def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, artifact, monkeypatch):
     """What is multiplied is rounded to one scale, which a row with an outlier would set for all: here each is as alone."""
     texts = [sentence(i, 5 + 3 * i) for i in range(12)]
     model = load(exports("classes"), artifact)
@@ -685,6 +685,15 @@ def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, arti
     if artifact == "int8":
         alone = np.concatenate([model.embed([text]) for text in texts])
         np.testing.assert_array_equal(model.embed(texts), alone)
+    model = load(exports("bart"), artifact)
+    alone, rows, write = [model.summarize([context], 12)[0] for context in contexts], [], model._runner.seq2seq
+
+    def written(ids, *more):
+        rows.append(len(ids))
+        return write(ids, *more)
+
+    monkeypatch.setattr(model._runner, "seq2seq", written)
+    assert model.summarize(contexts, 12) == alone and rows == [1] * 8, "these weights would write the same together"
 
 
 def test_a_row_with_a_line_separator_stays_one(tmp_path):
