@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer
 
 from shared import UserError
 from shared.training.losses import finite, step_mean
@@ -48,7 +48,8 @@ class CheckedTrainer(Trainer):
 
 
 def load_model(source, tokenizer, classes: list[str]) -> tuple:
-    """The classifier in fp32, and whether its last layer is new: an encoder has none, another classifier one for its own labels.
+    """The classifier in fp32, and whether its last layer is new: an encoder has none, another classifier one for its own labels,
+    which may be as many, or these in another order.
 
     A tokenizer without a padding token gets the end token for it, which is hidden by the mask.
 
@@ -74,7 +75,16 @@ def load_model(source, tokenizer, classes: list[str]) -> tuple:
     if body := [name for name in other if name.startswith(f"{model.base_model_prefix}.")]:
         raise UserError(f"{source}: {body[0]} has another shape than config.json says: they are of two models.")
     model.config.pad_token_id = tokenizer.pad_token_id  # a decoder scores the last token before padding
-    return model, bool(loaded["missing_keys"] or other)
+    before = AutoConfig.from_pretrained(source, trust_remote_code=False).id2label
+    if [before.get(i) for i in range(len(before))] == classes:
+        return model, bool(loaded["missing_keys"] or other)
+    last_layer(model).reset_parameters()
+    return model, True
+
+
+def last_layer(model) -> torch.nn.Linear:
+    """The one that gives a value for each class."""
+    return [part for part in model.modules() if getattr(part, "out_features", 0) == model.num_labels][-1]
 
 
 def start_head(model, rows, collator, batch_size: int) -> float | None:
@@ -86,8 +96,7 @@ def start_head(model, rows, collator, batch_size: int) -> float | None:
         The accuracy on these rows; None where it is left as it is: it reads no row of features each (GPT-2 scores every token),
         or they are not finite, which training then says.
     """
-    names = [name for name, part in model.named_modules() if getattr(part, "out_features", 0) == model.num_labels]
-    head, entered = model.get_submodule(names[-1]), []
+    head, entered = last_layer(model), []
     hook = head.register_forward_pre_hook(lambda _, given: entered.append(given[0].float().cpu()))
     rows = rows.select(range(min(HEAD_ROWS, len(rows))))
     times, in_training = min(8, HEAD_ROWS // len(rows)), model.training

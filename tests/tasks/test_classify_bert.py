@@ -281,14 +281,16 @@ def test_configurations_are_read(config):
     assert run_args.dataset and args.train_sampling_strategy == "group_by_length" and script_args.max_length >= 96
 
 
-@pytest.mark.parametrize("labels", [3, 5])
+@pytest.mark.parametrize("labels", [["bad", "good", "so so"], ["good", "bad", "so so"], ["a", "b", "c"], list("abcde")])
 def test_a_classifier_of_other_labels_becomes_one_of_these(labels, bert, reviews, tmp_path, caplog):
-    """Of several labels a text, and of another number of them: its head starts anew, pipelines give shares of 1."""
-    config = BertConfig.from_pretrained(bert, num_labels=labels, problem_type="multi_label_classification")
+    """Of several labels a text, and of others, be they as many: its head starts anew, pipelines give shares of 1."""
+    caplog.set_level("INFO", "taskbook")
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    config = BertConfig.from_pretrained(bert, problem_type="multi_label_classification", **names)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "base")
     run_main(flags(tmp_path / "base", reviews, tmp_path / "run", max_steps=1))
-    assert ("the head starts as a linear classifier" in caplog.text) == (labels != 3)
+    assert ("the head starts as a linear classifier" in caplog.text) == (labels != ["bad", "good", "so so"])
     scores = pipeline("text-classification", model=str(tmp_path / "run"), top_k=None)(["splendid"])[0]
     assert len(scores) == 3 and sum(score["score"] for score in scores) == pytest.approx(1, abs=1e-5)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["problem_type"] == "single_label_classification"
