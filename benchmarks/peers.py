@@ -8,7 +8,9 @@ trains in and all its cores. Counted is `train_runtime` of `Trainer`: no loading
 Each side keeps what is its own: our tasks what their laptop.yaml says of dropout and order, the scripts the published model's
 dropout and random order. QA and classification are padded to the longest row of a batch, the faster way of the scripts, which
 pad to the full length unless told. run_mlm.py and run_clm.py join all texts and cut them into full rows: fewer steps for the
-same text. Prints seconds, rows a second, steps and the mean loss of their last quarter, and the ratio of the faster rounds.
+same text. Prints seconds, rows a second, steps and the mean loss of their last quarter, and of the faster rounds the ratio and
+MFU: the operations that the rows of our side ask for, 6 a weight and token, padding and attention left out, in that time, of
+what a matrix product reaches here in fp32.
 
 The scripts run as they are; those of v5.2.0 were tried. They load a metric from the Hub before they train, though none is
 computed here: empty ones of the same names lie in the folder that they run in.
@@ -24,9 +26,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
+import transformers
+
 from shared.data import assets
 from shared.data.load import load_data
-from shared.training.hardware import cores, gpus, precision_flags
+from shared.training.hardware import cores, gpus, matmul_flops, precision_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 8  # rows of each other split: ours evaluates at its end, which is not counted
@@ -163,6 +168,23 @@ def run(command: list[str], output: Path, folder: Path) -> tuple[float, float, i
     return float(re.search(r"'train_runtime': '?([\d.]+)", text)[1]), sum(last) / len(last), len(losses)
 
 
+def operations(folder: Path) -> float:
+    """Floating-point operations that training on a run's rows asks for. The head only multiplies tokens with a label; a decoder
+    only those of targets, where an encoder stands before it."""
+    facts = json.loads((folder / "preflight.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    head, total = model.get_output_embeddings(), 0.0
+    labelled = facts.get("supervised_share", 0.0)
+    for name, layer in model.named_modules():
+        if isinstance(layer, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+            share = labelled if layer is head or ".decoder." in name else 1.0
+            if config.is_encoder_decoder and ".encoder." in name:
+                share -= labelled
+            total += 6 * layer.weight.numel() * share * facts["tokens"]
+    return total
+
+
 def main() -> None:
     """Runs both in turn and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,7 +215,11 @@ def main() -> None:
                 results[who].append(seconds)
                 rate = f"{count / seconds:6.2f} rows/s  {steps} steps  loss {loss:.4f}"
                 print(f"{who:6} round {number}: {seconds:6.1f} s  {rate}", flush=True)
-        print(f"{args.task}: {min(results['theirs']) / min(results['ours']):.2f} times as fast as {script.name}")
+        best = {who: min(seconds) for who, seconds in results.items()}
+        asked, peak = operations(folder / "ours0"), matmul_flops()
+        mfu = ", ".join(f"{who} {asked / seconds / peak:.1%}" for who, seconds in best.items())
+        print(f"{args.task}: {best['theirs'] / best['ours']:.2f} times as fast as {script.name}")
+        print(f"MFU: {mfu} of {peak / 1e9:.0f} GFLOP/s; {asked / 1e12:.2f} TFLOP of rows without padding")
 
 
 if __name__ == "__main__":
