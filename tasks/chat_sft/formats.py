@@ -88,7 +88,7 @@ def read(name: str, config: str | None = None) -> dict:
         UserError: as `shared.data.files.read_rows`; JSON that holds no list of rows.
     """
     path = Path(name).expanduser()
-    if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
+    if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx"):
         return load_data(name, config)
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
     if splits := json_splits(content):

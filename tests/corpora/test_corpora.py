@@ -509,6 +509,9 @@ def test_a_folder_of_every_kind(tmp_path):
     with gzip.open(folder / "sub" / "i.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": prose(13)}))
     (folder / "j.png").write_bytes(b"\x89PNG")
+    (folder / "q.rst").write_text("Title\n=====\n\n" + prose(17))
+    with gzip.open(folder / "R.NDJSON.GZ", "wt") as file:
+        file.write(json.dumps({"text": prose(18)}))
     (folder / "k.pdf").write_bytes(b"%PDF-1.4 and then nothing")
     (folder / "l.parquet").write_bytes(b"PAR1 no")
     (folder / "m.txt.gz").write_bytes(gzip.compress(prose(14, 5000).encode())[:-2000])
@@ -522,7 +525,7 @@ def test_a_folder_of_every_kind(tmp_path):
     assert set(by_source) == {
         *("mine/a.txt", "mine/b.md", "mine/c.html", "mine/d.pdf", "https://example.org/6", "mine/e.jsonl#2"),
         *("mine/f.csv#1", "mine/f.csv#2", "ten", "mine/g.parquet#2", "mine/sub/h.txt.gz", "mine/sub/i.jsonl.gz#1"),
-        *("mine/n.txt", "mine/o.txt"),
+        *("mine/n.txt", "mine/o.txt", "mine/q.rst", "mine/R.NDJSON.GZ#1"),
     }
     assert report.dropped == {
         "not a JSON object": 2,

@@ -68,6 +68,7 @@ CSV = 'text,label\nvé một,a\n"two, too",b\n'
         ("bar.csv", "text|label\nvé một|a\ntwo, too|b".encode()),
         ("a.jsonl", lines(ROWS).encode()),
         ("bom.jsonl", lines(ROWS).encode("utf-8-sig")),
+        ("A.NDJSON", lines(ROWS).encode()),
         ("u16.jsonl", lines(ROWS).encode("utf-16")),
         ("blank.jsonl", ("\n" + lines(ROWS).replace("}\n", "}\n\n \n")).encode()),
         ("lines.json", lines(ROWS).encode()),
