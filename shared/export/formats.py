@@ -21,7 +21,7 @@ HELP = {
     "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
 }
 # Architectures that onnxruntime-genai builds itself, with rotary embeddings inside of its attention; others are traced
-GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 NOT_SETTINGS = (
     "*.index.json",

@@ -118,12 +118,20 @@ STRETCHED |= {"original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
-    "kind, rope", [("Llama", LINEAR), ("Llama", YARN), ("Llama", STRETCHED), ("Qwen2", YARN), ("Mistral", STRETCHED)]
+    "kind, rope, own",
+    [
+        ("Llama", LINEAR, {}),
+        ("Llama", YARN, {}),
+        ("Llama", STRETCHED, {}),
+        ("Qwen2", YARN, {}),
+        ("Mistral", STRETCHED, {}),
+        ("SmolLM3", {"rope_type": "default"}, {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+    ],
 )
-def test_scaled_rotary_embeddings_are_in_the_graph(kind, rope, tiny, tmp_path):
+def test_scaled_rotary_embeddings_are_in_the_graph(kind, rope, own, tiny, tmp_path):
     """onnxruntime-genai would build these without a word about the scaling, or fail."""
     torch.manual_seed(0)
-    own = {"num_hidden_layers": 1, "sliding_window": None, "rope_parameters": {"rope_theta": 10000.0, **rope}}
+    own = {"sliding_window": None, "rope_parameters": {"rope_theta": 10000.0, **rope}} | own
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**DECODER | own)).eval()
     AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "whole")
