@@ -62,7 +62,9 @@ class OnnxRunner:
         from shared.inference.onnx_seq2seq import OnnxEncoderDecoder
 
         writer = OnnxEncoderDecoder(self.config, self.generation, self.encoder, self.decoder)
-        return writer.generate(input_ids=ids, attention_mask=mask, do_sample=False, **changes)
+        # The settings may turn the cache off, as training does, or ask for one of a fixed length: the graph is nothing without
+        cache = {"use_cache": True, "cache_implementation": "dynamic"}
+        return writer.generate(input_ids=ids, attention_mask=mask, do_sample=False, **cache, **changes)
 
 
 class OnnxDecoding:
