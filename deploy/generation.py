@@ -81,7 +81,7 @@ class Reply:
     """
 
     def __init__(self, tokenizer, stop: tuple[str, ...], before: Sequence[int] = ()):
-        self._tokenizer, self._stop, self._held = tokenizer, stop, ""
+        self._tokenizer, self._stop, self._held, self._open = tokenizer, stop, "", []
         self._decoder = DecodeStream(skip_special_tokens=True)
         self.reason = None
         first = max(len(before) - BEFORE, 0)
@@ -89,11 +89,23 @@ class Reply:
         while first and "\ufffd" in tokenizer.decode([before[first]]):
             first -= 1
         for token in before[first:]:
-            self._decoder.step(tokenizer, token)
+            self._decode(token)
+
+    def _decode(self, token: int) -> str:
+        """The text that is whole with this token; `_open` holds the tokens of what is not."""
+        self._open.append(token)
+        try:
+            text = self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # of Llama 2's kind: bytes that are no character unmake those that were shown before them
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            text = "".join(self._decoder.step(self._tokenizer, each) or "" for each in self._open)
+        if text:
+            self._open = []
+        return text
 
     def add(self, token: int) -> str:
         """What can be shown after this token; `reason` is set when a stop text was found."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        self._held += self._decode(token)
         places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if places:
             shown, self._held, self.reason = self._held[: min(places)], "", "stop"

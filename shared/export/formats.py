@@ -21,7 +21,7 @@ HELP = {
     "int4": "ONNX Runtime with 4-bit weights, 8 where they distort most",
 }
 # Architectures that onnxruntime-genai builds itself, with rotary embeddings inside of its attention; others are traced
-GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+GENAI = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 NOT_SETTINGS = (
     "*.index.json",
@@ -167,12 +167,18 @@ def _copy_settings(source: Path, folder: Path, target: Path, weights: bool) -> N
 
 
 def _genai_builds(folder: Path) -> bool:
-    """Whether onnxruntime-genai knows the architecture, and its rotary embeddings the width of the heads."""
+    """Whether onnxruntime-genai knows the architecture, and its rotary embeddings the width of the heads and their scaling.
+
+    Its Llama leaves out any scaling but llama3 without a word, its Qwen and Mistral fail at most (0.18).
+    """
     config = _read(folder / "config.json")
     width = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
     # Its caches are as long as the window, ours as the text
     windowed = config.get("sliding_window") is not None or "sliding_attention" in (config.get("layer_types") or ())
-    return (config.get("architectures") or [""])[0] in GENAI and width % 16 == 0 and not windowed
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    name, scaling = (config.get("architectures") or [""])[0], rope.get("rope_type", "default")
+    known = scaling == "default" or scaling == "llama3" and name == "LlamaForCausalLM"
+    return name in GENAI and width % 16 == 0 and not windowed and known
 
 
 def _reads_segments(source: Path) -> bool:

@@ -9,11 +9,17 @@ import numpy as np
 import torch
 
 from shared import UserError
+from shared.inference.positions import switches_at
 from shared.inference.sampling import PROMPT_CHUNK, distinct
 
 
 class OnnxRunner:
-    """Graphs of shared/export/graphs.py or onnxruntime-genai in ONNX Runtime, on the CPU."""
+    """Graphs of shared/export/graphs.py or onnxruntime-genai in ONNX Runtime, on the CPU.
+
+    Attributes:
+        length: most tokens of a row, where that is less than the model reads in PyTorch: rotary embeddings that switch there do
+            so for all rows of a batch, and not for what is in the buffers.
+    """
 
     def __init__(self, folder: Path, task: str):
         from transformers import AutoConfig, GenerationConfig
@@ -21,6 +27,8 @@ class OnnxRunner:
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         has_settings = (folder / "generation_config.json").is_file()
         self.generation = GenerationConfig.from_pretrained(folder) if has_settings else None
+        if switch := switches_at(self.config):
+            self.length = switch
         if task == "summarization":
             self.encoder, self.decoder = (open_session(folder / f"{part}.onnx") for part in ("encoder", "decoder"))
         else:
@@ -54,7 +62,9 @@ class OnnxRunner:
         from shared.inference.onnx_seq2seq import OnnxEncoderDecoder
 
         writer = OnnxEncoderDecoder(self.config, self.generation, self.encoder, self.decoder)
-        return writer.generate(input_ids=ids, attention_mask=mask, do_sample=False, **changes)
+        # The settings may turn the cache off, as training does, or ask for one of a fixed length: the graph is nothing without
+        cache = {"use_cache": True, "cache_implementation": "dynamic"}
+        return writer.generate(input_ids=ids, attention_mask=mask, do_sample=False, **cache, **changes)
 
 
 class OnnxDecoding:

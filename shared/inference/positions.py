@@ -1,4 +1,4 @@
-"""How many tokens an encoder reads. Called by tasks that take one, and by model.py."""
+"""How many tokens a model reads. Called by tasks that take an encoder, by model.py and the runners."""
 
 import logging
 from pathlib import Path
@@ -28,6 +28,19 @@ def longest_input(config, tokenizer) -> int | None:
             if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 limits.append(module.num_embeddings - module.padding_idx - 1)
     return min((limit for limit in limits if limit and limit < 1e9), default=None)
+
+
+def switches_at(config) -> int | None:
+    """The longest text whose tokens are all turned as those of a short one, where a longer one's are all turned otherwise
+    (longrope, as in Phi 3 and 4 with long contexts); None for all other rotary embeddings.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for each in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # by kind of layer
+        length = each.get("original_max_position_embeddings")
+        if each.get("rope_type") == "longrope" and length and length < text.max_position_embeddings:
+            return length
+    return None
 
 
 def check_summary(config, tokens: int) -> None:

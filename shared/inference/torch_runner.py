@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad as padded
 
 from shared import UserError
+from shared.inference.positions import switches_at
 from shared.inference.sampling import PROMPT_CHUNK, common_prefix, distinct, pad_left, positions_of
 from shared.publish.hub import pull
 
@@ -78,7 +79,7 @@ class TorchDecoding:
 
     Rows of equal length are read in pieces, and what several begin with is read once. Not where a model carries a state
     beside keys and values: it would take a piece for a new text. A row of a model that hands out no cache (RecurrentGemma, RWKV,
-    GPT-1) is read anew for each token.
+    GPT-1) is read anew for each token, one whose rotary embeddings switch (longrope) for the token with which they do.
     """
 
     def __init__(self, model, rows: Sequence[Sequence[int]], pad: int):
@@ -96,7 +97,9 @@ class TorchDecoding:
         self.model, self.cache, self.masked = model, None, not stateful  # Mamba would mask its state
         takes = inspect.signature(model.forward).parameters
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
-        self.chunk = PROMPT_CHUNK if mask.all() and not stateful and self.cached else mask.shape[1]
+        self.switch = switches_at(model.config)
+        pieces = mask.all() and not stateful and self.cached and not self.switch
+        self.chunk = PROMPT_CHUNK if pieces else mask.shape[1]
         self.whole, self.mask, self.first = mask, mask[:, :0], None
         if shared:
             self.first = TorchDecoding(model, [rows[0][:shared]], pad)
@@ -152,11 +155,12 @@ class TorchDecoding:
         """Appends one token to each row, (rows,), and computes the scores of the next."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         inputs = {"input_ids": tokens[:, None].to(self.mask.device)}
-        if not self.cached:
+        if not self.cached or self.switch:
             new = inputs["input_ids"]
             new = new if self.name == "input_ids" else self.model.get_input_embeddings()(new)
             self.prompt = torch.cat([self.prompt, new.to(self.prompt.dtype)], 1)
-            inputs = {self.name: self.prompt}
+            if not self.cached or self.mask.shape[1] == self.switch + 1:
+                self.cache, inputs = None, {self.name: self.prompt}
         self._run(inputs)
 
     @torch.inference_mode()
@@ -235,6 +239,8 @@ def takes_padding(model) -> bool:
 
     base = model.get_base_model() if getattr(model, "peft_config", None) else model
     if carries_state(model, model.config) or "cache" not in inspect.signature(base.forward).parameters:
+        return False
+    if switches_at(base.config):  # by the longest row, for all of them
         return False
     layers = DynamicCache(config=base.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

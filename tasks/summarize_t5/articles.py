@@ -127,6 +127,7 @@ def allow_such_summaries(settings, summaries: list[list[int]]) -> None:
         settings: the model's GenerationConfig, changed in place.
         summaries: token ids of the references to learn.
     """
+    settings.num_return_sequences, settings.return_dict_in_generate = 1, False  # ids of one summary a document
     lengths = sorted(map(len, summaries))
     median, n = lengths[len(lengths) // 2], settings.no_repeat_ngram_size or 0
     for name in ("min_length", "min_new_tokens"):

@@ -150,6 +150,7 @@ def test_a_continuation_keeps_the_blank_before_its_first_word(tiny, tmp_path):
         ("so " * 20, ["no"], "no"),
         ("ဗမာ" * 20, ["▁now", "▁now"], " now now"),  # bytes, three a character
         ([words["<0xC3>"]], ["<0xA9>", "▁now"], "é now"),  # half of a character
+        ("so", ["<0x0A>", "<0xF0>", "▁now", "▁now"], "\n\ufffd now now"),  # a line break is a byte, too
     ):
         engine.model.batch = lambda written=written: Dictated([words[piece] for piece in written])
         sampling = Sampling(max_tokens=len(written))

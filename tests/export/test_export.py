@@ -197,6 +197,16 @@ def test_an_encoder_decoder_in_onnx_summarizes_as_pytorch_does(models, exports, 
     assert len(exported.summary_ids(texts, 5)[0]) <= 6 and exported.summarize([]) == []
 
 
+@pytest.mark.parametrize("artifact", [None, "onnx"])
+def test_one_summary_a_text_whatever_the_generation_settings_say(models, exports, artifact):
+    texts = [sentence(1, 40), "red", sentence(2, 9)]
+    for cache in ({"use_cache": False}, {"cache_implementation": "static"}):
+        model = load(exports("bart"), artifact) if artifact else load(models / "bart")
+        expected = model.summary_ids(texts, num_beams=2)
+        model.generation.update(num_beams=2, num_return_sequences=2, return_dict_in_generate=True, **cache)
+        assert model.summary_ids(texts) == expected
+
+
 def test_an_encoder_in_onnx_answers_and_fills_as_pytorch_does(models, exports):
     original, exported = load(models / "qa"), load(exports("qa"), "onnx")
     questions, contexts = ["where?", "who reads?"], [sentence(3, 70), sentence(4, 5)]

@@ -111,6 +111,38 @@ def test_attention_that_no_node_computes_is_refused_by_name(kind, own, reason, t
     assert not list(tmp_path.iterdir())
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+STRETCHED |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "kind, rope, own",
+    [
+        ("Llama", LINEAR, {}),
+        ("Llama", YARN, {}),
+        ("Llama", STRETCHED, {}),
+        ("Qwen2", YARN, {}),
+        ("Mistral", STRETCHED, {}),
+        ("SmolLM3", {"rope_type": "default"}, {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}),
+    ],
+)
+def test_scaled_rotary_embeddings_are_in_the_graph(kind, rope, own, tiny, tmp_path):
+    """onnxruntime-genai would build these without a word about the scaling, or fail."""
+    torch.manual_seed(0)
+    own = {"sliding_window": None, "rope_parameters": {"rope_theta": 10000.0, **rope}} | own
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**DECODER | own)).eval()
+    AutoTokenizer.from_pretrained(tiny / "llama").save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole")
+    row = torch.randint(3, VOCABULARY, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([row])).logits[0].numpy()
+    write("onnx", tmp_path / "whole", model, tmp_path / "whole", tmp_path / "onnx", "text-generation")
+    found = OnnxRunner(tmp_path / "onnx", "text-generation").logits(row)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
 @pytest.fixture
 def mistral(tiny, tmp_path):
     """A run of a Mistral that sees 48 tokens, with short test rows: longer than the window are only several together."""

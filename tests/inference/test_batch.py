@@ -23,6 +23,8 @@ SIZES |= {
     "max_position_embeddings": 256,
 }  # random weights whose next token depends on all before it
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+LONGROPE |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
 KINDS = {
     "llama": ("LlamaConfig", GROUPED),
     "gpt2": (
@@ -32,6 +34,10 @@ KINDS = {
     "windows": (
         "Gemma3TextConfig",
         GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "longrope": (
+        "Phi3Config",
+        GROUPED | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24, "pad_token_id": 0},
     ),
     "state": ("MambaConfig", {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}),
     "alibi": (
@@ -151,6 +157,24 @@ def test_what_prompts_begin_with_is_read_once(runner, name, read, monkeypatch):
         batch.step()
     assert [row.written for row in rows] == [*alone, alone[0]]
     assert batch.tokens_read(prompts) == read and batch.tokens_read(prompts[:1]) == 21
+
+
+def test_rotary_embeddings_that_switch_do_so_for_the_whole_text(runner, monkeypatch):
+    """Each token is the likeliest after all before it, read at once: long prompts, and replies that pass the place. The graph,
+    which cannot read anew, takes no longer text."""
+    monkeypatch.setattr("shared.inference.torch_runner.PROMPT_CHUNK", 16)
+    runner, of_graph = runner("longrope"), runner("longrope onnx")
+    for length in (5, 20, 24, 40):
+        row, batch = Row(list(range(3, 3 + length)), 8), Batch(runner, 0)
+        batch.add([row])
+        while row.open:
+            batch.step()
+        text = list(row.prompt)
+        for token in row.written:
+            assert runner.logits(text)[-1].argmax() == token, length
+            text.append(token)
+    assert of_graph.length == 24
+    torch.testing.assert_close(of_graph.logits(text[:24]), runner.logits(text[:24]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama onnx"])

@@ -375,11 +375,15 @@ def test_a_run_from_a_base_for_long_summaries_writes_short_ones(small, pairs, tm
     shutil.copytree(small / "bart", tmp_path / "base")
     settings = GenerationConfig.from_pretrained(tmp_path / "base")
     settings.min_length, settings.no_repeat_ngram_size = 11, 3
+    settings.num_beams = settings.num_return_sequences = (
+        2  # several of each would be taken for those of other documents
+    )
     settings.save_pretrained(tmp_path / "base")
     options = {"max_steps": 1, "max_test_rows": 2, "max_train_rows": 16, "max_validation_rows": 2}
     run_main(flags(pairs, tmp_path / "run", model_name_or_path=tmp_path / "base", **options))
     saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert not saved.get("min_length") and saved["no_repeat_ngram_size"] == 3
+    assert (saved["num_beams"], saved.get("num_return_sequences", 1)) == (2, 1)
 
 
 def test_chunks_are_summarized_one_by_one_and_joined(small):
