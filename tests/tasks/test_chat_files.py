@@ -7,6 +7,7 @@ import json
 import chat_families
 import chats
 import formats
+import mixture
 import pytest
 
 from shared import UserError
@@ -549,3 +550,19 @@ def test_people_are_recognised_by_names_that_change():
     same = [{"conversations": turns(("ann", "Is it?"), ("bob", "Yes."), who="from", text="value")}] * 9
     assert not formats.talk_of_people("rows", known, ["conversations"], [])
     assert not formats.talk_of_people("rows", same, ["conversations"], [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "references"),
+    [
+        ({"text": ["Lima", "Lima"], "answer_start": [9, 9]}, ["Lima"]),
+        ([{"text": "Lima", "answer_start": 9}], ["Lima"]),
+        ("Lima", ["Lima"]),
+        ("['Lima']", ["Lima"]),
+        (None, []),
+    ],
+)
+def test_answers_of_a_mixture_are_read_as_qa_squad_reads_them(answers, references):
+    row = {"context": "It is in Lima.", "question": "Where?", "answers": answers}
+    assert mixture.to_task(row, None)["references"] == references
+    assert mixture.to_task(row | {"answers": {"value": "Lima"}}, None).startswith('bad: an answer without "text"')
