@@ -39,8 +39,8 @@ class ScriptArguments:
 
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
-    from datasets import ClassLabel, DatasetDict
-    from labelled_texts import hides_labels, likely_one, number_labels, refuse_measures, to_row
+    from datasets import DatasetDict
+    from labelled_texts import hides_labels, likely_one, named, number_labels, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -50,11 +50,10 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     data = load_splits(run_args)
     first = next(iter(data.values()))
     places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
-    feature = first.features[places["label"]]
-    names = feature.names if isinstance(feature, ClassLabel) else None
     hidden = hides_labels(rows[places["label"]] for rows in data.values())
-    convert = partial(to_row, places=places, names=names, until=script_args.label_until, hidden=hidden)
-    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
+    convert = partial(to_row, places=places, until=script_args.label_until, hidden=hidden)
+    rows = named(data, places["label"])
+    cleaned, report = clean_dataset(rows, convert, run_args.dataset, most=run_args.max_bad_rows)
     # The Hub's test splits are often without labels
     labelled = DatasetDict({split: rows for split, rows in cleaned.items() if len(rows)})
     splits = split_dataset(labelled, lambda row: row["text"], seed)
