@@ -7,7 +7,7 @@ from replies import reply
 
 from shared import UserError, metrics
 from shared.data.cleaning import clean_dataset, clean_text, malformed
-from shared.data.load import load_data
+from shared.data.load import load_data, named_splits
 from shared.data.splits import first_rows, split_dataset
 from shared.data.squad import read_answers
 from shared.metrics.rouge.rouge import split_sentences
@@ -54,7 +54,7 @@ def load_part(entry: str, seed: int, pool: int | None):
         UserError: neither summaries nor questions about a text.
     """
     name, _, config = entry.partition(" ")
-    data = load_data(name, config or None, pool)
+    data = named_splits(load_data(name, config or None, pool))
     if pool:
         for split, rows in data.items():
             data[split] = first_rows(rows.shuffle(seed), pool)

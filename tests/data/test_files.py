@@ -137,9 +137,9 @@ def test_excel(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("dev", "validation")])
+@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("Dev", "validation")])
 def test_splits_of_one_json_are_splits(name, split, tmp_path):
-    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, name: ROWS[:1]}))
+    (tmp_path / "splits.json").write_text(json.dumps({"version": "1.0", "train": ROWS, name: ROWS[:1]}))
     for load in (load_data, load_stream):
         found = load(str(tmp_path / "splits.json"))
         assert {name: len(list(rows)) for name, rows in found.items()} == {"train": 2, split: 1}
