@@ -3,12 +3,14 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import chat_families
 import chats
 import formats
 import mixture
 import pytest
+import speakers
 
 from shared import UserError
 from shared.data.cleaning import clean_dataset
@@ -339,6 +341,41 @@ READ = {
         " x = {}\n y = 2<|im_end|>",
         ASKED,
     ),
+    "prompt_of_messages_and_a_text": (
+        lambda i: {"prompt": [*turns(("system", "Be brief.")), *plain(i)[:1]], "completion": SAID.format(i)},
+        EVERY,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + ASKED,
+    ),
+    "no_messages_but_a_prompt": (
+        lambda i: (
+            {"messages": plain(i)}
+            if i % 2
+            else {"messages": [], "prompt": ASKED.format(i), "completion": SAID.format(i)}
+        ),
+        EVERY,
+        ASKED,
+    ),
+    "spoken": (
+        lambda i: {"chosen": f"\n\nHuman: {ASKED.format(i)}\n\nAssistant: {SAID.format(i)}", "rejected": "WRONG"},
+        EVERY,
+        "<|im_start|>user\n" + ASKED,
+    ),
+    "two_results": (
+        lambda i: {
+            "messages": [
+                *plain(i)[:1],
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "find", "arguments": {}}}] * 2,
+                },
+                *turns(("tool", "7"), ("tool", "8")),
+                *plain(i)[1:],
+            ]
+        },
+        EVERY,
+        "<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>user\n<tool_response>\n8\n</tool_response>",
+    ),
     "tools_column": (
         lambda i: {"tools": '[{"name": "find"}]', "messages": plain(i)},
         EVERY,
@@ -399,6 +436,10 @@ REFUSED = {
         ("found the columns text; expected those of a conversation",),
     ),
     "only_rejected": (lambda i: {"text": "x", "rejected": "y"}, ("--columns prompt=... completion=...",)),
+    "a_part_without_text": (
+        lambda i: {"messages": [{"role": "user", "content": [{"type": "text", "content": "x"}]}, *plain(i)[1:]]},
+        ("wrong type", "row 1, messages[0].content"),
+    ),
     "tools_no_list": (lambda i: {"tools": "find", "messages": plain(i)}, ("tools = 'find'",)),
 }
 
@@ -420,6 +461,23 @@ def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
         kept, report, *_ = read(write(path, written))
         assert report.dropped == {"label false: a reply that was not wanted": ROWS / 2}
         assert [row["messages"] for row in kept] == [plain(i) for i in range(0, ROWS, 2)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept", "unread"),
+    [
+        ([0, 1], ROWS / 2, []),
+        ([0.0, 1.0, None, 1.0], ROWS * 3 / 4, []),
+        ([1, 0, 2], ROWS, ["label"]),
+        (["spam", "false"], ROWS, ["label"]),
+    ],
+)
+def test_labels_of_numbers_are_those_of_replies_where_they_can_be(labels, kept, unread, tmp_path):
+    """Exports write KTO's labels as 0 and 1; a class of something else is no reason to leave a row out, and is said."""
+    rows = [{"prompt": ASKED.format(i), "completion": "x", "label": labels[i % len(labels)]} for i in range(ROWS)]
+    arguments = SimpleNamespace(dataset=str(write(tmp_path / "rows.jsonl", rows)), columns=[], dataset_config=None)
+    splits, reader = speakers.open_talks(SimpleNamespace(**vars(arguments), validation_file=None, test_file=None), [])
+    assert sum(isinstance(reader(row), dict) for row in splits["train"]) == kept and reader.unread == unread
 
 
 def test_other_files(tmp_path):
@@ -521,6 +579,19 @@ def test_thoughts(field, tmp_path):
     assert learned(kept[4], under) == f"{EVERY.format(4)}<think>\nHm.\n</think>\n\n{EVERY.format(5)}"
     assert under.notes["thoughts"] == 1
     assert under.tokenizer.convert_tokens_to_ids("<think>") in under.tokenize(kept[4], 4096)["labels"]
+
+
+@pytest.mark.parametrize("before", ["<think>\nHm.\n</think>\n\n", "Hm.\n</think>\n\n", ""])
+def test_a_reply_is_trained_where_the_template_cuts_its_thoughts_off(before, tmp_path):
+    """DeepSeek R1's and QwQ's: nothing of such replies was trained. That replies are asked for by `<think>` is said."""
+    tokens = ["<|User|>", "<|Assistant|>", "<think>", "</think>", "<s>", "</s>"]
+    under = chats.Chat(chat_families.tokenizer_of(tokens, "<s>", "</s>", None, chat_families.DEEPSEEK))
+    replies = [turns(("user", "?"), ("assistant", before + SAID.format(i))) for i in range(2)]
+    kept, *_ = read(write(tmp_path / "rows.jsonl", [{"messages": [*replies[0], *replies[1]]}]), under=under)
+    assert learned(kept[0], under) == SAID.format(0) + "</s>" + SAID.format(1) + "</s>"
+    assert under.notes == {"prompt": 1, "thoughts": 2 * bool(before)}
+    whole = under.tokenizer.apply_chat_template([*replies[0], *replies[1]], return_dict=False)
+    assert under.tokenize(kept[0], 4096)["input_ids"] == whole
 
 
 def test_control_tokens_in_texts_are_plain_characters(tmp_path):
