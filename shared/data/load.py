@@ -116,7 +116,7 @@ def _read_folder(folder: Path):
         return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
-        return datasets.DatasetDict({split: datasets.concatenate_datasets(tables) for split, tables in parts.items()})
+        return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:
         raise UserError(
@@ -127,6 +127,23 @@ def _read_folder(folder: Path):
         f"{folder}: expected files named train, validation and test (such as train.csv), or a folder saved by `datasets`; "
         f"found {', '.join(sorted(path.name for path in folder.iterdir())[:10]) or 'nothing'}."
     )
+
+
+def _joined(tables: list, folder: Path):
+    """The parts of a split as one table; where a column is of another type in another part, as where that is so within a file."""
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets(tables)
+    except ValueError:
+        rows = []
+        for table in tables:
+            known = {name: each for name, each in table.features.items() if isinstance(each, datasets.ClassLabel)}
+            for row in table:
+                numbers = {name: row[name] for name in known if row[name] is not None and row[name] >= 0}  # -1: none
+                words = {name: known[name].int2str(number) for name, number in numbers.items()}
+                rows.append(row | dict.fromkeys(known) | words)
+        return _from_list(rows, folder)
 
 
 def load_data(name: str, config: str | None = None, most: int | None = None):

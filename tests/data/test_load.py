@@ -112,6 +112,19 @@ def test_splits_go_by_many_names_and_what_is_not_read_is_said(tmp_path, caplog):
     assert sizes(tmp_path / "both") == {"train": 5, "dev": 2, "extra": 1, "validation": 1}
 
 
+def test_parts_of_a_split_may_differ_in_type(tmp_path):
+    """As rows within one file may: whole numbers in one part, decimals or words in another, names of their own for numbers."""
+    (tmp_path / "train1.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": null}')
+    (tmp_path / "train2.csv").write_text("text,label,note\nc,x,y\n")
+    for number, names in ((3, ["no", "yes"]), (4, ["yes"])):
+        label = datasets.ClassLabel(names=names)
+        features = datasets.Features(text=datasets.Value("string"), label=label)
+        part = datasets.Dataset.from_dict({"text": ["d"] * 2, "label": [0, None]}, features)
+        part.to_parquet(tmp_path / f"train{number}.parquet")
+    rows = load_data(str(tmp_path))["train"]
+    assert list(rows["label"]) == ["1", None, "x", "no", None, "yes", None] and list(rows["note"])[2] == "y"
+
+
 def test_a_folder_of_anything_else_is_one_line(tmp_path):
     (tmp_path / "a.bin").write_text("")
     with pytest.raises(UserError, match="expected files named train, validation and test .* found a.bin"):
