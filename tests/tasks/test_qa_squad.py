@@ -445,6 +445,20 @@ def flat(*windows):
     )
 
 
+def test_an_answer_keeps_the_accent_that_stands_apart_from_its_last_letter(tokenizer):
+    """BERT's tokenizer drops it, and its last token ends before it; `Trà` was answered, and scored, as `Tra`."""
+    context = unicodedata.normalize("NFD", "Họ uống Trà ở đây.")
+    begin = context.index("Tr")
+    row = {"id": "1", "question": "Gì?", "context": context}
+    row["answers"] = {"text": [context[begin : begin + 4]], "answer_start": [begin]}
+    windows = qa_windows.make_windows([row], tokenizer, 64, 16)
+    assert squad_features.preflight([row], windows)["answers_not_whole_tokens"] == 0
+    spans = windows.spans[windows.answer[0]]
+    found = {"first": spans[:1, 0].copy(), "last": spans[1:, 1].copy()}
+    qa_windows.strip_blanks(found, [context])
+    assert unicodedata.normalize("NFC", context[found["first"][0] : found["last"][0]]) == "Trà"
+
+
 def test_each_question_has_the_null_score_of_its_own_windows():
     outside, tokens = [-1, -1], [[0, 2], [3, 5], [6, 8]]
     windows = flat((0, [outside, outside, *tokens]), (0, [outside, outside, *tokens]), (1, [outside, outside, *tokens]))
