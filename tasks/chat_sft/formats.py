@@ -12,6 +12,7 @@ from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
 from shared.data.load import json_splits, load_data
+from shared.data.squad import number_text
 
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -216,7 +217,7 @@ class Reader:
                 value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
             else:
                 value = value.get(step) if isinstance(value, dict) else None
-        return value
+        return None if value != value else value  # NaN: an empty cell
 
     def _turns(self, row: dict, name: str) -> list[tuple[object, str]]:
         """Turns as they stand in the row, each with its place."""
@@ -356,7 +357,7 @@ def _text(value, place: str, people: bool = False) -> str:
     if isinstance(value, bool):
         value = json.dumps(value)
     if isinstance(value, int | float):
-        value = str(value)
+        value = number_text(value)
     if isinstance(value, list) and value and all(isinstance(part, str | dict) for part in value):
         kinds = {part.get("type", "text") for part in value if isinstance(part, dict)} - {
             "text",

@@ -8,6 +8,7 @@ from shared import UserError
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import find_columns, missing
 from shared.data.load import load_data
+from shared.data.squad import number_text
 
 ROLES = {
     "system": ("system", "developer"),
@@ -166,7 +167,7 @@ def _of(row: dict, place: str):
             value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
         else:
             value = value.get(step) if isinstance(value, dict) else None
-    return value
+    return None if value != value else value  # NaN: an empty cell
 
 
 def _turns(value) -> list | None:
@@ -223,7 +224,7 @@ def _messages(turns: list, place: str, people: bool = False) -> list[dict]:
 
 def _text(value, place: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = number_text(value)
     if reason := malformed(value):
         raise Unusable(f"bad: {reason}\n{place}: {str(value)[:80]!r}")
     text = clean_text(value).rstrip()

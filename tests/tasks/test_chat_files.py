@@ -182,6 +182,11 @@ READ = {
         ASKED,
     ),
     "number": (lambda i: {"question": ASKED.format(i), "answer": i + 1000}, "1{:03}<|im_end|>", ASKED),
+    "whole_decimals": (  # as pandas writes a column of whole numbers in which a cell is empty
+        lambda i: {"instruction": ASKED.format(i), "input": float("nan"), "output": i + 1000.0},
+        "1{:03}<|im_end|>",
+        "<|im_start|>user\n" + ASKED + "<|im_end|>",
+    ),
     "some_numbers": (
         lambda i: {"question": ASKED.format(i), "answer": SAID.format(i) if i != 1 else f"It is behind number {i}."},
         EVERY,

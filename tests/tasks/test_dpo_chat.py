@@ -124,6 +124,14 @@ def test_forms_are_recognised(row, mapping, prompt):
     assert found == {"prompt": prompt or turns("Cold?"), "chosen": "Yes.", "rejected": "No."}
 
 
+def test_whole_numbers_beside_empty_cells_are_whole():
+    row = {"system": float("nan"), "prompt": 2.0, "chosen": 1700.0, "rejected": 1.5}
+    found = preferences.Reader("rows", row, list(row), [])(row)
+    assert found == {"prompt": turns("2"), "chosen": "1700", "rejected": "1.5"}
+    empty = row | {"rejected": float("nan")}
+    assert preferences.Reader("rows", row, list(row), [])(empty) == "bad: no rejected reply"
+
+
 def test_the_first_indentation_of_code_stays():
     row = {"prompt": "Go on:", "chosen": "    x = 1\n    y = 2\n", "rejected": " No."}
     found = preferences.Reader("rows", row, list(row), [])(row)
