@@ -112,8 +112,8 @@ def _refuse_trees(source: str, splits: dict, columns: list[str]) -> None:
         del replies[None]
         if several := sum(count > 1 for count in replies.values()):
             raise UserError(
-                f"{source}: {several:,} messages have more than one reply ({parent}): a tree, not conversations. Keep one reply to "
-                "each, such as the best ranked, or take the data set in a form of conversations (`messages`)."
+                f"{source}: {several:,} messages have more than one reply ({parent}): a tree, not conversations. Keep one reply "
+                "to each, such as the best ranked, or take the data set in a form of conversations (`messages`)."
             )
 
 

@@ -2,6 +2,8 @@
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 
 from datasets import Dataset
 
@@ -78,6 +80,13 @@ def likely_one(labels) -> str:
         )
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
+
+
+def spelled_tokens(texts: Iterable[str], tokenizer) -> str:
+    """How many texts spell a control token ("a [SEP] b"), empty if none: transformers reads it as such, deploy/ as characters."""
+    spelled = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    counts = Counter(token for text in texts for token in set(spelled.findall(text)))
+    return ", ".join(f"{token} in {count:,}" for token, count in counts.most_common())
 
 
 def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, dict[str, int]]:

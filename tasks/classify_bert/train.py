@@ -99,6 +99,7 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from texts to card."""
     # Setup
     import numpy as np
+    from labelled_texts import spelled_tokens
     from linear_probe import CheckedTrainer, fit_linear, load_model, predict_linear, start_head
     from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
@@ -123,6 +124,10 @@ def main(script_args, args, run_args) -> None:
     tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
+    if spelled := spelled_tokens(splits["train"]["text"], tokenizer):
+        log.warning(
+            "texts spell control tokens (%s), which deploy/ reads as plain characters: write them otherwise", spelled
+        )
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
 
     def tokenize(batch):

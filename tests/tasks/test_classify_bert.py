@@ -27,6 +27,7 @@ from transformers import (
 
 from shared import UserError
 from shared.data import assets
+from shared.data.encoding import PlainText
 from shared.training.arguments import parse
 
 classify_bert = train_script("classify_bert")
@@ -324,6 +325,18 @@ def test_a_decoder_without_padding_is_padded_with_its_end(tiny, reviews, tmp_pat
     text = "splendid 1 2 3 4 5"
     alone, together = classify(text)[0], classify([text, f"{text} 6 7 8 9"], batch_size=2)[0]
     assert alone["score"] == pytest.approx(together["score"], abs=1e-5)
+
+
+def test_control_tokens_that_texts_spell_are_said(bert):
+    """Pairs joined by [SEP]: one token while training, five characters when served."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    assert (
+        labelled_texts.spelled_tokens(["a [SEP] b [SEP] c", "d [SEP]", "[CLS]", "sep"], tokenizer)
+        == "[SEP] in 2, [CLS] in 1"
+    )
+    assert labelled_texts.spelled_tokens(["a | b"], tokenizer) == ""
+    read = PlainText(tokenizer).encode("a [SEP] b")
+    assert read != tokenizer("a [SEP] b")["input_ids"] and read.count(tokenizer.sep_token_id) == 1
 
 
 def test_labels_written_otherwise_in_a_split_are_shown():
