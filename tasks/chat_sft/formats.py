@@ -81,7 +81,8 @@ class Unusable(Exception):
 
 
 def read(name: str, config: str | None = None) -> dict:
-    """The splits of any data, as `shared.data.load.load_data`; rows of a local table or JSON file as they stand there.
+    """The splits of any data, as `shared.data.load.load_data` (train_sft and the like before others, as UltraChat has); rows of a
+    local table or JSON file as they stand there.
 
     Arrow would refuse rows whose values differ in type, turn whole numbers beside empty cells into decimals, and give each turn
     the keys of all others.
@@ -91,7 +92,8 @@ def read(name: str, config: str | None = None) -> dict:
     """
     path = Path(name).expanduser()
     if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".csv", ".tsv", ".xlsx"):
-        return load_data(name, config)
+        data = load_data(name, config)
+        return {split.removesuffix("_sft"): rows for split, rows in data.items() if split.endswith("_sft")} or data
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
     if splits := json_splits(content):
         return {split: _list_of_rows(rows, path) for split, rows in splits.items()}
@@ -146,13 +148,14 @@ class Reader:
         people: whether people talk with each other, so that who speaks first is the user: see `talk_of_people`.
         roles: of the names of speakers, in lower case; without any, names are read by `role_of`.
         speakers: how often each name was read, with its role.
+        filled: whether rows come from Arrow, which gives each object the keys of all others: arguments and schemas of tools, too.
         unwanted: labels that say that a reply was not wanted, see `read_labels`.
     """
 
     def __init__(self, source, columns: list[str], mapping: list[str], people: bool = False, roles: dict | None = None):
         self.formats, self.places = find_format(source, columns, mapping)
         self.people, self.roles, self.speakers = people, roles or {}, Counter()
-        self.unwanted = {"false"}
+        self.unwanted, self.filled = {"false"}, False
         # A context and a history are read beside a prompt alone, not beside whole conversations
         also = ALSO if any(len(FORMATS[name]) > 1 for name in self.formats) else (*SYSTEM, *TOOLS, LABEL)
         needed = {field for name in self.formats for field in FORMATS[name]}
@@ -179,7 +182,7 @@ class Reader:
         Runs of one speaker become one turn; turns after the last reply are cut, since nothing is learnt from them.
         """
         try:
-            return self._read(row)
+            return self._read(_without_nulls(row) if self.filled else row)
         except Unusable as reason:
             return str(reason)
 
@@ -376,6 +379,13 @@ def _text(value, place: str, people: bool = False) -> str:
     lines = [line for line in text.splitlines() if line]
     indented = len(lines) > 1 and all(line[0] in " \t" for line in lines)
     return text if not people and (text.startswith(("  ", "\t")) or indented) else text.strip()
+
+
+def _without_nulls(value):
+    """A value without the entries of its objects that are None."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _looks_like_turns(value) -> bool:

@@ -52,6 +52,7 @@ def open_talks(run_args, roles: Iterable[str]) -> tuple[dict, Reader]:
     columns = columns_of(rows)
     people = not named and talk_of_people(source, rows, columns, mapping)
     reader = Reader(source, columns, mapping, people, named)
+    reader.filled = hasattr(rows, "column_names")
     reader.read_labels(rows)
     log.info("%s is read as %s", source, reader.formats[0])
     if people:

@@ -11,6 +11,7 @@ import formats
 import mixture
 import pytest
 import speakers
+from datasets import Dataset, DatasetDict
 
 from shared import UserError
 from shared.data.cleaning import clean_dataset
@@ -468,6 +469,42 @@ def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
         assert [row["messages"] for row in kept] == [plain(i) for i in range(0, ROWS, 2)]
 
 
+def open_talks(path):
+    arguments = {
+        "dataset": str(path),
+        "columns": [],
+        "dataset_config": None,
+        "validation_file": None,
+        "test_file": None,
+    }
+    return speakers.open_talks(SimpleNamespace(**arguments), [])
+
+
+def test_tools_of_a_parquet_have_no_arguments_of_other_rows(tmp_path):
+    """Arrow gives each object the keys of all: calls and schemas were shown with `"city": null` of another tool."""
+    rows = []
+    for i in range(4):
+        arguments = {"city": "Lima"} if i % 2 else {"count": i, "deep": {"x": 1}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": arguments}}]}
+        schema = {"name": "find", "parameters": {"properties": {name: {"type": "string"} for name in arguments}}}
+        rows.append({"messages": [*plain(i)[:1], call, *turns(("tool", "7")), *plain(i)[1:]], "tools": [schema]})
+    found = []
+    for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+        splits, reader = open_talks(path)
+        found.append([chat().fit(reader(row)) for row in splits["train"]])
+    shown = [[chat().tokenize(row, 4096)["input_ids"] for row in rows] for rows in found]
+    assert shown[0] == shown[1] and "null" not in chat().tokenizer.decode(shown[1][0])
+
+
+def test_splits_for_this_task_are_taken_before_others(tmp_path):
+    """UltraChat's."""
+    names = ("train_sft", "test_sft", "train_gen")
+    rows = {name: Dataset.from_list([{"messages": plain(i)} for i in range(3)]) for name in names}
+    DatasetDict(rows).save_to_disk(tmp_path / "data")
+    assert list(open_talks(tmp_path / "data")[0]) == ["train", "test"]
+
+
 @pytest.mark.parametrize(
     ("labels", "kept", "unread"),
     [
@@ -480,8 +517,7 @@ def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
 def test_labels_of_numbers_are_those_of_replies_where_they_can_be(labels, kept, unread, tmp_path):
     """Exports write KTO's labels as 0 and 1; a class of something else is no reason to leave a row out, and is said."""
     rows = [{"prompt": ASKED.format(i), "completion": "x", "label": labels[i % len(labels)]} for i in range(ROWS)]
-    arguments = SimpleNamespace(dataset=str(write(tmp_path / "rows.jsonl", rows)), columns=[], dataset_config=None)
-    splits, reader = speakers.open_talks(SimpleNamespace(**vars(arguments), validation_file=None, test_file=None), [])
+    splits, reader = open_talks(write(tmp_path / "rows.jsonl", rows))
     assert sum(isinstance(reader(row), dict) for row in splits["train"]) == kept and reader.unread == unread
 
 
