@@ -53,7 +53,10 @@ class Chat:
         ends = [self._end(rendered, number) for number in (3, 1)]  # gpt-oss ends its last reply with another token
         self.stop = next((end[1] for end in ends if end), None)
         thinking = [*PROBE[:3], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFour."}]
-        self.cuts_thoughts = self.plain.render(thinking, thoughts=True).content.get(3, (0, 0))[0] is None
+        try:
+            self.cuts_thoughts = self.plain.render(thinking, thoughts=True).content.get(3, (0, 0))[0] is None
+        except TemplateRefusal:
+            self.cuts_thoughts = False
 
     def fit(self, row: dict) -> dict | str:
         """The row as the template can show it, or the reason for dropping it: its own words, or the turn that it leaves out.

@@ -14,13 +14,15 @@ from shared.data.cleaning import clean_text, malformed
 LIST = re.compile(r"""\s*(?:\[\s*["'].*["']\s*\]|\[(?:\s*\d+\s*,)+\s*\d+\s*\]|\{\s*["'].*:.*\})\s*""", re.S)
 
 
-def hides_labels(splits) -> bool:
-    """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else.
+def hides_labels(labels: dict[str, Iterable]) -> bool:
+    """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else, and the
+    training split none.
 
     Args:
-        splits: for each split its labels.
+        labels: of each split.
     """
-    return any({str(label) for label in labels} == {"-1"} for labels in splits)
+    found = {split: {str(label) for label in each} for split, each in labels.items()}
+    return {"-1"} in found.values() and "-1" not in found.get("train", ())
 
 
 def named(splits: dict, column: str) -> dict:

@@ -50,7 +50,7 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     data = load_splits(run_args)
     first = next(iter(data.values()))
     places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
-    hidden = hides_labels(rows[places["label"]] for rows in data.values())
+    hidden = hides_labels({split: rows[places["label"]] for split, rows in data.items()})
     convert = partial(to_row, places=places, until=script_args.label_until, hidden=hidden)
     rows = named(data, places["label"])
     cleaned, report = clean_dataset(rows, convert, run_args.dataset, most=run_args.max_bad_rows)

@@ -308,6 +308,11 @@ def test_labels_that_are_kept_secret_are_none(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"train": rows, "test": hidden}))
     splits, found, report = classify(tmp_path / "a.json")
     assert found == ["0", "1"] and "no label 30" in report
+    rows = [
+        {"text": words(i), "label": i % 3 - 1} for i in range(150)
+    ]  # negative, neutral, positive; tested on the first alone
+    (tmp_path / "b.json").write_text(json.dumps({"train": rows, "test": hidden}))
+    assert classify(tmp_path / "b.json")[1] == ["-1", "0", "1"]
 
 
 @pytest.mark.parametrize(
