@@ -59,7 +59,7 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
 
 def named_splits(data: dict) -> dict:
     """Splits by the names that tasks know: `dev` is the validation split, unless there is one of that name."""
-    names = {split: CALLED.get(split.lower(), split) for split in data}
+    names = {split: CALLED.get(str(split).lower(), split) for split in data}
     taken = Counter(names.values())
     return {split if split == name or taken[name] > 1 else name: data[split] for split, name in names.items()}
 
@@ -78,7 +78,7 @@ def _common_columns(splits: dict) -> dict:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Files of a folder by the split that they are named after: train, validation (valid, val, dev), test, also in parts."""
+    """Files of a folder by the split that they are named after (`CALLED`), also in parts."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and kind_of(path) in READERS and (named := SPLIT.fullmatch(path.name.split(".")[0])):
