@@ -10,6 +10,7 @@ to `emit`, which must return at once.
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,6 +31,13 @@ DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
 ENCODING_SECONDS = 10  # for a text; the longest that fits takes about one
 MASK = re.compile(r"\[MASK\]|<mask>|_{3,}")
+
+
+def as_learnt(text: str) -> str:
+    """A text in the characters of those that models here learn from (`shared.data.cleaning`): some keyboards and systems write a
+    letter and its accent apart, or end lines with \\r\\n, and most tokenizers take that for something else.
+    """
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
 
 
 class Engine:
@@ -79,13 +87,14 @@ class Engine:
     def chat(self, messages: list[dict], sampling: Sampling, emit: Callable) -> Job:
         """Replies to a conversation. Messages have `role` and `content`. Emits `Chunk`s, then `Usage`."""
         self._needs("text-generation")
+        messages = [{**message, "content": as_learnt(message["content"])} for message in messages]
         return self._submit([self._deadline.run(self._text.encode_chat, messages)], sampling, emit)
 
     def complete(self, prompts: str | list[str | list[int]], sampling: Sampling, emit: Callable) -> Job:
         """Continues a text, or several, which may be token ids. Emits `Chunk`s, whose rows count through, then `Usage`."""
         self._needs("text-generation")
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        ids = [self._encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        ids = [self._encode(as_learnt(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
         prompts = [row or [self._written.bos_token_id or 0] for row in ids]
         return self._submit(prompts, sampling, emit, continues=True)
 
@@ -125,6 +134,7 @@ class Engine:
         """Emits a dict: `summary`. Texts that wait together are summarized together."""
         self._needs("summarization")
         check_summary(self.model.config, max_tokens)
+        text = as_learnt(text)
         self._fits(len(self._encode(self.model.summary_prefix + text)))
 
         def run(jobs):
@@ -143,7 +153,7 @@ class Engine:
         self._needs("fill-mask")
         if len(MASK.findall(text)) != 1:
             raise UserError("write [MASK] in the text once, where a word is missing.")
-        masked = MASK.sub(self._text.tokenizer.mask_token, text)
+        masked = MASK.sub(self._text.tokenizer.mask_token, as_learnt(text))
         self._fits(len(self._encode(masked)))
 
         def run(jobs):
@@ -155,6 +165,7 @@ class Engine:
     def classify(self, text: str, top_k: int, emit: Callable) -> Job:
         """Emits a list of `label` and `score`, the likeliest first. Texts that wait together are sorted together."""
         self._needs("text-classification")
+        text = as_learnt(text)
         self._fits(len(self._encode(text)))
 
         def run(jobs):
@@ -167,6 +178,7 @@ class Engine:
     def embed(self, texts: list[str], emit: Callable) -> Job:
         """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read."""
         self._needs("feature-extraction", "fill-mask")
+        texts = list(map(as_learnt, texts))
         lengths = [len(self._encode(text)) for text in texts]
         self._fits(max(lengths))
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,8 +14,11 @@ from shared.data import assets, docs
 from shared.data.files import READERS, describe, kind_of, read_json, read_rows
 
 log = logging.getLogger("taskbook")
+# What a split may be called; an evaluation beside a training split stands in for the test, see splits.py
+CALLED = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+CALLED |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
 # A file's name up to its first dot: `train`, `test-00000-of-00002`
-SPLIT = re.compile(r"(train|validation|valid|val|dev|test)([-_.]?\d+(-of-\d+)?)?", re.I)
+SPLIT = re.compile(rf"({'|'.join(CALLED)})(?:[-_.]?(\d+)(?:-of-(\d+))?)?", re.I)
 DOCUMENTS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".xml")
 PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
 
@@ -37,16 +41,27 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
 
     folder = Path(run_args.dataset).expanduser()
     files = _split_files(folder) if folder.is_dir() else {}
+    if files:
+        _report_files(folder, files)
     in_parts = any(len(paths) > 1 for paths in files.values())
     own = {} if in_parts else {split: str(paths[0]) for split, paths in files.items()}
-    splits = {} if own else table(run_args.dataset)
+    splits = {} if own else named_splits(table(run_args.dataset))
     named = {"validation": run_args.validation_file, "test": run_args.test_file}
     for split, name in (own | {split: name for split, name in named.items() if name}).items():
         found = table(name)
         if list(found) != ["train"]:
             raise UserError(f"{name}: expected one table for the {split} split, found {', '.join(found)}.")
         splits[split] = found["train"]
+    if unread := [split for split in splits if split not in CALLED.values()]:
+        log.info("%s: splits that are not read: %s", run_args.dataset, ", ".join(unread))
     return _common_columns(splits)
+
+
+def named_splits(data: dict) -> dict:
+    """Splits by the names that tasks know: `dev` is the validation split, unless there is one of that name."""
+    names = {split: CALLED.get(str(split).lower(), split) for split in data}
+    taken = Counter(names.values())
+    return {split if split == name or taken[name] > 1 else name: data[split] for split, name in names.items()}
 
 
 def _common_columns(splits: dict) -> dict:
@@ -63,18 +78,29 @@ def _common_columns(splits: dict) -> dict:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Files of a folder by the split that they are named after: train, validation (valid, val, dev), test, also in parts."""
+    """Files of a folder by the split that they are named after (`CALLED`), also in parts."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and kind_of(path) in READERS and (named := SPLIT.fullmatch(path.name.split(".")[0])):
-            split = named[1].lower()
-            found.setdefault(split if split in ("train", "test") else "validation", []).append(path)
+            found.setdefault(CALLED[named[1].lower()], []).append(path)
     for split, paths in found.items():
         if len(paths) > 1 and not all(SPLIT.fullmatch(path.name.split(".")[0])[2] for path in paths):
             raise UserError(
                 f"{folder}: several files for the {split} split: {', '.join(path.name for path in paths)}. Leave one."
             )
     return found
+
+
+def _report_files(folder: Path, files: dict[str, list[Path]]) -> None:
+    """Says which tables of a folder are not read, and which parts of a split (`train-00001-of-00002`) are not there."""
+    known = {path for paths in files.values() for path in paths}
+    unread = [path.name for path in sorted(folder.iterdir()) if path not in known and kind_of(path) in READERS]
+    if unread:
+        log.warning("%s: files that are not read: %s", folder, ", ".join(unread))
+    for split, paths in files.items():
+        parts = [SPLIT.fullmatch(path.name.split(".")[0]) for path in paths]
+        if (total := int(parts[0][3] or 0)) > len(parts):
+            log.warning("%s: %d of %d parts of the %s split are here", folder, len(parts), total, split)
 
 
 def _read_folder(folder: Path):
@@ -90,7 +116,7 @@ def _read_folder(folder: Path):
         return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
-        return datasets.DatasetDict({split: datasets.concatenate_datasets(tables) for split, tables in parts.items()})
+        return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:
         raise UserError(
@@ -101,6 +127,23 @@ def _read_folder(folder: Path):
         f"{folder}: expected files named train, validation and test (such as train.csv), or a folder saved by `datasets`; "
         f"found {', '.join(sorted(path.name for path in folder.iterdir())[:10]) or 'nothing'}."
     )
+
+
+def _joined(tables: list, folder: Path):
+    """The parts of a split as one table; where a column is of another type in another part, as where that is so within a file."""
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets(tables)
+    except ValueError:
+        rows = []
+        for table in tables:
+            known = {name: each for name, each in table.features.items() if isinstance(each, datasets.ClassLabel)}
+            for row in table:
+                numbers = {name: row[name] for name in known if row[name] is not None and row[name] >= 0}  # -1: none
+                words = {name: known[name].int2str(number) for name, number in numbers.items()}
+                rows.append(row | dict.fromkeys(known) | words)
+        return _from_list(rows, folder)
 
 
 def load_data(name: str, config: str | None = None, most: int | None = None):
@@ -212,12 +255,8 @@ def json_splits(content) -> dict | None:
     """Rows by split where a .json holds `{"train": [...], "test": [...]}`."""
     if not isinstance(content, dict) or "train" not in content:
         return None
-    splits = {
-        {"valid": "validation", "val": "validation", "dev": "validation"}.get(name, name): content[name]
-        for name in content
-    }
-    named = set(splits) <= {"train", "validation", "test"} and len(splits) == len(content)
-    return splits if named and all(isinstance(rows, list) for rows in splits.values()) else None
+    splits = named_splits({name: rows for name, rows in content.items() if isinstance(rows, list)})
+    return splits if set(splits) <= {*CALLED.values()} and "train" in splits else None
 
 
 def _read_file(path: Path):

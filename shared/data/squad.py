@@ -69,7 +69,8 @@ def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
         plain = re.escape(one_spelling(text))
         found = [(hit.start(1), hit.end(1)) for hit in re.finditer(f"(?=({plain}))", one_spelling("".join(composed)))]
         spans = [(original[a], original[b]) for a, b in found if a in original and b in original]
-    start = int(start) if str(start).removesuffix(".0").isdecimal() else None
+    start = str(start).strip().removesuffix(".0")  # a table may hold the text `12.0`
+    start = int(start) if start.isdecimal() else None
     if len(spans) < 2 or start is None:
         return spans[0] if len(spans) == 1 else None
     units = (
@@ -111,22 +112,28 @@ def read_answers(context: str, answers, start=None, column: str = "answers") -> 
     Args:
         answers: the Hub's `{"text": [...], "answer_start": [...]}`, a list of `{"text", "answer_start"}`, a text, a number or a
             list of them, or the repr of these in a cell of a table.
-        start: the place of an answer that is a text, where another column gives it.
+        start: the place of an answer that is a text, or a list of places, where another column gives them.
         column: where the answers stand, for the reason.
     """
     if isinstance(answers, str) and answers[:1] in ("{", "[") and answers not in context:
         answers = parse_answers(answers)
     if isinstance(answers, int | float) and not isinstance(answers, bool):
         answers = "" if answers != answers else number_text(answers)  # NaN: an empty cell
+    if isinstance(start, str) and start.lstrip().startswith("["):
+        start = re.findall(r"\d+", start)
+    starts = start if isinstance(start, list) else [start]
     if isinstance(answers, dict):
+        if answers and "text" not in answers:
+            return f'bad: an answer without "text"\n{column} = {repr(answers)[:60]}'
         texts, starts = answers.get("text") or [], answers.get("answer_start")
         texts = texts if isinstance(texts, list) else [texts]
         starts = starts if isinstance(starts, list) else [starts]
     elif isinstance(answers, str):
-        texts, starts = [answers] if answers else [], [start]
+        texts = [answers] if answers else []
     elif isinstance(answers, list) or answers is None:
-        pairs = [a if isinstance(a, dict) else {"text": a} for a in answers or []]
-        texts, starts = [a.get("text") for a in pairs], [a.get("answer_start") for a in pairs]
+        texts = [a.get("text") if isinstance(a, dict) else a for a in answers or []]
+        if any(isinstance(a, dict) for a in answers or []):
+            starts = [a.get("answer_start") if isinstance(a, dict) else None for a in answers]
     else:
         return f"bad: {malformed(answers, column)}"
     texts = [number_text(text) if type(text) in (int, float) else text for text in texts]

@@ -398,10 +398,7 @@ class Model:
         )
         changes = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         changes = {name: value for name, value in changes.items() if value is not None}
-        changes |= {
-            "num_return_sequences": 1,
-            "return_dict_in_generate": False,
-        }  # ids of one summary a text, whatever it says
+        changes |= {"num_return_sequences": 1, "return_dict_in_generate": False}  # one a text, whatever the settings say
         if cancelled is not None:
             changes["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), cancelled(), device=ids.device)]
         out = self._runner.seq2seq(batch["input_ids"], batch["attention_mask"], changes)

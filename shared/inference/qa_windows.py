@@ -3,6 +3,7 @@ evaluate, by shared/inference/model.py to answer; needs no torch.
 """
 
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -223,9 +224,19 @@ def decode(
     return found | {"no_answer": np.minimum(found["null"] - found["score"], 1e9)}
 
 
+def past_accents(context: str, end: int) -> int:
+    """The end of a token's text with the accents that stand apart from its last letter: tokenizers that compose or drop them
+    (XLM-R, BERT) leave them outside."""
+    while end < len(context) and unicodedata.combining(context[end]):
+        end += 1
+    return int(end)
+
+
 def strip_blanks(found: dict[str, np.ndarray], contexts: Iterable[str]) -> None:
     """Moves `first` and `last` of `decode` in place past blanks: a Metaspace token (XLM-R) holds the one before its word."""
     for i, context in enumerate(contexts):
+        if found["last"][i] > found["first"][i]:
+            found["last"][i] = past_accents(context, found["last"][i])
         span = context[found["first"][i] : found["last"][i]]
         found["first"][i] += len(span) - len(span.lstrip())
         found["last"][i] = found["first"][i] + len(span.strip())

@@ -26,6 +26,8 @@ PROBE = [
 NOTES = {
     "system": "system turns were put before the first user turn: the chat template shows none",
     "tools": "rows have tools that the chat template does not show",
+    "prompt": "rows do not show their reply behind the chat template's own prompt for one (which opens <think>, say), although "
+    "it will be asked for so: --chat_template_path takes another template",
     "thoughts": "replies have thoughts (reasoning_content) that the chat template does not show there: they are not trained",
 }
 
@@ -36,6 +38,7 @@ class Chat:
     Attributes:
         tokenizer, plain: transformers' tokenizer, and the same one for text that holds no control token.
         stop: id of the token with which the template ends a reply, None where it writes none.
+        cuts_thoughts: whether the template leaves out what stands before `</think>` in the last reply, too.
         notes: how many rows or turns each of NOTES holds for.
     """
 
@@ -49,6 +52,11 @@ class Chat:
             raise UserError(f"the chat template refuses a user and an assistant in turn: {error}.") from error
         ends = [self._end(rendered, number) for number in (3, 1)]  # gpt-oss ends its last reply with another token
         self.stop = next((end[1] for end in ends if end), None)
+        thinking = [*PROBE[:3], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFour."}]
+        try:
+            self.cuts_thoughts = self.plain.render(thinking, thoughts=True).content.get(3, (0, 0))[0] is None
+        except TemplateRefusal:
+            self.cuts_thoughts = False
 
     def fit(self, row: dict) -> dict | str:
         """The row as the template can show it, or the reason for dropping it: its own words, or the turn that it leaves out.
@@ -82,15 +90,18 @@ class Chat:
         return None
 
     def _own_thoughts(self, messages: list[dict]) -> list[dict]:
-        """Thoughts at the beginning of a reply apart from it, where the template has a place for them, as it would part them."""
-        if not OWN_THOUGHTS.search(self.source):
+        """Thoughts at the beginning of a reply apart from it, where the template has a place for them, as it would part them, or
+        cuts them off (DeepSeek R1, QwQ)."""
+        apart = OWN_THOUGHTS.search(self.source)
+        if not apart and not self.cuts_thoughts:
             return messages
         parted = []
         for message in messages:
             before, closed, after = message["content"].partition("</think>")
-            if closed and message["role"] == "assistant" and before.lstrip().startswith("<think>"):
+            opened = before.lstrip().startswith("<think>")
+            if closed and message["role"] == "assistant" and (opened or not apart):
                 thoughts = before.lstrip().removeprefix("<think>").strip("\n")
-                message = {**message, "content": after.lstrip("\n"), "reasoning_content": thoughts}
+                message = {**message, "content": after.lstrip("\n") if apart else after, "reasoning_content": thoughts}
             parted.append(message)
         return parted
 
@@ -122,6 +133,7 @@ class Chat:
             if i not in rendered.content:
                 continue
             begin, close = rendered.content[i]
+            self.notes["prompt"] += i == len(messages) - 1 and i not in rendered.prompts
             marked = next((span for span in rendered.generation if span[0] <= close <= span[1]), None)
             begin = marked[0] if marked else rendered.prompts.get(i, begin)
             if begin is None:

@@ -12,6 +12,7 @@ from shared.data import files
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import missing, read_mapping
 from shared.data.load import json_splits, load_data
+from shared.data.squad import number_text
 
 # Which columns make a conversation, the first that a row fills. `--columns prompt=q completion=a` maps others.
 FORMATS = {
@@ -58,6 +59,7 @@ TRAINED = ("weight", "train", "training", "trainable", "loss", "train_on_turn", 
 FLAG = re.compile(r"(^|_)(train|trained|training|loss|weight|mask|masked|ignore|supervised)(_|$)", re.I)
 WRITTEN_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes: calls inside the text
 WRITTEN_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # a conversation in one text, as Anthropic's HH-RLHF
 GREETING = re.compile(
     r"\W*((hi|hey|hello|yo|sup|hiya|good (morning|evening|day)|howdy|there|you|whats|what|up|bye|ok|s|how|are)\W*)+",
     re.I,
@@ -79,7 +81,8 @@ class Unusable(Exception):
 
 
 def read(name: str, config: str | None = None) -> dict:
-    """The splits of any data, as `shared.data.load.load_data`; rows of a local table or JSON file as they stand there.
+    """The splits of any data, as `shared.data.load.load_data` (train_sft and the like before others, as UltraChat has); rows of a
+    local table or JSON file as they stand there.
 
     Arrow would refuse rows whose values differ in type, turn whole numbers beside empty cells into decimals, and give each turn
     the keys of all others.
@@ -89,7 +92,8 @@ def read(name: str, config: str | None = None) -> dict:
     """
     path = Path(name).expanduser()
     if not path.is_file() or files.kind_of(path) not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx"):
-        return load_data(name, config)
+        data = load_data(name, config)
+        return {split.removesuffix("_sft"): rows for split, rows in data.items() if split.endswith("_sft")} or data
     content = files.read_json(path) if files.kind_of(path) == ".json" else None
     if splits := json_splits(content):
         return {split: _list_of_rows(rows, path) for split, rows in splits.items()}
@@ -144,14 +148,32 @@ class Reader:
         people: whether people talk with each other, so that who speaks first is the user: see `talk_of_people`.
         roles: of the names of speakers, in lower case; without any, names are read by `role_of`.
         speakers: how often each name was read, with its role.
+        filled: whether rows come from Arrow, which gives each object the keys of all others: arguments and schemas of tools, too.
+        unwanted: labels that say that a reply was not wanted, see `read_labels`.
     """
 
     def __init__(self, source, columns: list[str], mapping: list[str], people: bool = False, roles: dict | None = None):
         self.formats, self.places = find_format(source, columns, mapping)
         self.people, self.roles, self.speakers = people, roles or {}, Counter()
+        self.unwanted, self.filled = {"false"}, False
+        # A context and a history are read beside a prompt alone, not beside whole conversations
+        also = ALSO if any(len(FORMATS[name]) > 1 for name in self.formats) else (*SYSTEM, *TOOLS, LABEL)
         needed = {field for name in self.formats for field in FORMATS[name]}
-        read = {self.places[field].split(".")[0] for field in {*needed, *ALSO} if field in self.places}
+        read = {self.places[field].split(".")[0] for field in {*needed, *also} if field in self.places}
         self.unread = [column for column in columns if column not in read]
+
+    def read_labels(self, rows) -> None:
+        """Takes 0 for KTO's `false` where all labels are 0 or 1; others say nothing about replies, and are not read."""
+        if LABEL not in self.places:
+            return
+        column = self.places[LABEL].split(".")[0]
+        rows = rows.select_columns([column]) if hasattr(rows, "select_columns") else rows
+        labels = (self._of(row, LABEL) for row in rows)
+        found = {str(label).lower().removesuffix(".0") for label in labels if label is not None}
+        if not found <= {"true", "false"}:
+            numbers = found <= {"0", "1"}
+            self.unwanted = {"0", "0.0"} if numbers else set()
+            self.unread += [] if numbers else [column]
 
     def __call__(self, row: dict) -> dict | str:
         """`{"messages": [{"role", "content"}, ...]}`, or the reason for dropping the row (see `shared.data.cleaning.clean_rows`).
@@ -160,14 +182,15 @@ class Reader:
         Runs of one speaker become one turn; turns after the last reply are cut, since nothing is learnt from them.
         """
         try:
-            return self._read(row)
+            return self._read(_without_nulls(row) if self.filled else row)
         except Unusable as reason:
             return str(reason)
 
     def _read(self, row: dict) -> dict:
-        name = next((name for name in self.formats if all(self._of(row, f) is not None for f in FORMATS[name])), None)
-        if str(self._of(row, LABEL)).lower() == "false":
-            raise Unusable("label false: a reply that was not wanted")
+        fitting = [name for name in self.formats if all(self._of(row, field) is not None for field in FORMATS[name])]
+        name = next((name for name in fitting if self._of(row, FORMATS[name][0]) != []), next(iter(fitting), None))
+        if (label := str(self._of(row, LABEL)).lower()) in self.unwanted:
+            raise Unusable(f"label {label}: a reply that was not wanted")
         if name is None:
             raise Unusable(f"bad: missing\n{', '.join(FORMATS[self.formats[0]])} = null")
         turns = [self._turn(turn, place) for turn, place in self._turns(row, name)]
@@ -197,7 +220,7 @@ class Reader:
                 value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
             else:
                 value = value.get(step) if isinstance(value, dict) else None
-        return value
+        return None if value != value else value  # NaN: an empty cell
 
     def _turns(self, row: dict, name: str) -> list[tuple[object, str]]:
         """Turns as they stand in the row, each with its place."""
@@ -213,6 +236,8 @@ class Reader:
         if _looks_like_turns(first) and _looks_like_turns(last):
             first, last = _listed(first, fields[0], self.roles), _listed(last, fields[-1], self.roles)
             return last if [turn for turn, _ in last[: len(first)]] == [turn for turn, _ in first] else first + last
+        if _looks_like_turns(first) and first:
+            return [*_listed(first, fields[0], self.roles), (("assistant", last), fields[-1])]
         prompt = _text(first, fields[0])
         context = next((text for key in CONTEXT if key not in fields and (text := self._of(row, key))), None)
         if context is not None and str(context).strip():
@@ -285,7 +310,7 @@ class Reader:
                     raise Unusable("bad: an empty turn of the user")
                 continue
             last = messages[-1] if messages else {}
-            plain = turn.keys() == last.keys() == {"role", "content"}
+            plain = turn.keys() == last.keys() == {"role", "content"} and turn["role"] != "tool"  # results of two calls
             if plain and last["role"] == turn["role"]:
                 last["content"] += "\n" + turn["content"]
             else:
@@ -335,7 +360,7 @@ def _text(value, place: str, people: bool = False) -> str:
     if isinstance(value, bool):
         value = json.dumps(value)
     if isinstance(value, int | float):
-        value = str(value)
+        value = number_text(value)
     if isinstance(value, list) and value and all(isinstance(part, str | dict) for part in value):
         kinds = {part.get("type", "text") for part in value if isinstance(part, dict)} - {
             "text",
@@ -344,7 +369,7 @@ def _text(value, place: str, people: bool = False) -> str:
         }
         if kinds:
             raise Unusable(f"bad: {', '.join(sorted(map(str, kinds)))} in a text\n{place} = {_short(value)}")
-        parts = [part if isinstance(part, str) else part.get("text") or "" for part in value]
+        parts = [part if isinstance(part, str) else part.get("text") for part in value]
         parts = [part.get("value") if isinstance(part, dict) else part for part in parts]  # OpenAI's assistants
         value = "\n".join(parts) if all(isinstance(part, str) for part in parts) else value
     reason = malformed(value)
@@ -354,6 +379,13 @@ def _text(value, place: str, people: bool = False) -> str:
     lines = [line for line in text.splitlines() if line]
     indented = len(lines) > 1 and all(line[0] in " \t" for line in lines)
     return text if not people and (text.startswith(("  ", "\t")) or indented) else text.strip()
+
+
+def _without_nulls(value):
+    """A value without the entries of its objects that are None."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _looks_like_turns(value) -> bool:
@@ -373,9 +405,12 @@ def _as_turns(value):
 
 
 def _parsed(value, place: str):
-    """A list that was written as text, in JSON or as Python prints it, as a column of CSV holds it."""
+    """A list that was written as text: in JSON, as Python prints it (in CSV), or as what `Human:` and `Assistant:` say."""
     if not isinstance(value, str):
         return value
+    said = SPOKEN.split(value)
+    if said[1:2] == ["Human"] and not said[0].strip():
+        return [{"role": who, "content": text} for who, text in zip(said[1::2], said[2::2], strict=True)]
     for read in (json.loads, ast.literal_eval):
         try:
             return read(value)

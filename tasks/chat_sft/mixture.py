@@ -7,8 +7,9 @@ from replies import reply
 
 from shared import UserError, metrics
 from shared.data.cleaning import clean_dataset, clean_text, malformed
-from shared.data.load import load_data
+from shared.data.load import load_data, named_splits
 from shared.data.splits import first_rows, split_dataset
+from shared.data.squad import read_answers
 from shared.metrics.rouge.rouge import split_sentences
 from shared.publish.compare import did_it_help
 from shared.training.scoring import score_rows
@@ -38,7 +39,10 @@ def to_task(row: dict, columns: tuple[str, str] | None) -> dict | str:
         return found if found["text"] and found["references"][0] else "bad: empty"
     if reason := malformed(row["context"]) or malformed(row["question"]):
         return f"bad: {reason}"
-    references = [text for text in dict.fromkeys(map(clean_text, row["answers"]["text"])) if text]
+    answers = read_answers(row["context"], row["answers"], row.get("answer_start"))
+    if isinstance(answers, str):
+        return answers
+    references = [text for text in dict.fromkeys(map(clean_text, answers["text"])) if text]
     text, question = clean_text(row["context"]), clean_text(row["question"])
     return {"kind": "question_answering", "text": text, "question": question, "references": references}
 
@@ -50,7 +54,7 @@ def load_part(entry: str, seed: int, pool: int | None):
         UserError: neither summaries nor questions about a text.
     """
     name, _, config = entry.partition(" ")
-    data = load_data(name, config or None, pool)
+    data = named_splits(load_data(name, config or None, pool))
     if pool:
         for split, rows in data.items():
             data[split] = first_rows(rows.shuffle(seed), pool)

@@ -1,5 +1,6 @@
 """Who speaks in a data set, and conversations out of tables with a row for each message. Used by train.py, before formats.py."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from formats import FORMATS, TEXT, WHO, Reader, columns_of, read, talk_of_people
@@ -18,6 +19,7 @@ MESSAGE = {
     "speaker": (*WHO, "sender", "participant"),
     "text": (*TEXT, "message", "utterance", "body"),
 }
+PARENTS = ("parent_id", "parent_message_id")  # of a message, the one that it replies to
 
 
 def read_roles(pairs: Iterable[str]) -> dict[str, str]:
@@ -50,6 +52,8 @@ def open_talks(run_args, roles: Iterable[str]) -> tuple[dict, Reader]:
     columns = columns_of(rows)
     people = not named and talk_of_people(source, rows, columns, mapping)
     reader = Reader(source, columns, mapping, people, named)
+    reader.filled = hasattr(rows, "column_names")
+    reader.read_labels(rows)
     log.info("%s is read as %s", source, reader.formats[0])
     if people:
         log.info(
@@ -86,6 +90,7 @@ def one_row_a_talk(source: str, splits: dict, mapping: list[str]) -> tuple[dict,
         return splits, mapping
     if "conversation" not in places:
         raise missing(source, tuple(MESSAGE), columns, "one that says which conversation a message belongs to")
+    _refuse_trees(source, splits, columns)
     grouped = {split: _grouped(source, rows, places) for split, rows in splits.items()}
     messages = sum(len(talk["messages"]) for talks in grouped.values() for talk in talks)
     count = sum(map(len, grouped.values()))
@@ -99,6 +104,18 @@ def one_row_a_talk(source: str, splits: dict, mapping: list[str]) -> tuple[dict,
         *(source, ", ".join(f"{name}: {column}" for name, column in places.items()), f"{messages:,}", f"{count:,}"),
     )
     return grouped, []
+
+
+def _refuse_trees(source: str, splits: dict, columns: list[str]) -> None:
+    """Raises UserError where messages have several replies each (OASST): one behind the other they would be one long reply."""
+    for parent in set(PARENTS) & set(columns):
+        replies = Counter(row.get(parent) for rows in splits.values() for row in rows)
+        del replies[None]
+        if several := sum(count > 1 for count in replies.values()):
+            raise UserError(
+                f"{source}: {several:,} messages have more than one reply ({parent}): a tree, not conversations. Keep one reply "
+                "to each, such as the best ranked, or take the data set in a form of conversations (`messages`)."
+            )
 
 
 def _grouped(source: str, rows: Iterable[dict], places: dict[str, str]) -> list[dict]:

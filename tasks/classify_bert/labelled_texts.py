@@ -2,6 +2,8 @@
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 
 from datasets import Dataset
 
@@ -12,22 +14,43 @@ from shared.data.cleaning import clean_text, malformed
 LIST = re.compile(r"""\s*(?:\[\s*["'].*["']\s*\]|\[(?:\s*\d+\s*,)+\s*\d+\s*\]|\{\s*["'].*:.*\})\s*""", re.S)
 
 
-def hides_labels(splits) -> bool:
-    """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else.
+def hides_labels(labels: dict[str, Iterable]) -> bool:
+    """Whether -1 is what the Hub's data sets put in test splits whose labels are kept secret: a split holds nothing else, and the
+    training split none.
 
     Args:
-        splits: for each split its labels.
+        labels: of each split.
     """
-    return any({str(label) for label in labels} == {"-1"} for labels in splits)
+    found = {split: {str(label) for label in each} for split, each in labels.items()}
+    return {"-1"} in found.values() and "-1" not in found.get("train", ())
 
 
-def to_row(
-    row: dict, places: dict[str, str], names: list[str] | None = None, until: str | None = None, hidden: bool = False
-) -> dict | str:
+def named(splits: dict, column: str) -> dict:
+    """The splits, with names in the place of numbers where a split knows the names of its classes (`ClassLabel`), or another one
+    does and it has numbers alone. Files of their own number the same names differently: each that lacks a class, from there on.
+    """
+    own = {split: getattr(rows.features[column], "names", None) for split, rows in splits.items()}
+    known = next(filter(None, own.values()), None)
+    if known is None:
+        return splits
+
+    def words(rows, names: list[str]):
+        for row in rows:
+            label = row[column]
+            number = str(label).removesuffix(".0")
+            if number == "-1":  # the Hub's, for none
+                label = None
+            elif number.isdecimal() and number not in names and int(number) < len(names):
+                label = names[int(number)]
+            yield {**row, column: label}
+
+    return {split: words(rows, own[split] or known) for split, rows in splits.items()}
+
+
+def to_row(row: dict, places: dict[str, str], until: str | None = None, hidden: bool = False) -> dict | str:
     """One row as `{"text", "label"}`, both text, or the reason for dropping it (see `shared.data.cleaning.clean_rows`).
 
     Args:
-        names: of the classes, where the data set stores numbers and knows their names.
         hidden: -1 is no label, see `hides_labels`.
 
     Raises:
@@ -40,11 +63,11 @@ def to_row(
         raise UserError(
             f"the label of {text[:40]!r} is {str(label)[:60]}: this task gives each text one class. Write one, as text or number."
         )
-    if label is None or label != label or str(label) == "-1" and (hidden or names):  # NaN: an empty cell
+    if label is None or label != label or str(label) == "-1" and hidden:  # NaN: an empty cell
         return "no label"
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
         label = int(label)
-    label = names[label] if names else unicodedata.normalize("NFC", str(label)).strip()
+    label = unicodedata.normalize("NFC", str(label)).strip()
     label = label.partition(until)[0].strip() if until else label
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
 
@@ -61,17 +84,28 @@ def likely_one(labels) -> str:
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 
 
+def spelled_tokens(texts: Iterable[str], tokenizer) -> str:
+    """How many texts spell a control token ("a [SEP] b"), empty if none: transformers reads it as such, deploy/ as characters."""
+    spelled = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    counts = Counter(token for text in texts for token in set(spelled.findall(text)))
+    return ", ".join(f"{token} in {count:,}" for token, count in counts.most_common())
+
+
 def number_labels(splits: dict, classes: list[str], source: str) -> tuple[dict, dict[str, int]]:
     """The splits with each label as its place in `classes`, without the rows of other labels, and how many of each were left out.
 
     Raises:
-        UserError: nothing is left of a split.
+        UserError: nothing is left of a split, with what its labels are and should be.
     """
     number, numbered, left_out = {label: i for i, label in enumerate(classes)}, {}, {}
     for split, rows in splits.items():
         kept = [{"text": row["text"], "label": number[row["label"]]} for row in rows if row["label"] in number]
         if not kept:
-            raise UserError(f"{source}: no row of the {split} split has a label of the training split.")
+            found, learnt = (", ".join(map(repr, list(dict.fromkeys(each))[:5])) for each in (rows["label"], classes))
+            raise UserError(
+                f"{source}: no row of the {split} split has a label that is learnt: found {found}; learnt {learnt}. "
+                "Write them alike."
+            )
         numbered[split], left_out[split] = Dataset.from_list(kept), len(rows) - len(kept)
     return numbered, left_out
 

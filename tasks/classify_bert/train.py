@@ -39,8 +39,8 @@ class ScriptArguments:
 
 def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     """The three splits with `text` and `label` (number of the class), the names of the classes, the cleaning report."""
-    from datasets import ClassLabel, DatasetDict
-    from labelled_texts import hides_labels, likely_one, number_labels, refuse_measures, to_row
+    from datasets import DatasetDict
+    from labelled_texts import hides_labels, likely_one, named, number_labels, refuse_measures, to_row
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -50,11 +50,10 @@ def load_rows(script_args, run_args, seed: int) -> tuple[dict, list[str], str]:
     data = load_splits(run_args)
     first = next(iter(data.values()))
     places = find_columns(run_args.dataset, first.column_names, run_args.columns, ("text", "label"))
-    feature = first.features[places["label"]]
-    names = feature.names if isinstance(feature, ClassLabel) else None
-    hidden = hides_labels(rows[places["label"]] for rows in data.values())
-    convert = partial(to_row, places=places, names=names, until=script_args.label_until, hidden=hidden)
-    cleaned, report = clean_dataset(data, convert, run_args.dataset, most=run_args.max_bad_rows)
+    hidden = hides_labels({split: rows[places["label"]] for split, rows in data.items()})
+    convert = partial(to_row, places=places, until=script_args.label_until, hidden=hidden)
+    rows = named(data, places["label"])
+    cleaned, report = clean_dataset(rows, convert, run_args.dataset, most=run_args.max_bad_rows)
     # The Hub's test splits are often without labels
     labelled = DatasetDict({split: rows for split, rows in cleaned.items() if len(rows)})
     splits = split_dataset(labelled, lambda row: row["text"], seed)
@@ -100,6 +99,7 @@ def main(script_args, args, run_args) -> None:
     """The whole task, from texts to card."""
     # Setup
     import numpy as np
+    from labelled_texts import spelled_tokens
     from linear_probe import CheckedTrainer, fit_linear, load_model, predict_linear, start_head
     from transformers import AutoModel, DataCollatorWithPadding, set_seed
 
@@ -124,6 +124,10 @@ def main(script_args, args, run_args) -> None:
     tokenizer = load_tokenizer(source)
     check_length(script_args.max_length, source, tokenizer)
     splits, classes, cleaning = once_a_machine(lambda: load_rows(script_args, run_args, args.seed))
+    if spelled := spelled_tokens(splits["train"]["text"], tokenizer):
+        log.warning(
+            "texts spell control tokens (%s), which deploy/ reads as plain characters: write them otherwise", spelled
+        )
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
 
     def tokenize(batch):

@@ -11,6 +11,7 @@ from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 from shared import UserError
 from shared.data.encoding import PlainText, TemplateRefusal
 from shared.training import scoring
+from shared.training.launch import log
 from shared.training.losses import finite
 
 
@@ -24,6 +25,11 @@ class PairEncoder:
             found = self._reply(probe, "Two.")
         except TemplateRefusal as error:
             raise UserError(f"the chat template refuses a user and an assistant in turn: {error}.") from error
+        if 1 not in self.plain.render([*probe, {"role": "assistant", "content": "Two."}], prompts=(1,)).prompts:
+            log.warning(
+                "the chat template does not show a reply behind its own prompt for one (which opens <think>, say), although "
+                "it will be asked for so: give the model another template"
+            )
         self.stop = found[1][-1] if found[1] and found[1][-1] in self.plain.control_ids else tokenizer.eos_token_id
         if self.stop is None:
             raise UserError("neither the chat template nor the tokenizer has a token that ends a reply.")

@@ -8,6 +8,7 @@ from shared import UserError
 from shared.data.cleaning import clean_text, malformed
 from shared.data.columns import find_columns, missing
 from shared.data.load import load_data
+from shared.data.squad import number_text
 
 ROLES = {
     "system": ("system", "developer"),
@@ -20,6 +21,9 @@ ROLES = {
 KNOWN = {name: role for role, names in ROLES.items() for name in names}
 WHO, TEXT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn
 SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # a conversation in one text, as Anthropic's HH-RLHF
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Read as these where there is none of their own name: Orca's and Alpaca's
+ALSO_NAMED = {"system": "system_prompt", "context": "input"}
 CONVERSATION = ("messages", "conversations", "conversation")
 
 
@@ -57,10 +61,14 @@ class Reader:
             self.form, self._read = f"conversations ({self.places[self.name]}), a reply that loops rejected", self._talk
             return
         try:
-            needed, optional = ("chosen", "rejected"), ("prompt", "system")
+            needed, optional = ("chosen", "rejected"), ("prompt", "system", "context")
+            asked = {part for pair in mapping for part in pair.split("=")}
+            for name, other in ALSO_NAMED.items():
+                if other in columns and name not in columns and not asked & {name, other}:
+                    mapping = [*mapping, f"{name}={other}"]
             self.places = find_columns(source, columns, mapping, needed, optional, row, inside=True)
         except UserError as error:
-            if any(name in columns for name in CONVERSATION) and not mapping:
+            if any(name in columns for name in CONVERSATION) and not asked:
                 raise UserError(
                     f"{error} Conversations without a rejected reply train tasks/chat_sft; --rejected loop makes pairs of them "
                     "to try this task with."
@@ -95,9 +103,11 @@ class Reader:
                     raise Unusable(
                         f"bad: the last turn is not the assistant's\n{side} ends with {messages[-1]['role']}"
                     )
+                if any(turns[-1].get(name) for name in THOUGHTS):
+                    raise Unusable(f"bad: thoughts apart from their reply\n{side}: {str(turns[-1])[:80]!r}")
                 prompts.append(messages[:-1] or None)
                 replies.append(messages[-1]["content"])
-        prompt = self._prompt(row)
+        prompt = self._prompt(row, with_context=prompts[0] is None)
         if prompts[0] != prompts[1] or prompt and prompts[0] and prompt != prompts[0][-len(prompt) :]:
             raise Unusable("bad: other prompts in chosen and rejected")
         prompt = prompts[0] or prompt
@@ -109,12 +119,17 @@ class Reader:
             raise Unusable("bad: chosen = rejected")
         return {"prompt": self._with_system(row, prompt), "chosen": replies[0], "rejected": replies[1]}
 
-    def _prompt(self, row: dict) -> list[dict] | None:
+    def _prompt(self, row: dict, with_context: bool) -> list[dict] | None:
         value = _of(row, self.places["prompt"]) if "prompt" in self.places else None
         if value is None or value == "" or value == []:
             return None
-        turns = _turns(value)
-        return [{"role": "user", "content": _text(value, "prompt")}] if turns is None else _messages(turns, "prompt")
+        if (turns := _turns(value)) is not None:
+            return _messages(turns, "prompt")
+        text = _text(value, "prompt")
+        context = _of(row, self.places["context"]) if with_context and "context" in self.places else None
+        if isinstance(context, str) and context.strip() and context != value:
+            text = f"{text}\n\n{_text(context, 'context')}"
+        return [{"role": "user", "content": text}]
 
     def _with_system(self, row: dict, prompt: list[dict]) -> list[dict]:
         text = _of(row, self.places["system"]) if "system" in self.places else None
@@ -152,7 +167,7 @@ def _of(row: dict, place: str):
             value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
         else:
             value = value.get(step) if isinstance(value, dict) else None
-    return value
+    return None if value != value else value  # NaN: an empty cell
 
 
 def _turns(value) -> list | None:
@@ -209,10 +224,15 @@ def _messages(turns: list, place: str, people: bool = False) -> list[dict]:
 
 def _text(value, place: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = number_text(value)
     if reason := malformed(value):
         raise Unusable(f"bad: {reason}\n{place}: {str(value)[:80]!r}")
-    return clean_text(value).strip()
+    text = clean_text(value).rstrip()
+    lines = [line for line in text.splitlines() if line]
+    indented = len(lines) > 1 and all(
+        line[0] in " \t" for line in lines
+    )  # the first indentation means something in code
+    return text if text.startswith(("  ", "\t")) or indented else text.strip()
 
 
 def text_of(row: dict) -> str:

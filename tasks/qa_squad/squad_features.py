@@ -13,7 +13,7 @@ from shared import UserError
 from shared.data.cleaning import malformed
 from shared.data.load import load_data
 from shared.data.squad import read_answers, read_official
-from shared.inference.qa_windows import Windows, gold_answer
+from shared.inference.qa_windows import Windows, gold_answer, past_accents
 from shared.training.show_data import marked
 
 NEEDED = ("context", "question", "answers")
@@ -88,7 +88,7 @@ def preflight(rows, windows: Windows) -> dict:
             continue
         window = found[number]
         first, last = windows.starts[window] + windows.answer[window]
-        decoded = row["context"][windows.spans[first, 0] : windows.spans[last, 1]]
+        decoded = row["context"][windows.spans[first, 0] : past_accents(row["context"], windows.spans[last, 1])]
         if decoded.strip() != gold[0].strip():
             mismatches.append({"row": number, "id": row["id"], "answer": gold[0], "tokens": decoded})
     if answerable and not found:

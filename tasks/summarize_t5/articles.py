@@ -1,6 +1,10 @@
 """Rows of any summarization data set -> documents with their summaries -> token ids; pieces, lead sentences, padding. Pure
 functions, used by train.py."""
 
+import ast
+import json
+import re
+
 import numpy as np
 
 from shared import UserError, one_spelling
@@ -9,6 +13,7 @@ from shared.data.columns import missing, read_mapping
 from shared.metrics.rouge.rouge import WORD, split_sentences
 from shared.training.launch import log
 
+LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)
 # Columns of a document and its summary, the first pair that fits: CNN/DailyMail, XSum, SAMSum, SciTLDR.
 FORMATS = (("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("source", "target"))
 
@@ -26,9 +31,28 @@ def find_columns(source: str, columns: list[str], mapping: list[str], row: dict 
     for names in FORMATS:
         found = chosen.get("document", names[0]), chosen.get("summary", names[1])
         if found[0] != found[1] and set(found) <= set(columns):
+            if isinstance(listed((row or {}).get(found[1])), list):
+                log.info(
+                    "%s: %s holds lists: of several summaries the first is learnt, all are evaluated", source, found[1]
+                )
             return found
     expected = f"one of {'; '.join(' and '.join(names) for names in FORMATS)}"
     raise missing(source, ("document", "summary"), columns, expected, row)
+
+
+def listed(value):
+    """A list of texts that a table holds as a text, `['a', 'b']` or `["a", "b"]`, as that list; anything else as it is, numpy's
+    `['a' 'b']` too, of which Python would make one text."""
+    if not isinstance(value, str) or not LIST.fullmatch(value):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if read is json.loads or str(found) == value.strip():
+            return found
+    return value
 
 
 def to_pair(row: dict, document: str, summary: str) -> dict | str:
@@ -37,9 +61,12 @@ def to_pair(row: dict, document: str, summary: str) -> dict | str:
     A document that is a list is a list of sentences, which are joined. A summary that is a list holds several references:
     the first one is learnt, the evaluation counts them all.
     """
-    text, references = row[document], row[summary]
-    if isinstance(text, list):
-        text = " ".join(part for part in text if isinstance(part, str))
+    text, references = listed(row[document]), listed(row[summary])
+    for column, value in ((document, text), (summary, references)):
+        if isinstance(value, str) and LIST.fullmatch(value):
+            return f"bad: a list as text, without commas\n{column} = {value[:60]!r}"
+    if isinstance(text, list) and all(isinstance(part, str | None) for part in text):
+        text = " ".join(filter(None, text))
     references = references if isinstance(references, list) else [references]
     if reason := malformed(text, document):
         return f"bad: document {reason}"

@@ -138,9 +138,9 @@ def test_excel(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("dev", "validation")])
+@pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("Dev", "validation")])
 def test_splits_of_one_json_are_splits(name, split, tmp_path):
-    (tmp_path / "splits.json").write_text(json.dumps({"train": ROWS, name: ROWS[:1]}))
+    (tmp_path / "splits.json").write_text(json.dumps({"version": "1.0", "train": ROWS, name: ROWS[:1]}))
     for load in (load_data, load_stream):
         found = load(str(tmp_path / "splits.json"))
         assert {name: len(list(rows)) for name, rows in found.items()} == {"train": 2, split: 1}
@@ -309,6 +309,11 @@ def test_labels_that_are_kept_secret_are_none(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"train": rows, "test": hidden}))
     splits, found, report = classify(tmp_path / "a.json")
     assert found == ["0", "1"] and "no label 30" in report
+    rows = [
+        {"text": words(i), "label": i % 3 - 1} for i in range(150)
+    ]  # negative, neutral, positive; tested on the first alone
+    (tmp_path / "b.json").write_text(json.dumps({"train": rows, "test": hidden}))
+    assert classify(tmp_path / "b.json")[1] == ["-1", "0", "1"]
 
 
 @pytest.mark.parametrize(

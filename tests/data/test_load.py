@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import task_runs
 
@@ -83,6 +84,45 @@ def test_a_folder_of_files_by_split(tmp_path):
     (tmp_path / "test.csv").write_text("text\na\n")
     with pytest.raises(UserError, match="several files for the test split: test.csv, test.jsonl"):
         load_data(str(tmp_path))
+
+
+def test_splits_go_by_many_names_and_what_is_not_read_is_said(tmp_path, caplog):
+    """A split under another name was left out without a word, and one drawn from train in its place."""
+    caplog.set_level("INFO", "taskbook")
+
+    def sizes(path):
+        arguments = SimpleNamespace(dataset=str(path), validation_file=None, test_file=None, dataset_config=None)
+        return {name: len(rows) for name, rows in load_splits(arguments).items()}
+
+    names = ("Training-00000-of-00003", "Training-00002-of-00003", "eval", "testing", "holdout")
+    (tmp_path / "files").mkdir()
+    for count, name in enumerate(names, 1):
+        (tmp_path / "files" / f"{name}.csv").write_text("text\n" + "".join(f"{name} {i}\n" for i in range(count)))
+    assert sizes(tmp_path / "files") == {"train": 3, "validation": 3, "test": 4}
+    assert "files that are not read: holdout.csv" in caplog.text
+    assert "2 of 3 parts of the train split are here" in caplog.text
+
+    rows = {
+        name: datasets.Dataset.from_dict({"text": ["a"] * n}) for name, n in (("train", 5), ("dev", 2), ("extra", 1))
+    }
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "saved")
+    assert sizes(tmp_path / "saved") == {"train": 5, "validation": 2, "extra": 1}
+    assert "splits that are not read: extra" in caplog.text
+    datasets.DatasetDict(rows | {"validation": rows["extra"]}).save_to_disk(tmp_path / "both")
+    assert sizes(tmp_path / "both") == {"train": 5, "dev": 2, "extra": 1, "validation": 1}
+
+
+def test_parts_of_a_split_may_differ_in_type(tmp_path):
+    """As rows within one file may: whole numbers in one part, decimals or words in another, names of their own for numbers."""
+    (tmp_path / "train1.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": null}')
+    (tmp_path / "train2.csv").write_text("text,label,note\nc,x,y\n")
+    for number, names in ((3, ["no", "yes"]), (4, ["yes"])):
+        label = datasets.ClassLabel(names=names)
+        features = datasets.Features(text=datasets.Value("string"), label=label)
+        part = datasets.Dataset.from_dict({"text": ["d"] * 2, "label": [0, None]}, features)
+        part.to_parquet(tmp_path / f"train{number}.parquet")
+    rows = load_data(str(tmp_path))["train"]
+    assert list(rows["label"]) == ["1", None, "x", "no", None, "yes", None] and list(rows["note"])[2] == "y"
 
 
 def test_a_folder_of_anything_else_is_one_line(tmp_path):

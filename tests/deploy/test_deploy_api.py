@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
@@ -130,6 +131,21 @@ def test_the_official_client_chats(server):
     several = client.chat.completions.create(**ask, n=3)
     texts = [choice.message.content for choice in several.choices]
     assert texts[0] == streamed and len(set(texts)) == 3 and several.usage.completion_tokens == 36
+
+
+def test_letters_written_apart_from_their_accents_are_the_tokens_that_were_learnt(server):
+    """A keyboard or macOS may write `e` and its accent apart; what is learnt from is composed (shared/data/cleaning.py)."""
+    written = "Thủ đô của nước\nnào là Hà Nội?"
+    apart = unicodedata.normalize("NFD", written).replace("\n", "\r\n")
+    ask = {"model": "llama", "max_tokens": 1, "temperature": 0}
+    chat, complete = server.client.chat.completions, server.client.completions
+    counts = [
+        chat.create(**ask, messages=[{"role": "user", "content": text}]).usage.prompt_tokens
+        for text in (written, apart)
+    ]
+    counts += [complete.create(**ask, prompt=text).usage.prompt_tokens for text in (written, apart)]
+    plain = server.service.engines["llama"]._text
+    assert counts[0] == counts[1] and counts[2] == counts[3] == len(plain.encode(written)) != len(plain.encode(apart))
 
 
 def test_a_continuation_keeps_the_blank_before_its_first_word(tiny, tmp_path):

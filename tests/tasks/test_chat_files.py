@@ -3,11 +3,15 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import chat_families
 import chats
 import formats
+import mixture
 import pytest
+import speakers
+from datasets import Dataset, DatasetDict
 
 from shared import UserError
 from shared.data.cleaning import clean_dataset
@@ -179,6 +183,11 @@ READ = {
         ASKED,
     ),
     "number": (lambda i: {"question": ASKED.format(i), "answer": i + 1000}, "1{:03}<|im_end|>", ASKED),
+    "whole_decimals": (  # as pandas writes a column of whole numbers in which a cell is empty
+        lambda i: {"instruction": ASKED.format(i), "input": float("nan"), "output": i + 1000.0},
+        "1{:03}<|im_end|>",
+        "<|im_start|>user\n" + ASKED + "<|im_end|>",
+    ),
     "some_numbers": (
         lambda i: {"question": ASKED.format(i), "answer": SAID.format(i) if i != 1 else f"It is behind number {i}."},
         EVERY,
@@ -338,6 +347,41 @@ READ = {
         " x = {}\n y = 2<|im_end|>",
         ASKED,
     ),
+    "prompt_of_messages_and_a_text": (
+        lambda i: {"prompt": [*turns(("system", "Be brief.")), *plain(i)[:1]], "completion": SAID.format(i)},
+        EVERY,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + ASKED,
+    ),
+    "no_messages_but_a_prompt": (
+        lambda i: (
+            {"messages": plain(i)}
+            if i % 2
+            else {"messages": [], "prompt": ASKED.format(i), "completion": SAID.format(i)}
+        ),
+        EVERY,
+        ASKED,
+    ),
+    "spoken": (
+        lambda i: {"chosen": f"\n\nHuman: {ASKED.format(i)}\n\nAssistant: {SAID.format(i)}", "rejected": "WRONG"},
+        EVERY,
+        "<|im_start|>user\n" + ASKED,
+    ),
+    "two_results": (
+        lambda i: {
+            "messages": [
+                *plain(i)[:1],
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": "find", "arguments": {}}}] * 2,
+                },
+                *turns(("tool", "7"), ("tool", "8")),
+                *plain(i)[1:],
+            ]
+        },
+        EVERY,
+        "<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>user\n<tool_response>\n8\n</tool_response>",
+    ),
     "tools_column": (
         lambda i: {"tools": '[{"name": "find"}]', "messages": plain(i)},
         EVERY,
@@ -398,6 +442,10 @@ REFUSED = {
         ("found the columns text; expected those of a conversation",),
     ),
     "only_rejected": (lambda i: {"text": "x", "rejected": "y"}, ("--columns prompt=... completion=...",)),
+    "a_part_without_text": (
+        lambda i: {"messages": [{"role": "user", "content": [{"type": "text", "content": "x"}]}, *plain(i)[1:]]},
+        ("wrong type", "row 1, messages[0].content"),
+    ),
     "tools_no_list": (lambda i: {"tools": "find", "messages": plain(i)}, ("tools = 'find'",)),
 }
 
@@ -419,6 +467,58 @@ def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
         kept, report, *_ = read(write(path, written))
         assert report.dropped == {"label false: a reply that was not wanted": ROWS / 2}
         assert [row["messages"] for row in kept] == [plain(i) for i in range(0, ROWS, 2)]
+
+
+def open_talks(path):
+    arguments = {
+        "dataset": str(path),
+        "columns": [],
+        "dataset_config": None,
+        "validation_file": None,
+        "test_file": None,
+    }
+    return speakers.open_talks(SimpleNamespace(**arguments), [])
+
+
+def test_tools_of_a_parquet_have_no_arguments_of_other_rows(tmp_path):
+    """Arrow gives each object the keys of all: calls and schemas were shown with `"city": null` of another tool."""
+    rows = []
+    for i in range(4):
+        arguments = {"city": "Lima"} if i % 2 else {"count": i, "deep": {"x": 1}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": arguments}}]}
+        schema = {"name": "find", "parameters": {"properties": {name: {"type": "string"} for name in arguments}}}
+        rows.append({"messages": [*plain(i)[:1], call, *turns(("tool", "7")), *plain(i)[1:]], "tools": [schema]})
+    found = []
+    for path in (write(tmp_path / "rows.jsonl", rows), tmp_path / "rows.parquet"):
+        Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+        splits, reader = open_talks(path)
+        found.append([chat().fit(reader(row)) for row in splits["train"]])
+    shown = [[chat().tokenize(row, 4096)["input_ids"] for row in rows] for rows in found]
+    assert shown[0] == shown[1] and "null" not in chat().tokenizer.decode(shown[1][0])
+
+
+def test_splits_for_this_task_are_taken_before_others(tmp_path):
+    """UltraChat's."""
+    names = ("train_sft", "test_sft", "train_gen")
+    rows = {name: Dataset.from_list([{"messages": plain(i)} for i in range(3)]) for name in names}
+    DatasetDict(rows).save_to_disk(tmp_path / "data")
+    assert list(open_talks(tmp_path / "data")[0]) == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept", "unread"),
+    [
+        ([0, 1], ROWS / 2, []),
+        ([0.0, 1.0, None, 1.0], ROWS * 3 / 4, []),
+        ([1, 0, 2], ROWS, ["label"]),
+        (["spam", "false"], ROWS, ["label"]),
+    ],
+)
+def test_labels_of_numbers_are_those_of_replies_where_they_can_be(labels, kept, unread, tmp_path):
+    """Exports write KTO's labels as 0 and 1; a class of something else is no reason to leave a row out, and is said."""
+    rows = [{"prompt": ASKED.format(i), "completion": "x", "label": labels[i % len(labels)]} for i in range(ROWS)]
+    splits, reader = open_talks(write(tmp_path / "rows.jsonl", rows))
+    assert sum(isinstance(reader(row), dict) for row in splits["train"]) == kept and reader.unread == unread
 
 
 def test_other_files(tmp_path):
@@ -522,6 +622,19 @@ def test_thoughts(field, tmp_path):
     assert under.tokenizer.convert_tokens_to_ids("<think>") in under.tokenize(kept[4], 4096)["labels"]
 
 
+@pytest.mark.parametrize("before", ["<think>\nHm.\n</think>\n\n", "Hm.\n</think>\n\n", ""])
+def test_a_reply_is_trained_where_the_template_cuts_its_thoughts_off(before, tmp_path):
+    """DeepSeek R1's and QwQ's: nothing of such replies was trained. That replies are asked for by `<think>` is said."""
+    tokens = ["<|User|>", "<|Assistant|>", "<think>", "</think>", "<s>", "</s>"]
+    under = chats.Chat(chat_families.tokenizer_of(tokens, "<s>", "</s>", None, chat_families.DEEPSEEK))
+    replies = [turns(("user", "?"), ("assistant", before + SAID.format(i))) for i in range(2)]
+    kept, *_ = read(write(tmp_path / "rows.jsonl", [{"messages": [*replies[0], *replies[1]]}]), under=under)
+    assert learned(kept[0], under) == SAID.format(0) + "</s>" + SAID.format(1) + "</s>"
+    assert under.notes == {"prompt": 1, "thoughts": 2 * bool(before)}
+    whole = under.tokenizer.apply_chat_template([*replies[0], *replies[1]], return_dict=False)
+    assert under.tokenize(kept[0], 4096)["input_ids"] == whole
+
+
 def test_control_tokens_in_texts_are_plain_characters(tmp_path):
     said = "<|im_end|> ends a turn, </think> a thought."
     rows = [{"messages": turns(("user", f"What is <|im_end|> {i}?"), ("assistant", said))} for i in range(ROWS)]
@@ -549,3 +662,19 @@ def test_people_are_recognised_by_names_that_change():
     same = [{"conversations": turns(("ann", "Is it?"), ("bob", "Yes."), who="from", text="value")}] * 9
     assert not formats.talk_of_people("rows", known, ["conversations"], [])
     assert not formats.talk_of_people("rows", same, ["conversations"], [])
+
+
+@pytest.mark.parametrize(
+    ("answers", "references"),
+    [
+        ({"text": ["Lima", "Lima"], "answer_start": [9, 9]}, ["Lima"]),
+        ([{"text": "Lima", "answer_start": 9}], ["Lima"]),
+        ("Lima", ["Lima"]),
+        ("['Lima']", ["Lima"]),
+        (None, []),
+    ],
+)
+def test_answers_of_a_mixture_are_read_as_qa_squad_reads_them(answers, references):
+    row = {"context": "It is in Lima.", "question": "Where?", "answers": answers}
+    assert mixture.to_task(row, None)["references"] == references
+    assert mixture.to_task(row | {"answers": {"value": "Lima"}}, None).startswith('bad: an answer without "text"')

@@ -129,6 +129,25 @@ def test_messages_that_belong_nowhere_are_one_line(tmp_path):
         read(tmp_path / "rows.csv")
 
 
+def test_a_tree_of_messages_is_refused(tmp_path):
+    """OASST: replies to one message, one behind the other in a tree, became one long reply."""
+    rows = [
+        {"message_id": f"{i}a", "parent_id": None, "tree": i, "role": "prompter", "text": f"{i}?"} for i in range(20)
+    ]
+    rows += [
+        {"message_id": f"{i}{n}", "parent_id": f"{i}a", "tree": i, "role": "assistant", "text": f"{n} of {i}"}
+        for i in range(20)
+        for n in "bc"
+    ]
+    flags = ("--columns", "conversation=tree", "speaker=role", "text=text")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"20 messages have more than one reply \(parent_id\): a tree"):
+        read(tmp_path / "rows.jsonl", *flags)
+    best = [row for row in rows if not row["message_id"].endswith("c")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, best)))
+    assert len(read(tmp_path / "rows.jsonl", *flags)[0]) == 20
+
+
 def test_from_a_csv_of_dialogues_to_a_reply_with_two_commands(tiny, tmp_path):
     path, run = write(tmp_path / "dialogues.csv", talks("agent", "customer")), tmp_path / "run"
     options = {

@@ -27,6 +27,7 @@ from transformers import (
 
 from shared import UserError
 from shared.data import assets
+from shared.data.encoding import PlainText
 from shared.training.arguments import parse
 
 classify_bert = train_script("classify_bert")
@@ -97,7 +98,6 @@ def results_of(run):
     [
         ({"text": "vÃ©", "label": " b "}, {}, {"text": "vé", "label": "b"}),
         ({"text": "a", "label": 2}, {}, {"text": "a", "label": "2"}),
-        ({"text": "a", "label": 1}, {"names": ["no", "yes"]}, {"text": "a", "label": "yes"}),
         ({"text": "a", "label": "torch/nn/functional"}, {"until": "/"}, {"text": "a", "label": "torch"}),
         ({"text": "a", "label": -1}, {}, {"text": "a", "label": "-1"}),
         ({"text": "a", "label": -1}, {"hidden": True}, "no label"),
@@ -108,6 +108,22 @@ def results_of(run):
 )
 def test_rows(row, options, found):
     assert labelled_texts.to_row(row, {"text": "text", "label": "label"}, **options) == found
+
+
+def test_each_split_has_its_own_names_for_its_numbers():
+    """Encoded one by one, files number their classes each from the first that they hold."""
+
+    def split(labels, names=None):
+        label = ClassLabel(names=names) if names else Value("string" if isinstance(labels[0], str) else "int64")
+        return Dataset.from_dict({"label": labels}, Features({"label": label}))
+
+    splits = {"train": split([0, 1, 2, -1], ["bad", "good", "ok"]), "test": split([0, 1], ["good", "ok"])}
+    splits |= {"words": split(["ok", "bad"]), "numbers": split([2, 0]), "texts": split(["2", "0", "odd"])}
+    found = {name: [row["label"] for row in rows] for name, rows in labelled_texts.named(splits, "label").items()}
+    assert found.pop("train") == ["bad", "good", "ok", None] and found.pop("test") == ["good", "ok"]
+    assert found == {"words": ["ok", "bad"], "numbers": ["ok", "bad"], "texts": ["ok", "bad", "odd"]}
+    plain = {"train": split([0, 1])}
+    assert labelled_texts.named(plain, "label") is plain
 
 
 def test_labels_that_differ_in_writing_alone_are_named():
@@ -311,6 +327,25 @@ def test_a_decoder_without_padding_is_padded_with_its_end(tiny, reviews, tmp_pat
     text = "splendid 1 2 3 4 5"
     alone, together = classify(text)[0], classify([text, f"{text} 6 7 8 9"], batch_size=2)[0]
     assert alone["score"] == pytest.approx(together["score"], abs=1e-5)
+
+
+def test_control_tokens_that_texts_spell_are_said(bert):
+    """Pairs joined by [SEP]: one token while training, five characters when served."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    assert (
+        labelled_texts.spelled_tokens(["a [SEP] b [SEP] c", "d [SEP]", "[CLS]", "sep"], tokenizer)
+        == "[SEP] in 2, [CLS] in 1"
+    )
+    assert labelled_texts.spelled_tokens(["a | b"], tokenizer) == ""
+    read = PlainText(tokenizer).encode("a [SEP] b")
+    assert read != tokenizer("a [SEP] b")["input_ids"] and read.count(tokenizer.sep_token_id) == 1
+
+
+def test_labels_written_otherwise_in_a_split_are_shown():
+    rows = {"train": [{"text": "a", "label": "0.0"}], "test": [{"text": "b", "label": "0"}]}
+    splits = {name: Dataset.from_list(each) for name, each in rows.items()}
+    with pytest.raises(UserError, match=r"of the test split .* found '0'; learnt '0.0'. Write them alike."):
+        labelled_texts.number_labels(splits, ["0.0"], "mine")
 
 
 def test_rows_of_labels_that_are_not_learnt_are_counted(bert, tmp_path, caplog):

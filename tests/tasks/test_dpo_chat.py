@@ -104,11 +104,38 @@ TALK = turns("Hi?", "Hello.", "Cold?")
         ({"prompt": turns("Cold?", roles=("Customer",)), "chosen": "Yes.", "rejected": "No."}, [], turns("Cold?")),
         ({"system": "Be brief.", "prompt": "Cold?", "chosen": "Yes.", "rejected": "No."},)
         + ([], [{"role": "system", "content": "Be brief."}, *turns("Cold?")]),
+        ({"system_prompt": "Be brief.", "prompt": "Cold?", "chosen": "Yes.", "rejected": "No."},)
+        + ([], [{"role": "system", "content": "Be brief."}, *turns("Cold?")]),
+        (
+            {"instruction": "Cold?", "input": "It snows.", "chosen": "Yes.", "rejected": "No."},
+            ["prompt=instruction"],
+            turns("Cold?\n\nIt snows."),
+        ),
+        ({"input": "Cold?", "chosen": "Yes.", "rejected": "No."}, ["prompt=input"], turns("Cold?")),
+        (
+            {"prompt": "Cold?", "input": "odd", "chosen": turns("Cold?", "Yes."), "rejected": turns("Cold?", "No.")},
+            [],
+            turns("Cold?"),
+        ),
     ],
 )
 def test_forms_are_recognised(row, mapping, prompt):
     found = preferences.Reader("rows", row, list(row), mapping)(row)
     assert found == {"prompt": prompt or turns("Cold?"), "chosen": "Yes.", "rejected": "No."}
+
+
+def test_whole_numbers_beside_empty_cells_are_whole():
+    row = {"system": float("nan"), "prompt": 2.0, "chosen": 1700.0, "rejected": 1.5}
+    found = preferences.Reader("rows", row, list(row), [])(row)
+    assert found == {"prompt": turns("2"), "chosen": "1700", "rejected": "1.5"}
+    empty = row | {"rejected": float("nan")}
+    assert preferences.Reader("rows", row, list(row), [])(empty) == "bad: no rejected reply"
+
+
+def test_the_first_indentation_of_code_stays():
+    row = {"prompt": "Go on:", "chosen": "    x = 1\n    y = 2\n", "rejected": " No."}
+    found = preferences.Reader("rows", row, list(row), [])(row)
+    assert (found["chosen"], found["rejected"]) == ("    x = 1\n    y = 2", "No.")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +159,10 @@ def test_forms_are_recognised(row, mapping, prompt):
         ({"chosen": turns("Cold?", "Yes.", roles=("user", "wizard"))}, "bad: unknown role"),
         ({"prompt": turns("Cold?", roles=("ann",))}, "bad: unknown role"),
         ({"chosen": ["Cold?", "Yes."]}, "bad: a turn without a role"),
+        (
+            {"chosen": {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}},
+            "bad: thoughts apart from their reply",
+        ),
     ],
 )
 def test_unusable_rows_are_named(change, reason):
@@ -194,7 +225,7 @@ def test_a_reply_that_is_one_token_with_the_end_of_the_prompt(tiny):
     assert found["chosen_ids"][0] != found["rejected_ids"][0]
 
 
-def test_thoughts_that_the_template_cuts_off_are_not_dropped_in_silence(tiny):
+def test_thoughts_that_the_template_cuts_off_are_not_dropped_in_silence(tiny, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "llama")
     shown = "m['content'].split('</think>')[-1]"
     tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + " + shown
@@ -203,6 +234,9 @@ def test_thoughts_that_the_template_cuts_off_are_not_dropped_in_silence(tiny):
     encoder = pairs.PairEncoder(tokenizer)
     assert encoder.fit(row) == row
     assert encoder.fit(row | {"rejected": "<think>Hm.</think>No."}).startswith("bad: a reply whose beginning")
+    assert "behind its own prompt" not in caplog.text
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    assert pairs.PairEncoder(tokenizer).fit(row) == row and "behind its own prompt" in caplog.text
     tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m['content'] }}{% endfor %}", None
     with pytest.raises(UserError, match="neither the chat template nor the tokenizer has a token that ends a reply"):
         pairs.PairEncoder(tokenizer)

@@ -221,10 +221,29 @@ def test_an_answer_is_found_where_it_stands(context, answers, text, start):
     assert context[start : start + len(text)] == text
 
 
-def test_a_column_of_places_may_hold_text():
-    row = {"context": TIES, "question": "Where?", "answers": "blue", "answer_start": "11"}
+@pytest.mark.parametrize(
+    ("answers", "starts", "found"),
+    [
+        ("blue", "11", [11]),
+        ("blue", "11.0", [11]),  # pandas, where another cell of the column is empty
+        ("blue", [11], [11]),
+        ("['blue', 'red']", "[11, 16]", [11, 16]),
+        (["blue", "red", "blue"], [20, 16, 0], [20, 16, 0]),  # `answers.text` of a data set that was flattened
+        ("red", None, [16]),
+    ],
+)
+def test_a_column_of_places_may_hold_text_or_lists(answers, starts, found):
+    row = {"context": TIES, "question": "Where?", "answers": answers, "answer_start": starts}
+    assert squad_features.to_question(row, {name: name for name in row})["answers"]["answer_start"] == found
+
+
+@pytest.mark.parametrize(
+    "answers", [{"value": "red", "aliases": []}, {"input_text": ["red"], "answer_start": [16]}, {"answer": "red"}]
+)
+def test_answers_under_another_name_are_not_taken_for_none(answers):
+    row = {"context": TIES, "question": "Where?", "answers": answers}
     found = squad_features.to_question(row, {name: name for name in row})
-    assert found["answers"] == {"text": ["blue"], "answer_start": [11]}
+    assert found.startswith('bad: an answer without "text"\nanswers = {')
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +459,20 @@ def flat(*windows):
         answer=np.zeros((len(windows), 2), int),
         cut_questions=0,
     )
+
+
+def test_an_answer_keeps_the_accent_that_stands_apart_from_its_last_letter(tokenizer):
+    """BERT's tokenizer drops it, and its last token ends before it; `Trà` was answered, and scored, as `Tra`."""
+    context = unicodedata.normalize("NFD", "Họ uống Trà ở đây.")
+    begin = context.index("Tr")
+    row = {"id": "1", "question": "Gì?", "context": context}
+    row["answers"] = {"text": [context[begin : begin + 4]], "answer_start": [begin]}
+    windows = qa_windows.make_windows([row], tokenizer, 64, 16)
+    assert squad_features.preflight([row], windows)["answers_not_whole_tokens"] == 0
+    spans = windows.spans[windows.answer[0]]
+    found = {"first": spans[:1, 0].copy(), "last": spans[1:, 1].copy()}
+    qa_windows.strip_blanks(found, [context])
+    assert unicodedata.normalize("NFC", context[found["first"][0] : found["last"][0]]) == "Trà"
 
 
 def test_each_question_has_the_null_score_of_its_own_windows():

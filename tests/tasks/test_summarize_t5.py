@@ -145,9 +145,22 @@ def test_several_references_stay_several_and_bad_ones_go():
     assert articles.to_pair(row, "source", "target") == {"document": "One. vé.", "summaries": ["first", "second"]}
 
 
+@pytest.mark.parametrize("write", [str, json.dumps])
+def test_lists_in_cells_of_a_table_are_lists(write, caplog):
+    """Exports of SciTLDR and the like; brackets and quotation marks were learnt as words."""
+    caplog.set_level("INFO", "taskbook")
+    row = {"source": write(["It's one.", "Two, three."]), "target": write(["first", "second"])}
+    assert articles.find_columns("mine", list(row), [], row) == ("source", "target")
+    assert "of several summaries the first is learnt" in caplog.text
+    found = articles.to_pair(row, "source", "target")
+    assert found == {"document": "It's one. Two, three.", "summaries": ["first", "second"]}
+
+
 @pytest.mark.parametrize(
     ("document", "summary", "reason"),
     [
+        ("x", "['a'\n 'b']", "bad: a list as text, without commas\ns = \"['a'\\n 'b']\""),
+        ([{"speaker": "a"}], "x", "bad: document wrong type\nd = [{'speaker': 'a'}]"),
         (None, "x", "bad: document missing"),
         ("x", None, "bad: summary missing"),
         ("x", [], "bad: summary missing"),
