@@ -41,7 +41,10 @@ class RunArguments:
     REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
         ("prediction_loss_only", "eval_do_concat_batches", "batch_eval_metrics", "dataloader_drop_last"),
         "evaluations here need every row, with its predictions",
-    )
+    ) | {
+        "resume_from_checkpoint": "--resume names the checkpoint to go on from",
+        **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "evaluations compute in the precision of the run"),
+    }
 
     model_name_or_path: str = field(
         default=None,
@@ -180,7 +183,12 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     _check_numbers(script_args, training_args, run_args)
     for name, reason in (RunArguments.REFUSED | getattr(script_class, "REFUSED", {})).items():
         if (value := getattr(training_args, name)) != type(training_args).__dataclass_fields__[name].default:
-            raise UserError(f"--{name} {str(value).lower()}: {reason}. Leave it out.")
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise UserError(f"--{name} {shown}: {reason}. Leave it out.")
+    if "greater_is_better" not in {*entries, *typed} and (training_args.metric_for_best_model or "").endswith(
+        "perplexity"
+    ):
+        training_args.greater_is_better = False  # upstream knows this of losses alone, and would keep the worst model
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}

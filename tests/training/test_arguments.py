@@ -120,6 +120,8 @@ def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog)
         ("classify_bert", "eval_do_concat_batches", "false", "Leave it out"),
         ("summarize_t5", "batch_eval_metrics", "true", "Leave it out"),
         ("qa_squad", "dataloader_drop_last", "true", "Leave it out"),
+        ("chat_sft", "resume_from_checkpoint", "Old/checkpoint-4", "--resume names the checkpoint"),
+        ("classify_bert", "fp16_full_eval", "true", "precision of the run"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_one_line(task, option, value, line):
@@ -137,6 +139,22 @@ def test_an_option_that_would_change_nothing_is_refused_or_used():
             value = "0.1" if name == "label_smoothing_factor" else "true"
             with pytest.raises(UserError, match=f"--{name} .*{refused[name]}"):
                 parsed(f"tasks/{task}/configs/laptop.yaml", f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "higher"),
+    [
+        ("perplexity", [], False),
+        ("eval_perplexity", [], False),
+        ("loss", [], False),
+        ("accuracy", [], True),
+        ("perplexity", ["--greater_is_better=true"], True),
+    ],
+)
+def test_the_best_model_has_the_lowest_perplexity(metric, more, higher):
+    argv = [f"--config={ROOT / 'tasks/chat_sft/configs/laptop.yaml'}", f"--metric_for_best_model={metric}", *more]
+    _, args, _ = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], argv)
+    assert args.greater_is_better == higher
 
 
 def test_numbers_at_the_edge_are_taken():
