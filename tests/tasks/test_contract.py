@@ -197,6 +197,24 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path, mon
             )
 
 
+@pytest.mark.parametrize(("task", "count"), [("qa_squad", "windows"), ("rag_docs", "groups")])
+def test_rows_of_a_small_last_micro_batch_count_like_the_others(task, count, argv, tmp_path):
+    """The last step of an epoch, whose rows do not fill its micro-batches: its loss and gradient are those of one batch."""
+    logged = {}
+    for name, micro, accumulation in (("one", 15, 1), ("many", 5, 3)):
+        split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+        split |= {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 0.0}
+        done = task_runs.command(
+            ROOT / "tasks" / task / "train.py", *argv(task, tmp_path / name, make_rows(task, 72), **split)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        logged[name] = [task_runs.logged(tmp_path / name, key) for key in ("loss", "grad_norm")]
+    rows = json.loads((tmp_path / "one" / "preflight.json").read_text())[count]
+    assert rows % 15 > 5 and rows % 15 % 5, f"{rows} {count}: the last step has full micro-batches only, or one"
+    for one, many in zip(logged["one"], logged["many"], strict=True):
+        assert many == pytest.approx(one, rel=1e-4)
+
+
 def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     """Stopped after its first checkpoint, resumed, then evaluated on more rows: time and steps are those of the whole."""
     script, run = ROOT / "tasks" / "mlm_bert" / "train.py", tmp_path / "run"
