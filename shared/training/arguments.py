@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import textwrap
 import time
@@ -194,9 +195,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.set_aside = [f"{line}: not used ({config})" for line in set_aside]
     run_args.set_aside += _share_step(training_args, run_args.resolved, set(typed))
-    run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
-        f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
-    )
+    started = ["accelerate", "launch", f"tasks/{script.parent.name}/{script.name}"]
+    run_args.command = shlex.join([*started, *_shown(argv)])
     return script_args, training_args, run_args
 
 
@@ -277,8 +277,20 @@ def split_rows(rows: int, most: int, processes: int) -> tuple[int, int]:
     return min(choices, key=lambda pair: abs(pair[0] * pair[1] * processes - rows))
 
 
+def _shown(argv: list[str]) -> list[str]:
+    """The command line for the card: without `--hub_token`, each value an argument of its own, in which a path is found."""
+    shown, secret = [], False
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        if arg.startswith("--"):
+            secret = name[2:].replace("-", "_") == "hub_token"
+        parts = [name, value] if arg.startswith("--") and value and not value.startswith("-") else [arg]
+        shown += [] if secret else parts
+    return shown
+
+
 def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
-    """The command line as pairs, without secrets, for the card."""
+    """The command line as pairs."""
     pairs, name = [], None
     for arg in argv:
         if arg.startswith("--"):
@@ -286,7 +298,7 @@ def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
             pairs.append((name, value))
         elif name:
             pairs[-1] = (name, f"{pairs[-1][1]} {arg}".strip())
-    return [(name, value) for name, value in pairs if name.replace("-", "_") != "hub_token"]
+    return pairs
 
 
 def _config_path(argv: list[str], script: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -73,7 +74,7 @@ def finish(
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "line": line,
         "run": {
-            "task": Path(run_args.command.split()[2]).parent.name,
+            "task": Path(shlex.split(run_args.command)[2]).parent.name,
             "model": base and card.shown_name(base),
             "data": card.shown_name(run_args.dataset),
             "train_rows_sha256": run_args.identity.get("rows"),

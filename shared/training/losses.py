@@ -24,8 +24,8 @@ def step_mean(trainer, total: torch.Tensor, own, num_items_in_batch):
 
 
 def rows_of_step(trainer, batches: list[dict], name: str) -> torch.Tensor:
-    """Rows of an optimizer step over all processes, for `step_mean`. Upstream counts labels; where there are none it takes the mean
-    of the micro-batches' means, in which rows of a small one weigh more.
+    """Rows of an optimizer step over all processes, for `step_mean`. Upstream counts labels; where there are none it takes the
+    mean of the micro-batches' means, in which rows of a small one weigh more.
 
     Args:
         batches: the micro-batches of this process.

@@ -1,5 +1,6 @@
 """What a configuration says of its own data set does not hold for another; every configuration of every task."""
 
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -155,6 +156,19 @@ def test_the_best_model_has_the_lowest_perplexity(metric, more, higher):
     argv = [f"--config={ROOT / 'tasks/chat_sft/configs/laptop.yaml'}", f"--metric_for_best_model={metric}", *more]
     _, args, _ = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], argv)
     assert args.greater_is_better == higher
+
+
+def test_the_command_of_a_card_can_be_pasted(tmp_path):
+    """Several values of one option, blanks and quotes come out of a shell as they were typed; a token does not."""
+    argv = ["--dataset=my rows.csv", "--columns", "prompt=a b", "completion=it's", "--hub_token", "hf_abc", "--seed=3"]
+    argv += ["--max_steps=-1", "--push_to_hub", "--hub_token=hf_abc"]
+    script = train_script("chat_sft").ScriptArguments
+    *_, run_args = parse(script, OWN["chat_sft"], argv)
+    start, *typed = shlex.split(run_args.command)[2:]
+    assert start == "tasks/chat_sft/train.py" and "hf_abc" not in typed, typed
+    *_, again = parse(script, OWN["chat_sft"], typed)
+    assert again.resolved == run_args.resolved and again.columns == ["prompt=a b", "completion=it's"]
+    assert again.command == run_args.command
 
 
 def test_numbers_at_the_edge_are_taken():
