@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from accelerate import PartialState
 from shared import UserError
@@ -193,9 +193,12 @@ class CompleteCheckpoints(TrainerCallback):
         sampler = train_dataloader
         while (inner := getattr(sampler, "batch_sampler", None)) is not None:
             sampler = inner
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # upstream's order is the same for any seed
         sampler = getattr(sampler, "sampler", None)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+            sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         name = args.metric_for_best_model

@@ -64,7 +64,9 @@ def finish(
     if kept:
         (output / "test.jsonl").write_bytes(b"".join(kept))
     results.plot_loss(trainer.state.log_history, output / "loss.png")
-    seconds = seconds_trained(trainer.state.log_history)
+    seconds, steps = seconds_trained(trainer.state.log_history), trainer.state.global_step
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+    kept = int(Path(best).name.split("-")[1]) if best else steps  # the step whose weights were measured and saved
     base = run_args.model_name_or_path
     metrics |= {
         "train_loss": mean_train_loss(trainer.state.log_history),
@@ -79,7 +81,8 @@ def finish(
             "data": card.shown_name(run_args.dataset),
             "train_rows_sha256": run_args.identity.get("rows"),
             "test_rows_sha256": digest.hexdigest(),
-            "steps": trainer.state.global_step,
+            "steps": steps,
+            "weights_of_step": kept,
             "hardware": hardware(),
             "processes": args.world_size,
             "packages": card.versions(),
@@ -103,7 +106,7 @@ def finish(
         training={
             "command": run_args.command,
             **training,
-            "steps": trainer.state.global_step,
+            "steps": steps if kept == steps else f"{steps:,}; the weights are those of step {kept:,}, the best",
             "learning_rate": args.learning_rate,
             "time": f"{seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
         },
