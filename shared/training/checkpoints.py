@@ -157,10 +157,13 @@ class CompleteCheckpoints(TrainerCallback):
         self.saved_step = None
         self.uploads = None
         self.began = None
+        self.seconds_before = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # A run may have several parts: the log, which is in each checkpoint, carries the time of those before.
         self.began = time.monotonic() - seconds_trained(state.log_history)
+        if self.seconds_before is None:  # out of memory, training begins a second time
+            self.seconds_before = seconds_trained(state.log_history)
         if args.save_total_limit is not None:
             # Upstream's rotation runs before on_save: with a limit of 1 it would delete the only valid checkpoint.
             self.limit, args.save_total_limit = args.save_total_limit, None

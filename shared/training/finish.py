@@ -45,7 +45,7 @@ def finish(
     """
     from shared.data import assets
     from shared.publish import card, hub, results
-    from shared.training.checkpoints import mean_train_loss, seconds_trained
+    from shared.training.checkpoints import CompleteCheckpoints, mean_train_loss, seconds_trained
     from shared.training.identity import fingerprint
 
     output = Path(args.output_dir)
@@ -67,12 +67,14 @@ def finish(
     seconds, steps = seconds_trained(trainer.state.log_history), trainer.state.global_step
     best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     kept = int(Path(best).name.split("-")[1]) if best else steps  # the step whose weights were measured and saved
+    watched = next(each for each in trainer.callback_handler.callbacks if isinstance(each, CompleteCheckpoints))
+    run_seconds = time.time() - run_args.started + watched.seconds_before
     base = run_args.model_name_or_path
     metrics |= {
         "train_loss": mean_train_loss(trainer.state.log_history),
         "train_minutes": round(seconds / 60, 2),
         "device_hours": round(seconds / 3600 * args.world_size, 4),
-        "run_minutes": round((time.time() - run_args.started) / 60, 2),
+        "run_minutes": round(run_seconds / 60, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "line": line,
         "run": {

@@ -26,7 +26,7 @@ from shared import UserError
 from shared.compare.readme import FIGURES
 from shared.training import launch
 from shared.training.arguments import parse
-from shared.training.checkpoints import seconds_trained
+from shared.training.checkpoints import seconds_trained, write_manifest
 from shared.training.identity import fingerprint, run_identity
 
 PLAIN = "transformers.training_args:TrainingArguments"
@@ -230,11 +230,17 @@ def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     session = next(entry["train_runtime"] for entry in last if "train_runtime" in entry)
     assert seconds_trained(last) > session + 0.5 * before > session
     assert first["train_minutes"] == pytest.approx(seconds_trained(last) / 60, abs=0.01)
+    newest = run / "checkpoint-40"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state["log_history"].append({"step": 40, "seconds_trained": 6000.0})  # as if it had taken longer than anything else
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    write_manifest(newest, json.loads((newest / "manifest.json").read_text())["identity"])
     more = task_runs.command(script, *argv("mlm_bert", run, **options, max_test_rows=5))
     assert more.returncode == 0 and "This run is finished" not in more.stdout, more.stderr[-3000:]
     second = json.loads((run / "all_results.json").read_text())
     # Without the seconds after the last checkpoint, which the second command does not know of.
     assert second["test_rows"] == 5 and second["train_minutes"] > 0.5 * first["train_minutes"]
+    assert second["run_minutes"] > second["train_minutes"] >= 100
     assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=3e-4)
 
 
