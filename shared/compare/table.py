@@ -12,6 +12,7 @@ import base64
 import difflib
 import html
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -56,8 +57,8 @@ def read_run(name: str) -> dict:
     """What a run left, by its folder or its name on the Hub.
 
     Returns:
-        `name`, `folder`, `results` (all_results.json), `rows` (hash of its test rows, None for a run of an older version) and
-        `tokenizer` (hash).
+        `name`, `folder`, `results` (all_results.json), `rows` (hash of its test rows, None for a run of an older version),
+        `tokenizer` (hash) and `weights` (of its test rows in scores.json: how many tokens of each were scored).
 
     Raises:
         UserError: no such run, or it is not finished.
@@ -72,28 +73,43 @@ def read_run(name: str) -> dict:
         raise UserError(f"{path}: is not readable ({error}).") from error
     tokenizer = folder / "tokenizer.json"
     return {
-        "name": Path(name).name if Path(name).is_dir() else name,
+        "name": Path(os.path.abspath(name)).name if Path(name).is_dir() else name,
         "folder": folder,
         "results": results,
         "rows": results.get("run", {}).get("test_rows_sha256"),
         "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else None,
+        "weights": _scores(folder).get("weight"),
     }
 
 
+def told_apart(runs: list[dict]) -> list[dict]:
+    """The runs, each folder once; those of one name get as much of their path as they differ in."""
+    runs = list({run["folder"].resolve(): run for run in runs}.values())
+    for depth in range(2, max(len(run["folder"].resolve().parts) for run in runs)):
+        names = [run["name"] for run in runs]
+        for run in runs:
+            if names.count(run["name"]) > 1:
+                run["name"] = "/".join(run["folder"].resolve().parts[-depth:])
+    return runs
+
+
 def best_of(runs: list[dict]) -> set[tuple[Path, str]]:
-    """(folder, metric) that are the best of several runs on the same test rows; what is counted by token wants one tokenizer."""
+    """(folder, metric) that are the best of several runs on the same test rows; what is counted by token wants one tokenizer,
+    and as many tokens of each row: a smaller --max_length scores the beginnings alone.
+    """
     best = set()
     for metric, (_, higher) in COLUMNS.items():
         groups = {}
         for run in runs:
             value = run["results"].get(f"test_{metric}")
             by_token = metric in BY_TOKEN and any(f"test_{each}" in run["results"] for each in LANGUAGE_MODELS)
-            key = (run["rows"], run["results"].get("test_rows"), run["tokenizer"] if by_token else None)
+            key = (run["rows"], run["results"].get("test_rows"), by_token and (run["tokenizer"], str(run["weights"])))
             if value is not None and run["rows"] and not (by_token and not run["tokenizer"]):
                 groups.setdefault(key, []).append((value, run["folder"]))
         for group in groups.values():
             if len(group) > 1:
-                best.add(((max if higher else min)(group)[1], metric))
+                most = (max if higher else min)(value for value, _ in group)
+                best |= {(folder, metric) for value, folder in group if value == most}
     return best
 
 
@@ -187,6 +203,14 @@ def _settings(folder: Path) -> dict:
     return (yaml.safe_load(path.read_text("utf8")) or {}) if path.is_file() else {}
 
 
+def _scores(folder: Path) -> dict:
+    path = folder / "scores.json"
+    try:
+        return json.loads(path.read_text("utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: is not readable ({error}).") from error
+
+
 def _samples(folder: Path) -> list[dict]:
     path = folder / "samples.jsonl"
     if not path.is_file():
@@ -203,10 +227,7 @@ def _asked(sample: dict) -> str:
 
 def _paired(one: dict, other: dict) -> str:
     """One line: whether `other` is better than `one`, row by row, where they were scored on the same rows."""
-    scores = []
-    for run in (one, other):
-        path = run["folder"] / "scores.json"
-        scores.append(json.loads(path.read_text("utf8")) if path.is_file() else {})
+    scores = [_scores(run["folder"]) for run in (one, other)]
     if not all(scores) or one["rows"] != other["rows"] or len(scores[0]["score"]) != len(scores[1]["score"]):
         return "no paired test: they were not scored on the same rows"
     metric = scores[0]["metric"]
@@ -290,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{options.runs[0]}: no all_results.json; a run writes it at its end.")
         for name in sorted(set(options.runs) - set(many)):
             print(f"left out: {name}, which holds no finished run", file=sys.stderr)
-        runs = [read_run(name) for name in dict.fromkeys(many)]
+        runs = told_apart([read_run(name) for name in dict.fromkeys(many)])
         detail = differences(*runs) if len(runs) == 2 else []
         # What models wrote stays text: no tag, no link, no picture
         lines = (re.sub(r"[\\<]|(?<=\])\(", r"\\\g<0>", line) for line in detail)

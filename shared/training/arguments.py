@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import textwrap
 import time
@@ -41,7 +42,10 @@ class RunArguments:
     REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
         ("prediction_loss_only", "eval_do_concat_batches", "batch_eval_metrics", "dataloader_drop_last"),
         "evaluations here need every row, with its predictions",
-    )
+    ) | {
+        "resume_from_checkpoint": "--resume names the checkpoint to go on from",
+        **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "evaluations compute in the precision of the run"),
+    }
 
     model_name_or_path: str = field(
         default=None,
@@ -180,15 +184,19 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     _check_numbers(script_args, training_args, run_args)
     for name, reason in (RunArguments.REFUSED | getattr(script_class, "REFUSED", {})).items():
         if (value := getattr(training_args, name)) != type(training_args).__dataclass_fields__[name].default:
-            raise UserError(f"--{name} {str(value).lower()}: {reason}. Leave it out.")
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise UserError(f"--{name} {shown}: {reason}. Leave it out.")
+    if "greater_is_better" not in {*entries, *typed} and (training_args.metric_for_best_model or "").endswith(
+        "perplexity"
+    ):
+        training_args.greater_is_better = False  # upstream knows this of losses alone, and would keep the worst model
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
     run_args.set_aside = [f"{line}: not used ({config})" for line in set_aside]
     run_args.set_aside += _share_step(training_args, run_args.resolved, set(typed))
-    run_args.command = f"accelerate launch tasks/{script.parent.name}/{script.name}" + "".join(
-        f" --{key} {value if ' ' not in str(value) else json.dumps(value)}" for key, value in _typed_pairs(argv)
-    )
+    started = ["accelerate", "launch", f"tasks/{script.parent.name}/{script.name}"]
+    run_args.command = shlex.join([*started, *_shown(argv)])
     return script_args, training_args, run_args
 
 
@@ -269,8 +277,20 @@ def split_rows(rows: int, most: int, processes: int) -> tuple[int, int]:
     return min(choices, key=lambda pair: abs(pair[0] * pair[1] * processes - rows))
 
 
+def _shown(argv: list[str]) -> list[str]:
+    """The command line for the card: without `--hub_token`, each value an argument of its own, in which a path is found."""
+    shown, secret = [], False
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        if arg.startswith("--"):
+            secret = name[2:].replace("-", "_") == "hub_token"
+        parts = [name, value] if arg.startswith("--") and value and not value.startswith("-") else [arg]
+        shown += [] if secret else parts
+    return shown
+
+
 def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
-    """The command line as pairs, without secrets, for the card."""
+    """The command line as pairs."""
     pairs, name = [], None
     for arg in argv:
         if arg.startswith("--"):
@@ -278,7 +298,7 @@ def _typed_pairs(argv: list[str]) -> list[tuple[str, str]]:
             pairs.append((name, value))
         elif name:
             pairs[-1] = (name, f"{pairs[-1][1]} {arg}".strip())
-    return [(name, value) for name, value in pairs if name.replace("-", "_") != "hub_token"]
+    return pairs
 
 
 def _config_path(argv: list[str], script: Path) -> Path | None:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from accelerate import PartialState
 from shared import UserError
@@ -157,10 +157,13 @@ class CompleteCheckpoints(TrainerCallback):
         self.saved_step = None
         self.uploads = None
         self.began = None
+        self.seconds_before = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # A run may have several parts: the log, which is in each checkpoint, carries the time of those before.
         self.began = time.monotonic() - seconds_trained(state.log_history)
+        if self.seconds_before is None:  # out of memory, training begins a second time
+            self.seconds_before = seconds_trained(state.log_history)
         if args.save_total_limit is not None:
             # Upstream's rotation runs before on_save: with a limit of 1 it would delete the only valid checkpoint.
             self.limit, args.save_total_limit = args.save_total_limit, None
@@ -193,9 +196,12 @@ class CompleteCheckpoints(TrainerCallback):
         sampler = train_dataloader
         while (inner := getattr(sampler, "batch_sampler", None)) is not None:
             sampler = inner
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # upstream's order is the same for any seed
         sampler = getattr(sampler, "sampler", None)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
+            sampler.generator = torch.Generator().manual_seed(seed + int(state.epoch or 0))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         name = args.metric_for_best_model

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -44,7 +45,7 @@ def finish(
     """
     from shared.data import assets
     from shared.publish import card, hub, results
-    from shared.training.checkpoints import mean_train_loss, seconds_trained
+    from shared.training.checkpoints import CompleteCheckpoints, mean_train_loss, seconds_trained
     from shared.training.identity import fingerprint
 
     output = Path(args.output_dir)
@@ -63,22 +64,27 @@ def finish(
     if kept:
         (output / "test.jsonl").write_bytes(b"".join(kept))
     results.plot_loss(trainer.state.log_history, output / "loss.png")
-    seconds = seconds_trained(trainer.state.log_history)
+    seconds, steps = seconds_trained(trainer.state.log_history), trainer.state.global_step
+    best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+    kept = int(Path(best).name.split("-")[1]) if best else steps  # the step whose weights were measured and saved
+    watched = next(each for each in trainer.callback_handler.callbacks if isinstance(each, CompleteCheckpoints))
+    run_seconds = time.time() - run_args.started + watched.seconds_before
     base = run_args.model_name_or_path
     metrics |= {
         "train_loss": mean_train_loss(trainer.state.log_history),
         "train_minutes": round(seconds / 60, 2),
         "device_hours": round(seconds / 3600 * args.world_size, 4),
-        "run_minutes": round((time.time() - run_args.started) / 60, 2),
+        "run_minutes": round(run_seconds / 60, 2),
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "line": line,
         "run": {
-            "task": Path(run_args.command.split()[2]).parent.name,
+            "task": Path(shlex.split(run_args.command)[2]).parent.name,
             "model": base and card.shown_name(base),
             "data": card.shown_name(run_args.dataset),
             "train_rows_sha256": run_args.identity.get("rows"),
             "test_rows_sha256": digest.hexdigest(),
-            "steps": trainer.state.global_step,
+            "steps": steps,
+            "weights_of_step": kept,
             "hardware": hardware(),
             "processes": args.world_size,
             "packages": card.versions(),
@@ -102,7 +108,7 @@ def finish(
         training={
             "command": run_args.command,
             **training,
-            "steps": trainer.state.global_step,
+            "steps": steps if kept == steps else f"{steps:,}; the weights are those of step {kept:,}, the best",
             "learning_rate": args.learning_rate,
             "time": f"{seconds / 60:.1f} minutes on {hardware()}, peak memory {metrics['peak_memory_gb']} GB",
         },

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -263,7 +264,8 @@ def begin(args, run_args, preflight: dict, identity: dict):
         fetched = partial(fetch, args.hub_model_id, output)
     checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
     if args.should_save:
-        header = f"# Repeat this run: {run_args.command.split(' --')[0]} --config {output}/run.yaml\n"
+        again = shlex.join([*shlex.split(run_args.command)[:3], "--config", f"{output}/run.yaml"])
+        header = f"# Repeat this run: {again}\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
         (output / "run.yaml").write_text(header + resolved, encoding="utf8")
         results.write_json(output / "preflight.json", preflight)

@@ -23,6 +23,19 @@ def step_mean(trainer, total: torch.Tensor, own, num_items_in_batch):
     return total * scale / num_items_in_batch
 
 
+def rows_of_step(trainer, batches: list[dict], name: str) -> torch.Tensor:
+    """Rows of an optimizer step over all processes, for `step_mean`. Upstream counts labels; where there are none it takes the
+    mean of the micro-batches' means, in which rows of a small one weigh more.
+
+    Args:
+        batches: the micro-batches of this process.
+        name: of a column that has an entry for each row.
+    """
+    rows = torch.tensor(sum(len(batch[name]) for batch in batches), device=trainer.args.device)
+    together = trainer.args.world_size > 1 and trainer.args.average_tokens_across_devices
+    return trainer.accelerator.gather(rows).sum() if together else rows
+
+
 def finite(loss: torch.Tensor, where: Callable[[], str] = str) -> torch.Tensor:
     """The loss, checked before the optimizer may use it.
 

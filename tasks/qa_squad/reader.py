@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
-from shared.training.losses import finite
+from shared.training.losses import finite, rows_of_step, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import score_rows
 
@@ -103,20 +103,26 @@ def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 class WindowTrainer(Trainer):
     """`Trainer` that takes packed windows, checks each loss before the optimizer may use it, and evaluates by answers."""
 
+    loss_is_scaled_for_ga = True
+
     def __init__(self, *args, validate, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the windows of a batch
+        self.model_accepts_loss_kwargs = False  # the loss is computed here
         self.validate = validate
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "token_type_ids", "answer", "window"]
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Windows of the optimizer step."""
+        return rows_of_step(self, batch_samples, "window")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean over windows of the cross-entropies of first and last token, in nats."""
-        answer = inputs["answer"]
-        start, end = forward(model, inputs)
-        loss = (F.cross_entropy(start, answer[:, 0]) + F.cross_entropy(end, answer[:, 1])) / 2
-        windows = inputs["window"]
+        """Mean over the windows of the whole optimizer step of the cross-entropies of first and last token, in nats."""
+        answer, windows = inputs["answer"], inputs["window"]
+        both = zip(forward(model, inputs), answer.T, strict=True)
+        total = sum(F.cross_entropy(logits, places, reduction="sum") for logits, places in both) / 2
+        loss = step_mean(self, total, len(windows), num_items_in_batch)
         return finite(
             loss, lambda: f" at step {self.state.global_step + 1}, in windows {windows.tolist()} of the training split"
         )

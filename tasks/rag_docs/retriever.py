@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, Tra
 
 from shared import UserError
 from shared.retrieval.encoder import pool
-from shared.training.losses import finite
+from shared.training.losses import finite, rows_of_step, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import score_rows
 
@@ -111,17 +111,24 @@ def group_losses(vectors: torch.Tensor, batch: dict) -> torch.Tensor:
 class RetrieverTrainer(Trainer):
     """`Trainer` with the mean loss over groups, checked before the optimizer may use it; evaluates by the same loss."""
 
+    loss_is_scaled_for_ga = True
+
     def __init__(self, *args, pooling: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the groups of a batch
+        self.model_accepts_loss_kwargs = False  # the loss is computed here
         self.pooling = pooling
 
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["input_ids", "document", "right", "length"]
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Groups of the optimizer step."""
+        return rows_of_step(self, batch_samples, "pairs")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean of `group_losses`."""
-        loss = group_losses(embed(model, inputs, self.pooling), inputs).mean()
+        """Mean of `group_losses` over the whole optimizer step."""
+        losses = group_losses(embed(model, inputs, self.pooling), inputs)
+        loss = step_mean(self, losses.sum(), len(losses), num_items_in_batch)
         return finite(loss, lambda: f" at step {self.state.global_step + 1}")
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

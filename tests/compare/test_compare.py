@@ -44,6 +44,21 @@ def test_the_best_is_marked_on_the_same_rows_alone(tmp_path, capsys):
     assert table["one"]["Training"] == "1.2 min" and table["one"]["Hardware"] == "2 cores"
 
 
+def test_runs_of_one_name_are_told_apart_and_equals_are_both_best(tmp_path, capsys, monkeypatch):
+    """The same folder, named twice, is one run; rows of which another number of tokens was scored are not compared."""
+    made = [make_run(tmp_path / who / "run", scores=[4.0] * 12, test_perplexity=9.0) for who in ("ann", "bob")]
+    make_run(tmp_path / "cut", scores=[1.0] * 12, test_perplexity=2.0)
+    (tmp_path / "cut" / "scores.json").write_text((tmp_path / "cut" / "scores.json").read_text().replace("2", "1"))
+    monkeypatch.chdir(made[1])
+    table = {row["Model"].split(" ")[0]: row["Perplexity"] for row in shown(capsys, *made, tmp_path / "cut", ".", "./")}
+    assert table == {"ann/run": "**9.00**", "bob/run": "**9.00**", "cut": "2.00"}
+    main(made)
+    assert "paired test over 12 rows: bob/run is better on 0%" in capsys.readouterr().out
+    main([".", "../../ann/../bob/run"])
+    out = capsys.readouterr().out
+    assert out.count("| run (from") == 1 and "**" not in out, out
+
+
 def test_two_runs_in_detail_and_a_report_that_can_be_mailed(tmp_path, capsys):
     one = make_run(tmp_path / "one", scores=[4.0, 5, 6] * 5, test_perplexity=9.0)
     two = make_run(tmp_path / "two", scores=[3.0, 4, 5] * 5, test_perplexity=8.0, settings="learning_rate: 0.2\n")

@@ -386,7 +386,7 @@ def test_kill_and_repeat_ends_with_the_same_weights(tiny, data, tmp_path):
 
 
 def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):
-    copied = tmp_path / "elsewhere" / "my_chat"
+    copied = tmp_path / "elsewhere" / "my chat"
     shutil.copytree(TASK, copied, ignore=shutil.ignore_patterns("__pycache__"))
     ran = subprocess.run(
         [sys.executable, str(copied / "train.py"), *flags(tiny, data, tmp_path / "run", max_steps=1)],
@@ -395,7 +395,8 @@ def test_the_folder_runs_from_anywhere(tiny, data, tmp_path):
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "run" / "README.md").exists()
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["run"]["task"] == "my chat"
+    assert "'tasks/my chat/train.py' --config" in (tmp_path / "run" / "run.yaml").read_text()
 
 
 def test_unknown_keys_stop_before_torch(tmp_path):

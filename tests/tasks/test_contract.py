@@ -26,7 +26,7 @@ from shared import UserError
 from shared.compare.readme import FIGURES
 from shared.training import launch
 from shared.training.arguments import parse
-from shared.training.checkpoints import seconds_trained
+from shared.training.checkpoints import seconds_trained, write_manifest
 from shared.training.identity import fingerprint, run_identity
 
 PLAIN = "transformers.training_args:TrainingArguments"
@@ -197,6 +197,24 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path, mon
             )
 
 
+@pytest.mark.parametrize(("task", "count"), [("qa_squad", "windows"), ("rag_docs", "groups")])
+def test_rows_of_a_small_last_micro_batch_count_like_the_others(task, count, argv, tmp_path):
+    """The last step of an epoch, whose rows do not fill its micro-batches: its loss and gradient are those of one batch."""
+    logged = {}
+    for name, micro, accumulation in (("one", 15, 1), ("many", 5, 3)):
+        split = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+        split |= {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 0.0}
+        done = task_runs.command(
+            ROOT / "tasks" / task / "train.py", *argv(task, tmp_path / name, make_rows(task, 72), **split)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        logged[name] = [task_runs.logged(tmp_path / name, key) for key in ("loss", "grad_norm")]
+    rows = json.loads((tmp_path / "one" / "preflight.json").read_text())[count]
+    assert rows % 15 > 5 and rows % 15 % 5, f"{rows} {count}: the last step has full micro-batches only, or one"
+    for one, many in zip(logged["one"], logged["many"], strict=True):
+        assert many == pytest.approx(one, rel=1e-4)
+
+
 def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     """Stopped after its first checkpoint, resumed, then evaluated on more rows: time and steps are those of the whole."""
     script, run = ROOT / "tasks" / "mlm_bert" / "train.py", tmp_path / "run"
@@ -212,11 +230,17 @@ def test_the_cost_of_a_run_is_that_of_all_its_parts(argv, tmp_path):
     session = next(entry["train_runtime"] for entry in last if "train_runtime" in entry)
     assert seconds_trained(last) > session + 0.5 * before > session
     assert first["train_minutes"] == pytest.approx(seconds_trained(last) / 60, abs=0.01)
+    newest = run / "checkpoint-40"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state["log_history"].append({"step": 40, "seconds_trained": 6000.0})  # as if it had taken longer than anything else
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    write_manifest(newest, json.loads((newest / "manifest.json").read_text())["identity"])
     more = task_runs.command(script, *argv("mlm_bert", run, **options, max_test_rows=5))
     assert more.returncode == 0 and "This run is finished" not in more.stdout, more.stderr[-3000:]
     second = json.loads((run / "all_results.json").read_text())
     # Without the seconds after the last checkpoint, which the second command does not know of.
     assert second["test_rows"] == 5 and second["train_minutes"] > 0.5 * first["train_minutes"]
+    assert second["run_minutes"] > second["train_minutes"] >= 100
     assert second["device_hours"] == pytest.approx(second["train_minutes"] / 60, abs=3e-4)
 
 

@@ -1,5 +1,6 @@
 """What a configuration says of its own data set does not hold for another; every configuration of every task."""
 
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -120,6 +121,8 @@ def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog)
         ("classify_bert", "eval_do_concat_batches", "false", "Leave it out"),
         ("summarize_t5", "batch_eval_metrics", "true", "Leave it out"),
         ("qa_squad", "dataloader_drop_last", "true", "Leave it out"),
+        ("chat_sft", "resume_from_checkpoint", "Old/checkpoint-4", "--resume names the checkpoint"),
+        ("classify_bert", "fp16_full_eval", "true", "precision of the run"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_one_line(task, option, value, line):
@@ -137,6 +140,35 @@ def test_an_option_that_would_change_nothing_is_refused_or_used():
             value = "0.1" if name == "label_smoothing_factor" else "true"
             with pytest.raises(UserError, match=f"--{name} .*{refused[name]}"):
                 parsed(f"tasks/{task}/configs/laptop.yaml", f"--{name}={value}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "more", "higher"),
+    [
+        ("perplexity", [], False),
+        ("eval_perplexity", [], False),
+        ("loss", [], False),
+        ("accuracy", [], True),
+        ("perplexity", ["--greater_is_better=true"], True),
+    ],
+)
+def test_the_best_model_has_the_lowest_perplexity(metric, more, higher):
+    argv = [f"--config={ROOT / 'tasks/chat_sft/configs/laptop.yaml'}", f"--metric_for_best_model={metric}", *more]
+    _, args, _ = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], argv)
+    assert args.greater_is_better == higher
+
+
+def test_the_command_of_a_card_can_be_pasted(tmp_path):
+    """Several values of one option, blanks and quotes come out of a shell as they were typed; a token does not."""
+    argv = ["--dataset=my rows.csv", "--columns", "prompt=a b", "completion=it's", "--hub_token", "hf_abc", "--seed=3"]
+    argv += ["--max_steps=-1", "--push_to_hub", "--hub_token=hf_abc"]
+    script = train_script("chat_sft").ScriptArguments
+    *_, run_args = parse(script, OWN["chat_sft"], argv)
+    start, *typed = shlex.split(run_args.command)[2:]
+    assert start == "tasks/chat_sft/train.py" and "hf_abc" not in typed, typed
+    *_, again = parse(script, OWN["chat_sft"], typed)
+    assert again.resolved == run_args.resolved and again.columns == ["prompt=a b", "completion=it's"]
+    assert again.command == run_args.command
 
 
 def test_numbers_at_the_edge_are_taken():

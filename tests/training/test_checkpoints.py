@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -487,6 +488,40 @@ def test_the_end_of_the_launcher_counts_as_sigterm(monkeypatch):
     monkeypatch.setattr(os, "getppid", lambda: stopper.launcher + 1)
     stopper.on_step_end(args, state, control)
     assert control.should_save and control.should_training_stop and stopper.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_the_order_of_the_rows_is_that_of_the_seed(tmp_path, strategy):
+    """`--data_seed` decides where it is given, else `--seed`; each epoch has another order."""
+    lengths = [1 + i % 5 for i in range(12)]
+    rows = datasets.Dataset.from_dict({"input_ids": [[i] * n for i, n in enumerate(lengths)], "length": lengths})
+
+    def order(**seeds) -> list[int]:
+        seen, model = [], torch.nn.Linear(1, 1)
+        model.forward = lambda first: seen.extend(first.tolist()) or {"loss": model.weight.sum() + model.bias.sum()}
+        args = transformers.TrainingArguments(
+            tmp_path,
+            max_steps=6,
+            per_device_train_batch_size=4,
+            train_sampling_strategy=strategy,
+            report_to=[],
+            **seeds,
+        )
+        args.save_strategy, args.remove_unused_columns = "no", False
+        trainer = transformers.Trainer(
+            model,
+            args,
+            train_dataset=rows,
+            data_collator=lambda some: {"first": torch.tensor([row["input_ids"][0] for row in some])},
+            callbacks=[checkpoints.CompleteCheckpoints()],
+        )
+        trainer.train()
+        return seen
+
+    first, other, of_data = order(seed=1), order(seed=7), order(seed=1, data_seed=7)
+    assert sorted(first[:12]) == sorted(first[12:]) == list(range(12)) and first[:12] != first[12:]
+    assert first == order(seed=1) != other
+    assert of_data == other
 
 
 def test_mean_train_loss_weighs_by_steps():

@@ -102,7 +102,9 @@ def test_a_callback_of_ones_own_is_one_entry(tiny_bert, tmp_path):
     options = {"learning_rate": 0.0, "max_steps": 8, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     ran = task_runs.command(copy / "train.py", *flags(tiny_bert, tmp_path, **options))
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 4
+    about = json.loads((tmp_path / "run" / "all_results.json").read_text())["run"]
+    assert (about["steps"], about["weights_of_step"]) == (4, 1)
+    assert "| steps | 4; the weights are those of step 1, the best |" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_another_optimizer(tiny_bert, tmp_path):
