@@ -294,14 +294,8 @@ class Model:
             for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
                 whole = [*ids[:place], token, *ids[place + 1 :]]
                 sequence = self.tokenizer.decode(whole, skip_special_tokens=True)
-                guesses.append(
-                    {
-                        "token": token,
-                        "token_str": self.tokenizer.decode([token]),
-                        "score": score,
-                        "sequence": sequence,
-                    }
-                )
+                guess = {"token": token, "token_str": self.tokenizer.decode([token]), "score": score}
+                guesses.append(guess | {"sequence": sequence})
             filled.append(guesses)
         return filled[0] if len(filled) == 1 else filled
 
@@ -398,7 +392,7 @@ class Model:
         )
         changes = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         changes = {name: value for name, value in changes.items() if value is not None}
-        changes |= {"num_return_sequences": 1, "return_dict_in_generate": False}  # one a text, whatever the settings say
+        changes |= {"num_return_sequences": 1, "return_dict_in_generate": False}  # one, whatever the settings say
         if cancelled is not None:
             changes["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), cancelled(), device=ids.device)]
         out = self._runner.seq2seq(batch["input_ids"], batch["attention_mask"], changes)
