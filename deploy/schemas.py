@@ -148,9 +148,9 @@ class Message(Strict):
         return self
 
     def turn(self) -> dict:
-        """As chat templates know it."""
+        """As chat templates know it; parts on lines of their own, as tasks/chat_sft learns them."""
         content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -222,8 +222,8 @@ class ResponseMessage(Strict):
     phase: str | None = Field(None, max_length=50)
 
     def turn(self) -> dict:
-        """As chat templates know it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """As chat templates know it; parts on lines of their own, as tasks/chat_sft learns them."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
