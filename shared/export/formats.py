@@ -1,6 +1,7 @@
 """The formats: which a model can have, and how each is written. Called by export.py."""
 
 import contextlib
+import inspect
 import io
 import json
 import shutil
@@ -113,7 +114,7 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
                 if task == "text-generation" and _genai_builds(folder):
                     _build_with_genai(folder, traced)
                 else:
-                    graphs.export(model, traced, task, _reads_segments(source))
+                    graphs.export(model, traced, task, _reads_segments(source, model))
             except UserError:
                 shutil.rmtree(traced)
                 raise
@@ -181,10 +182,12 @@ def _genai_builds(folder: Path) -> bool:
     return name in GENAI and width % 16 == 0 and not windowed and known
 
 
-def _reads_segments(source: Path) -> bool:
+def _reads_segments(source: Path, model) -> bool:
+    """Whether the tokenizer tells first and second text apart, and the model listens: DistilBERT does not."""
     from transformers import AutoTokenizer
 
-    return "token_type_ids" in AutoTokenizer.from_pretrained(source, trust_remote_code=False).model_input_names
+    names = AutoTokenizer.from_pretrained(source, trust_remote_code=False).model_input_names
+    return "token_type_ids" in names and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def _read(path: Path) -> dict:

@@ -97,7 +97,8 @@ def _attend(
     batch, heads, length, width = query.shape
     layer, trace.layer = trace.layer, None
     causal = layer is not None and trace.padding is None
-    unknown = sorted(name for name, given in others.items() if name not in HARMLESS and given not in (None, False))
+    asked = {name for name, given in others.items() if given is not None and given is not False}
+    unknown = sorted(asked - HARMLESS)
     if causal and (position_bias is not None or getattr(module, "is_causal", True) is False):
         unknown.append("tokens that see later ones" if position_bias is None else "position_bias")
     elif not causal:

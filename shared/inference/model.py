@@ -22,7 +22,7 @@ from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
-from shared.inference.positions import check_summary, longest_input
+from shared.inference.positions import check_summary, longest_input, mixes_padding
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -360,9 +360,8 @@ class Model:
 
         `cancelled` is asked before each token; True ends the call, which returns what there is.
         """
-        if not texts:
-            return []
-        parts = [[text] for text in texts] if self.artifact in BY_ITSELF else [texts]
+        together = [texts] if texts else []
+        parts = [[text] for text in texts] if self.artifact in BY_ITSELF else together
         found = [ids for part in parts for ids in self.summary_ids(part, max_new_tokens, num_beams, cancelled)]
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
@@ -413,11 +412,11 @@ class Model:
         return self.tokenizer(prompt, truncation=True, max_length=self.context)["input_ids"]
 
     def _batches(self, lengths: np.ndarray, tokens: int = 4096) -> list[np.ndarray]:
-        """Numbers of an encoder's rows of about equal length, at most `tokens` with their padding in each batch; of a form that
-        computes rows together otherwise than alone, one in each."""
-        batches, batch = [], []
+        """Numbers of an encoder's rows of about equal length, at most `tokens` with their padding in each batch; one in each
+        where rows together are computed otherwise than alone."""
+        batches, batch, alone = [], [], self.artifact in BY_ITSELF or mixes_padding(self.config)
         for i in np.argsort(-lengths, kind="stable"):
-            if batch and (self.artifact in BY_ITSELF or (len(batch) + 1) * lengths[batch[0]] > tokens):
+            if batch and (alone or (len(batch) + 1) * lengths[batch[0]] > tokens):
                 batches.append(np.array(batch))
                 batch = []
             batch.append(i)
@@ -430,7 +429,7 @@ class Model:
     def _padded(self, ids: list[np.ndarray], types: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs of an encoder, each (rows, longest row), padded on the right."""
         longest = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id or 0
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None) or 0  # what a decoder's class looks for
         batch = {
             "input_ids": np.stack([np.pad(x, (0, longest - len(x)), constant_values=pad) for x in ids]),
             "token_type_ids": np.stack([np.pad(x, (0, longest - len(x))) for x in types]),

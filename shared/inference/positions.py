@@ -26,8 +26,16 @@ def longest_input(config, tokenizer) -> int | None:
             model = AutoModel.from_config(config, trust_remote_code=False)
         for name, module in model.named_modules():
             if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                limits.append(module.num_embeddings - module.padding_idx - 1)
-    return min((limit for limit in limits if limit and limit < 1e9), default=None)
+                limits.append(len(module.weight) - module.padding_idx - 1)
+    return min((limit for limit in limits if limit and 0 < limit < 1e9), default=None)  # -1: XLNet's, without end
+
+
+def mixes_padding(config) -> bool:
+    """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions and means over all
+    places, the last place read for the whole row; or a class that looks for the end of a row and knows no padding.
+    """
+    no_padding = getattr(config.get_text_config(), "pad_token_id", None) is None
+    return no_padding or config.model_type in ("fnet", "convbert", "funnel", "xlnet")
 
 
 def switches_at(config) -> int | None:

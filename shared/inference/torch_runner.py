@@ -58,7 +58,8 @@ class TorchRunner:
     def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs of an encoder for a padded batch, each (rows, tokens, ...)."""
         out = self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in batch.items()})
-        return tuple(scores.float().cpu().numpy() for scores in out.to_tuple())
+        names = ("logits", "start_logits", "end_logits")  # a decoder with a class gives its cache, too
+        return tuple(out[name].float().cpu().numpy() for name in names if name in out)
 
     @torch.inference_mode()
     def hidden_states(self, batch: dict[str, np.ndarray]) -> np.ndarray:

@@ -250,6 +250,12 @@ def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
         load_data(str(tmp_path / name))
 
 
+def test_saved_rows_may_be_none(tmp_path):
+    Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="saved: holds no row"):
+        load_data(str(tmp_path / "saved"))
+
+
 # Each task, by its own function that reads rows
 
 

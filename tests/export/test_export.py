@@ -26,7 +26,7 @@ from deploy.inference import Engine, Sampling, stream
 from shared import UserError
 from shared.export import litert_file, quantize, score
 from shared.export.export import export, main
-from shared.export.formats import FORMATS, impossible
+from shared.export.formats import FORMATS, impossible, write
 from shared.export.measure import in_a_process, start_measuring
 from shared.inference.model import Model, load
 from shared.inference.sampling import pick
@@ -704,6 +704,48 @@ def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, arti
 
     monkeypatch.setattr(model._runner, "seq2seq", written)
     assert model.summarize(contexts, 12) == alone and rows == [1] * 8, "these weights would write the same together"
+
+
+@pytest.mark.parametrize("kind", ["FNet", "ConvBert", "XLNet", "GPT2", "GPT2 without padding"])
+def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
+    """Next to the model alone: padding would flow into the row, or be taken for its end; a decoder gives its cache, too."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "gpt2" if "GPT2" in kind else tiny_bert)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.5}
+    sizes |= {"num_attention_heads": 2, "num_labels": 3}
+    if "GPT2" in kind:
+        sizes["pad_token_id"] = None if "without" in kind else 5  # not the tokenizer's
+    else:
+        sizes |= {"intermediate_size": 64, "d_inner": 64, "pad_token_id": 0, "d_head": 16}
+    if kind == "ConvBert":
+        sizes["embedding_size"] = 32
+    kind, _, _ = kind.partition(" ")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    alone = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    alone.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [sentence(i, 3 + 9 * i) for i in range(4)]
+    model = load(tmp_path)
+    for text, found in zip(texts, model.classify(texts), strict=True):
+        with torch.no_grad():
+            expected = alone(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1).max()
+        assert found[0]["score"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_model_without_segments_beside_a_tokenizer_that_tells_them(tiny_bert, tmp_path):
+    """DistilBERT comes with BERT's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=1, n_heads=2)
+    model = transformers.DistilBertForMaskedLM(config).eval()
+    model.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    expected = load(tmp_path / "whole").fill(["a [MASK]", sentence(1, 30) + " [MASK]"])
+    write("onnx", tmp_path / "whole", model, tmp_path / "whole", tmp_path / "onnx", "fill-mask")
+    found = Model(tmp_path / "onnx", "onnx").fill(["a [MASK]", sentence(1, 30) + " [MASK]"])
+    for words, right in zip(found, expected, strict=True):
+        assert [word["token"] for word in words] == [word["token"] for word in right]
+        assert words[0]["score"] == pytest.approx(right[0]["score"], rel=1e-3)
 
 
 def test_a_row_with_a_line_separator_stays_one(tmp_path):
