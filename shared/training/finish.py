@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -10,6 +12,13 @@ from pathlib import Path
 
 from shared.training.hardware import hardware, peak_memory_gb
 from shared.training.launch import log
+
+# What a model and its tokenizer are made of, and the adapter that was merged
+OF_A_MODEL = re.compile(
+    r"adapter_(config\.json|model\..*)|(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|merged|tokenizer.*|vocab\..*|"
+    r"special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|merges\.txt|spiece\.model|modules\.json|1_Pooling|"
+    r"2_Normalize|sentence_bert_config\.json|config_sentence_transformers\.json"
+)
 
 
 def finish(
@@ -53,6 +62,8 @@ def finish(
     if not args.should_save:
         return
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
+    if not run_args.model_name_or_path or Path(run_args.model_name_or_path).resolve() != output.resolve():
+        _remove_former(output)
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     results.write_samples(output / "samples.jsonl", samples)
     results.write_json(output / "scores.json", metrics.pop("scores"))
@@ -122,3 +133,15 @@ def finish(
     log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
     if run_args.push:
         log.info("pushed: %s", hub.publish(output, args.hub_model_id, args.hub_private_repo))
+
+
+def _remove_former(output: Path) -> None:
+    """Removes what another run has left of its model: whoever loads the folder would take an older adapter for this model."""
+    if not (output / "all_results.json").exists():
+        return
+    begun = (output / "run.yaml").stat().st_mtime  # by the clock of the disk
+    for path in list(output.iterdir()):
+        parts = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+        if OF_A_MODEL.fullmatch(path.name) and all(part.stat().st_mtime < begun for part in parts):
+            log.info("removed: %s, which an earlier run had left", path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -325,6 +325,24 @@ def test_each_method_learns_and_reloads_to_the_same_replies(tiny, data, tmp_path
         assert "Did it help?" in card and "metrics:" in card and str(tmp_path) not in card
 
 
+def test_another_run_in_the_same_folder_leaves_nothing_of_the_one_before(tiny, data, tmp_path):
+    """An adapter that stays beside a fully trained model would be loaded in its place, by transformers, too."""
+    run = tmp_path / "run"
+
+    def train(**options) -> set[str]:
+        ran = command(*flags(tiny, data, run, max_steps=1, **options))
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return {path.name for path in run.iterdir()}
+
+    assert "merged" in train(save_merged=True)
+    (run / "notes.txt").write_text("mine")
+    left = train(method="full", resume="never")
+    assert not left & {"adapter_config.json", "adapter_model.safetensors", "merged"}, left
+    assert left > {"notes.txt", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
+    left = train(resume="never")
+    assert not left & {"config.json", "model.safetensors"} and "adapter_config.json" in left, left
+
+
 def test_a_run_repeats_from_its_own_configuration(tiny, data, tmp_path):
     run_main(flags(tiny, data, tmp_path / "a", max_steps=3, lora_r=4))
     run_main([f"--config={tmp_path / 'a' / 'run.yaml'}", f"--output_dir={tmp_path / 'b'}"])
