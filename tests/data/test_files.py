@@ -4,6 +4,7 @@ import gzip
 import json
 from types import SimpleNamespace
 
+import datasets
 import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -251,7 +252,7 @@ def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
 
 
 def test_saved_rows_may_be_none(tmp_path):
-    Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="saved: holds no row"):
         load_data(str(tmp_path / "saved"))
 
