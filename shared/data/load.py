@@ -112,11 +112,11 @@ def _read_folder(folder: Path):
     import datasets
 
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        data = datasets.load_from_disk(str(folder))
-        data = data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
-        if not any(map(len, data.values())):
-            raise UserError(f"{folder}: holds no row.")
-        return data
+        try:
+            data = datasets.load_from_disk(str(folder))
+        except IndexError as error:  # what it says of rows without a file
+            raise UserError(f"{folder}: one of its splits holds no row.") from error
+        return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
         return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})

@@ -253,7 +253,7 @@ def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
 
 def test_saved_rows_may_be_none(tmp_path):
     datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="saved: holds no row"):
+    with pytest.raises(UserError, match="saved: one of its splits holds no row"):
         load_data(str(tmp_path / "saved"))
 
 
