@@ -37,6 +37,7 @@ NEVER_PUSHED = (
     "test.jsonl",
 )
 TEXT = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", ".csv")
+OF_WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|adapter_config\.json")
 PATH_OF_A_MACHINE = re.compile(r"^(?:/|~|[A-Za-z]:\\)")
 
 
@@ -241,7 +242,8 @@ def check_push(repo_id: str, private: bool | None) -> str:
 
 
 def publish(folder: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
-    """Pushes a run folder as one commit: all of it or nothing; what the repository holds already makes no new commit.
+    """Pushes a run folder as one commit: all of it or nothing; what the repository holds already makes no new commit. Weights of
+    another model there, such as an adapter that whoever loads it would take first, leave it with that commit.
 
     Args:
         folder: with `README.md` and weights as safetensors.
@@ -254,7 +256,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
     Raises:
         UserError: nothing to push, a token in a file, or the Hub said no. Nothing in `folder` is changed or lost.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     folder = Path(folder)
@@ -272,6 +274,10 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
             CommitOperationAdd(path_in_repo=path.relative_to(folder).as_posix(), path_or_fileobj=content)
             for path, content in files.items()
         ]
+        ours = {operation.path_in_repo for operation in operations}
+        if any(map(OF_WEIGHTS.fullmatch, ours)):
+            there = set(api.list_repo_files(repo_id, revision=revision)) - ours
+            operations += [CommitOperationDelete(name) for name in sorted(there) if OF_WEIGHTS.fullmatch(name)]
         return api.create_commit(
             repo_id, operations, commit_message=f"Upload {folder.name}", revision=revision
         ).commit_url

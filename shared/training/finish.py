@@ -62,7 +62,8 @@ def finish(
     if not args.should_save:
         return
     (output / "training_args.bin").unlink(missing_ok=True)  # a pickle, which can hold a token
-    if not run_args.model_name_or_path or Path(run_args.model_name_or_path).resolve() != output.resolve():
+    base = Path(run_args.model_name_or_path or "/").expanduser().resolve()
+    if output.resolve() not in (base, *base.parents):  # it may begin with what lies there
         _remove_former(output)
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     results.write_samples(output / "samples.jsonl", samples)

@@ -74,6 +74,18 @@ def test_a_run_is_one_commit_and_pushing_twice_changes_nothing(hub, run):
     assert len(hub.commits(name)) == 3 and hub.files(name)["all_results.json"] == b'{"test_loss": 1.0}'
 
 
+def test_a_model_takes_the_place_of_the_adapter_that_was_there(hub, run, tmp_path):
+    """Whoever loads a repository that holds both gets the adapter."""
+    assert cli(hub, "push", run, "--repo_id", "alice/both").returncode == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / name).unlink()
+    (run / "model.safetensors").write_bytes(WEIGHTS)
+    assert cli(hub, "push", run, "--repo_id", "alice/both").returncode == 0
+    assert len(hub.commits("alice/both")) == 3
+    found = set(hub.files("alice/both")) - {".gitattributes"}
+    assert found == {"README.md", "model.safetensors", "all_results.json", "run.yaml"}
+
+
 def test_the_pushed_adapter_names_its_base_on_the_hub_and_the_local_one_stays(hub, run):
     assert cli(hub, "push", run, "--repo_id", "adapter", "--revision", "trial").returncode == 0
     pushed = json.loads(hub.files("alice/adapter", "trial")["adapter_config.json"])
