@@ -3,6 +3,7 @@ found. Tiny models, real code."""
 
 import json
 import random
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import question_rows
 import retriever
+import talks
 import task_runs
 import torch
 from checkout import ROOT, train_script
@@ -409,6 +411,44 @@ def test_answers_from_what_is_found(run, reader):
     assert (
         "| F1 | " in ran.stdout and "Did it help?" in ran.stdout and str(run) not in (run / "answers.json").read_text()
     )
+
+
+def test_a_chat_model_learns_to_cite_and_is_asked(run, tiny, tmp_path):
+    """The three commands of the README, the second one for two steps."""
+    readme = " ".join((TASK / "README.md").read_text().replace("\\\n", " ").split())
+    script, first = TASK / "talks.py", "python tasks/rag_docs/talks.py --retriever outputs/rag_docs"
+    second = "accelerate launch tasks/chat_sft/train.py --dataset outputs/rag_talks --output_dir outputs/rag_chat"
+    for command in (f"{first} --rows outputs/rag_talks", second, f"{first} --chat outputs/rag_chat"):
+        assert command in readme and command in " ".join(script.read_text().replace("\\\\\n", " ").split())
+    written = task_runs.command(script, "--retriever", run, "--rows", tmp_path / "rows")
+    assert written.returncode == 0, written.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        asked, reply = (message["content"] for message in row["messages"])
+        answer, number = re.fullmatch(r"(.+) \[([1-3])\]", reply).groups()
+        cited = asked.split(f"[{number}] ")[1].split(f"[{int(number) + 1}] ")[0]
+        assert answer in cited.partition("\n\n")[0], "the passage with that number holds it"
+    options = {"model_name_or_path": tiny / "llama", "dataset": tmp_path / "rows", "output_dir": tmp_path / "chat"}
+    options |= {"max_length": 1024, "max_steps": 2, "max_test_rows": 2, "eval_strategy": "no", "save_steps": 2}
+    trained = task_runs.command(
+        ROOT / "tasks" / "chat_sft" / "train.py", *(f"--{key}={value}" for key, value in options.items())
+    )
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    ran = task_runs.command(script, "--retriever", run, "--chat", tmp_path / "chat", tiny / "llama")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads((run / "talks.json").read_text())
+    assert found["questions"] == 16 and found["models"] == ["chat", "llama"]
+    assert found["chat_cites"] <= 100 and 0 <= found["llama_f1"] < found["first_citation_precision"] <= 100
+    assert "| `chat` | `llama` | the first passage cited |" in ran.stdout and len(found["samples"]) == 10
+
+
+def test_what_is_asked_must_chat(run, tiny, capsys):
+    for names, said in (
+        ([tiny / "gpt2"], "not a model for chat"),
+        ([tiny / "llama"] * 2, "two models are called llama"),
+    ):
+        assert talks.main(["--retriever", str(run), "--chat", *map(str, names)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_answers_go_to_their_questions(tiny_served):
