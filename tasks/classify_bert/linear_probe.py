@@ -75,9 +75,11 @@ def load_model(source, tokenizer, classes: list[str]) -> tuple:
     if body := [name for name in other if name.startswith(f"{model.base_model_prefix}.")]:
         raise UserError(f"{source}: {body[0]} has another shape than config.json says: they are of two models.")
     model.config.pad_token_id = tokenizer.pad_token_id  # a decoder scores the last token before padding
+    if loaded["missing_keys"] or other:
+        return model, True
     before = AutoConfig.from_pretrained(source, trust_remote_code=False).id2label
     if [before.get(i) for i in range(len(before))] == classes:
-        return model, bool(loaded["missing_keys"] or other)
+        return model, False
     last_layer(model).reset_parameters()
     return model, True
 
