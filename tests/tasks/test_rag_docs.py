@@ -415,11 +415,10 @@ def test_answers_from_what_is_found(run, reader):
 
 def test_a_chat_model_learns_to_cite_and_is_asked(run, tiny, tmp_path):
     """The three commands of the README, the second one for two steps."""
-    readme = " ".join((TASK / "README.md").read_text().replace("\\\n", " ").split())
     script, first = TASK / "talks.py", "python tasks/rag_docs/talks.py --retriever outputs/rag_docs"
     second = "accelerate launch tasks/chat_sft/train.py --dataset outputs/rag_talks --output_dir outputs/rag_chat"
     for command in (f"{first} --rows outputs/rag_talks", second, f"{first} --chat outputs/rag_chat"):
-        assert command in readme and command in " ".join(script.read_text().replace("\\\\\n", " ").split())
+        assert all(command in path.read_text() for path in (TASK / "README.md", script))
     written = task_runs.command(script, "--retriever", run, "--rows", tmp_path / "rows")
     assert written.returncode == 0, written.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "rows" / "train.jsonl").read_text().splitlines()]
