@@ -285,8 +285,10 @@ def load_torch(folder: Path, task: str):
     """
     import transformers
 
-    # bitsandbytes says at each product that it computes in fp16, and peft asks transformers by an old name
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    # bitsandbytes says at import which kernel it could not download, and at each product that it computes in fp16; peft asks
+    # transformers by an old name
+    for part in ("backends", "autograd._functions"):
+        logging.getLogger(f"bitsandbytes.{part}").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each length that it has not seen, for half a second and more
     gpu = torch.cuda.is_available()
