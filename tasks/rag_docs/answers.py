@@ -23,6 +23,12 @@ from shared import UserError
 from shared.training.arguments import RunArguments
 
 log = logging.getLogger("taskbook")
+SYSTEMS = {
+    "none: most frequent answer": "frequent",
+    "random passages": "random",
+    "retrieval": "retrieval",
+    "right passage": "gold",
+}
 MEASURED = {
     "f1": "F1",
     "exact_match": "exact match",
@@ -90,6 +96,22 @@ def unanswered(folder: Path, splits: dict) -> dict[str, list[dict]]:
     return found
 
 
+def make_folder(folder: Path) -> None:
+    """For `--rows`. Raises UserError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--rows {folder}: cannot be made ({error.strerror}); name another folder.") from error
+
+
+def golds_of(rows, test) -> list[list[str]]:
+    """For each row all answers to its question in the test split: several documents may be asked it."""
+    same: dict[str, set[str]] = {}
+    for row in test:
+        same.setdefault(row["question"], set()).add(row["answer"])
+    return [sorted(same[question]) for question in rows["question"]]
+
+
 def write_rows(retriever: Path, folder: Path) -> None:
     """train.jsonl, validation.jsonl and test.jsonl for tasks/qa_squad: its rows have the same sides as the retriever's.
 
@@ -100,10 +122,7 @@ def write_rows(retriever: Path, folder: Path) -> None:
 
     splits = splits_of(retriever)
     none = unanswered(retriever, splits)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--rows {folder}: cannot be made ({error.strerror}); name another folder.") from error
+    make_folder(folder)
     for name, rows in splits.items():
         lines = []
         for row in [*rows, *none[name]]:
@@ -224,10 +243,7 @@ def evaluate(retriever: Path, reader_name: str) -> dict:
     given_answers["frequent"] = [most_frequent] * len(questions)
 
     # Scores
-    same: dict[str, set[str]] = {}
-    for row in splits["test"]:
-        same.setdefault(row["question"], set()).add(row["answer"])
-    golds = [sorted(same[question]) for question in rows["question"]]
+    golds = golds_of(rows, splits["test"])
     measured, of_rows = {}, {}
     for system, answers in given_answers.items():
         squad = metrics.load("squad").compute(predictions=answers[: len(rows)], references=golds, per_row=True)
@@ -263,12 +279,14 @@ def evaluate(retriever: Path, reader_name: str) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """Rows of a Markdown table: each metric, for each system that has it."""
-    systems = {"none: most frequent answer": "frequent", "random passages": "random"}
-    systems |= {"retrieval": "retrieval", "right passage": "gold"}
+def table(found: dict, systems: dict[str, str], measured: dict[str, str]) -> str:
+    """Rows of a Markdown table: each metric, for each system that has it.
+
+    Args:
+        systems, measured: by title and by name in `found` the systems; by name the titles of metrics.
+    """
     lines = [f"| % | {' | '.join(systems)} |", f"|---|{'---|' * len(systems)}"]
-    for name, title in MEASURED.items():
+    for name, title in measured.items():
         values = []
         for system in systems.values():
             low, high = found.get(f"{system}_{name}_ci95", (0, 0))
@@ -299,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         found = evaluate(options.retriever, options.reader)
         write_json(options.retriever / "answers.json", found)
         low, high = found["gap_to_gold_f1_ci95"]
-        print(table(found), f"\n{found['line']}")
+        print(table(found, SYSTEMS, MEASURED), f"\n{found['line']}")
         print(
             f"F1 with retrieval less that with the right passage: {found['gap_to_gold_f1']:.1f} ({low:.1f} to {high:.1f})."
         )

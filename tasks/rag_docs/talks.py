@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from answers import settings_of, splits_of
+from answers import golds_of, make_folder, settings_of, splits_of, table
 from tqdm import tqdm
 
 from shared import UserError
@@ -70,10 +70,7 @@ def write_talks(retriever: Path, folder: Path) -> None:
     from shared.retrieval.answers import with_passages
 
     splits, draw = splits_of(retriever), random.Random(settings_of(retriever)[1].get("seed", 42))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--rows {folder}: cannot be made ({error.strerror}); name another folder.") from error
+    make_folder(folder)
     for name, most in TALKS.items():
         rows, found, right = searched(retriever, splits, name, most)
         lines = []
@@ -111,10 +108,7 @@ def evaluate(retriever: Path, names: list[str], most: int = ASKED) -> dict:
             raise UserError(f"{name}: not a model for chat. Name a run of tasks/chat_sft, or another with a template.")
     splits = splits_of(retriever)
     rows, found, right = searched(retriever, splits, "test", most)
-    same: dict[str, set[str]] = {}
-    for row in splits["test"]:
-        same.setdefault(row["question"], set()).add(row["answer"])
-    golds = [sorted(same[question]) for question in rows["question"]]
+    golds = golds_of(rows, splits["test"])
     talks = [
         with_passages([{"role": "user", "content": q}], some) for q, some in zip(rows["question"], found, strict=True)
     ]
@@ -124,17 +118,15 @@ def evaluate(retriever: Path, names: list[str], most: int = ASKED) -> dict:
         both = [[some[n - 1].id in held for n in of] for of, some, held in zip(cited, found, right, strict=True) if of]
         return [100.0 * sum(each) / len(each) for each in both]
 
-    measured = {
-        f"first_{name}": value for name, value in metrics.means({"citation_precision": hits([{1}] * len(rows))}).items()
-    }
+    measured = metrics.means({"first_citation_precision": hits([{1}] * len(rows))})
     samples = [
         {"prompt": row["question"], "reference": golds[i]}
         for i, row in enumerate(rows.select(range(min(10, most, len(rows)))))
     ]
-    for name, model in models.items():
+    for name, model in zip(shown, models.values(), strict=True):
         plain, texts = PlainText(model.tokenizer, model.context), []
         prompts = [plain.encode_chat(talk) for talk in talks]
-        for start in tqdm(range(0, len(prompts), 8), f"replies of {shown_name(name)}", disable=None):
+        for start in tqdm(range(0, len(prompts), 8), f"replies of {name}", disable=None):
             written = model.generate(prompts[start : start + 8], max_new_tokens=LONGEST)
             texts += [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
         answers = [CITED.sub("", text).strip() for text in texts]
@@ -147,25 +139,10 @@ def evaluate(retriever: Path, names: list[str], most: int = ASKED) -> dict:
             "cites": [100.0 * bool(of) for of in cited],
         }
         scores |= {"citation_precision": hits(cited)} if any(cited) else {}
-        measured |= {f"{shown_name(name)}_{metric}": value for metric, value in metrics.means(scores).items()}
+        measured |= {f"{name}_{metric}": value for metric, value in metrics.means(scores).items()}
         for sample, text in zip(samples, texts, strict=False):
-            sample[shown_name(name)] = text
+            sample[name] = text
     return measured | {"questions": len(rows), "models": shown, "samples": samples}
-
-
-def table(found: dict) -> str:
-    """Rows of a Markdown table: each metric, for each model."""
-    systems = [*found["models"], "first"]
-    titles = [*(f"`{name}`" for name in found["models"]), "the first passage cited"]
-    lines = [f"| % | {' | '.join(titles)} |", f"|---|{'---|' * len(titles)}"]
-    for name, title in MEASURED.items():
-        values = []
-        for system in systems:
-            low, high = found.get(f"{system}_{name}_ci95", (0, 0))
-            value = found.get(f"{system}_{name}")
-            values.append("" if value is None else f"{value:.1f} ({low:.1f} to {high:.1f})")
-        lines.append(f"| {title} | {' | '.join(values)} |")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
 
         found = evaluate(options.retriever, options.chat)
         write_json(options.retriever / "talks.json", found)
-        print(table(found))
+        systems = {f"`{name}`": name for name in found["models"]} | {"the first passage cited": "first"}
+        print(table(found, systems, MEASURED))
         for sample in found["samples"]:
             print("", *(f"{key}: {value}" for key, value in sample.items()), sep="\n")
     except UserError as error:
