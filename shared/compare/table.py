@@ -103,7 +103,8 @@ def best_of(runs: list[dict]) -> set[tuple[Path, str]]:
         for run in runs:
             value = run["results"].get(f"test_{metric}")
             by_token = metric in BY_TOKEN and any(f"test_{each}" in run["results"] for each in LANGUAGE_MODELS)
-            key = (run["rows"], run["results"].get("test_rows"), by_token and (run["tokenizer"], str(run["weights"])))
+            rows = run["results"].get("metric_rows_sha256", {}).get(metric, run["rows"])
+            key = (rows, run["results"].get("test_rows"), by_token and (run["tokenizer"], str(run["weights"])))
             if value is not None and run["rows"] and not (by_token and not run["tokenizer"]):
                 groups.setdefault(key, []).append((value, run["folder"]))
         for group in groups.values():

@@ -1,5 +1,7 @@
 """Summaries and questions about texts as instructions, mixed with chat; their replies and metrics. Used by train.py."""
 
+import hashlib
+import json
 from collections import Counter
 
 from datasets import interleave_datasets
@@ -160,15 +162,19 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
 
     Returns:
         `metrics` for all_results.json; `lines` for people (see `did_it_help`); `samples` (see `write_samples`);
-        `data`, on which data set each metric was measured.
+        `data`, on which data set each metric was measured; `metric_rows_sha256`, among the metrics, on which of its rows.
     """
     found = {"metrics": {}, "lines": [], "samples": [], "data": {}}
+    digests, asked = {}, ("text", "question", "references")
     for kind, rows in tested.items():
         scores = {}
+        digest = hashlib.sha256(json.dumps([rows[name] for name in asked]).encode()).hexdigest()
         for prefix, replies in (("base", base[kind]), ("baseline", rows["baseline"]), ("test", trained[kind])):
             values, scores[prefix] = score(kind, replies, rows["references"], prefix)
             found["metrics"] |= values
-            found["data"] |= dict.fromkeys((name.removeprefix("test_") for name in values), rows["data"][0])
+            names = [name.removeprefix("test_") for name in values]
+            found["data"] |= dict.fromkeys(names, rows["data"][0])
+            digests |= dict.fromkeys(names, digest)
         metric, trivial = METRIC[kind], "Lead-3" if kind == "summarization" else "most frequent answer"
         base_rows, baseline_rows, rows_of_test = ({metric: scores[prefix]} for prefix in ("base", "baseline", "test"))
         helped = did_it_help(base_rows, rows_of_test, metric, baselines={trivial: baseline_rows})
@@ -178,4 +184,6 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
         for talk, before, after in zip(rows["messages"][:5], base[kind], trained[kind], strict=False):
             texts = {"prompt": talk[0]["content"], "base": before, "trained": after, "reference": talk[-1]["content"]}
             found["samples"].append(texts | {"messages": talk[:-1]})
+    if digests:
+        found["metrics"]["metric_rows_sha256"] = digests
     return found

@@ -44,6 +44,19 @@ def test_the_best_is_marked_on_the_same_rows_alone(tmp_path, capsys):
     assert table["one"]["Training"] == "1.2 min" and table["one"]["Hardware"] == "2 cores"
 
 
+def test_a_metric_of_other_rows_is_compared_on_those(tmp_path, capsys):
+    """A chat model's ROUGE-L is of the mixture's summaries, its perplexity of the conversations."""
+    runs = [
+        make_run(
+            tmp_path / name, test_perplexity=9.0 + i, test_rougeL=0.2 + i / 10, metric_rows_sha256={"rougeL": rows}
+        )
+        for i, (name, rows) in enumerate({"one": "a" * 64, "two": "a" * 64, "three": "b" * 64}.items())
+    ]
+    table = {row["Model"].split(" ")[0]: row for row in shown(capsys, *runs)}
+    assert [name for name, row in table.items() if "**" in row["Perplexity"]] == ["one"]
+    assert [name for name, row in table.items() if "**" in row["ROUGE-L"]] == ["two"]
+
+
 def test_runs_of_one_name_are_told_apart_and_equals_are_both_best(tmp_path, capsys, monkeypatch):
     """The same folder, named twice, is one run; rows of which another number of tokens was scored are not compared."""
     made = [make_run(tmp_path / who / "run", scores=[4.0] * 12, test_perplexity=9.0) for who in ("ann", "bob")]

@@ -143,6 +143,7 @@ def test_the_recipe_runs(recipe, hub, local, tiny, tmp_path):
         of_questions = ["f1"] if len(values["mixture"]) > 1 else []
         for name in ("perplexity", "rougeL", *of_questions):
             assert {f"{prefix}_{name}" for prefix in ("test", "base", "baseline")} <= results.keys()
+        assert {"rougeL", *of_questions} <= results["metric_rows_sha256"].keys()
     reloads(run)
 
 
