@@ -168,7 +168,7 @@ def compare(tested: dict, base: dict, trained: dict) -> dict:
     digests, asked = {}, ("text", "question", "references")
     for kind, rows in tested.items():
         scores = {}
-        digest = hashlib.sha256(json.dumps([rows[name] for name in asked]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([list(rows[name]) for name in asked]).encode()).hexdigest()
         for prefix, replies in (("base", base[kind]), ("baseline", rows["baseline"]), ("test", trained[kind])):
             values, scores[prefix] = score(kind, replies, rows["references"], prefix)
             found["metrics"] |= values
