@@ -131,8 +131,10 @@ def main(script_args, args, run_args) -> None:
     limits = {"train": None, "validation": script_args.max_validation_rows, "test": run_args.max_test_rows}
 
     def tokenize(batch):
-        ids = tokenizer(batch["text"], truncation=True, max_length=script_args.max_length)["input_ids"]
-        return {"input_ids": ids, "length": list(map(len, ids))}
+        most = script_args.max_length
+        ids, more = (tokenizer(batch["text"], truncation=True, max_length=n)["input_ids"] for n in (most, most + 1))
+        cut = [len(a) < len(b) for a, b in zip(ids, more, strict=True)]
+        return {"input_ids": ids, "length": list(map(len, ids)), "truncated": cut}
 
     rows = {}
     for name, most in limits.items():
@@ -145,7 +147,7 @@ def main(script_args, args, run_args) -> None:
         "rows": len(lengths),
         "tokens": sum(lengths),
         "longest_row": max(lengths),
-        "truncated_share": round(sum(n == script_args.max_length for n in lengths) / len(lengths), 4),
+        "truncated_share": round(sum(rows["train"]["truncated"]) / len(lengths), 4),
         "labels": len(classes),
         "largest_label": f"{classes[majority]}, {counts[majority] / len(lengths):.1%}",
         "smallest_label": f"{classes[counts.most_common()[-1][0]]}, {counts.most_common()[-1][1]} rows",

@@ -146,7 +146,7 @@ def main(script_args, args, run_args) -> None:
         "documents": len(set(sum(groups["train"]["document"], []))),
         "tokens": sum(lengths),
         "longest_text": max(lengths),
-        "cut_share": round(sum(length == script_args.max_length for length in lengths) / len(lengths), 4),
+        "full_length_share": round(sum(length == script_args.max_length for length in lengths) / len(lengths), 4),
     }
     log.info("preflight: %s", ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items()))
 

@@ -185,6 +185,18 @@ def test_the_head_starts_as_a_linear_classifier(kind, bert):
         assert torch.nn.functional.cross_entropy(scores, labels) < np.log(3), "a head that knows nothing"
 
 
+def test_a_text_of_the_full_length_is_not_cut(bert, reviews, tmp_path):
+    """Every text has 9 tokens, [CLS] and [SEP] among them: at 9 none is cut, at 8 all are."""
+    path = tmp_path / "nine.csv"
+    texts = [f"{i // 99 + 1} {i % 99} {('good', 'bad')[i % 2]} a b c d" for i in range(200)]
+    path.write_text("review,stars\n" + "\n".join(f"{text},{i % 2}" for i, text in enumerate(texts)))
+    for most, cut in ((9, 0.0), (8, 1.0)):
+        run = tmp_path / str(most)
+        run_main(flags(bert, path, run, max_length=most, max_steps=2, learning_rate=1e-9))
+        facts = json.loads((run / "preflight.json").read_text())
+        assert (facts["longest_row"], facts["truncated_share"]) == (most, cut)
+
+
 def test_a_head_that_was_trained_is_kept(bert, reviews, tmp_path, caplog):
     caplog.set_level("INFO", "taskbook")
     run_main(flags(bert, reviews, tmp_path / "one", max_steps=2))
