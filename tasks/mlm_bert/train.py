@@ -98,12 +98,12 @@ def main(script_args, args, run_args) -> None:
     )
     from mlm_model import fill_mask, load_model, load_tokenizer, start_head
     from mlm_rows import count_tokens, cut_into_rows, preflight, sample_prompts
-    from torch.nn import Dropout
 
     from shared.data.splits import first_rows
     from shared.publish import compare
     from shared.publish.hub import pull
     from shared.training.checkpoints import CompleteCheckpoints, train
+    from shared.training.dropout import set_dropout
     from shared.training.identity import run_identity
     from shared.training.plan import print_plan
     from shared.training.processes import once_a_machine
@@ -147,9 +147,8 @@ def main(script_args, args, run_args) -> None:
     counts, digest = count_tokens(rows["train"], model.config.vocab_size)
     counts[tokenizer.all_special_ids] = 0
     start_head(model, new, frequency_log_probs(counts))
-    for module in model.modules():
-        if isinstance(module, Dropout) and script_args.dropout is not None:
-            module.p = script_args.dropout
+    if script_args.dropout is not None:
+        set_dropout(model, script_args.dropout)
 
     # Train
     masking = {"probability": script_args.mlm_probability, "whole words": script_args.whole_word_mask}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForQuestionAnswering, Trainer
 
 from shared import UserError
+from shared.training.dropout import dropout_settings
 from shared.training.losses import finite, rows_of_step, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import score_rows
@@ -31,11 +32,10 @@ def load_model(source: Path, dropout: float, device):
         UserError: the architecture has no such head.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
     try:
         return AutoModelForQuestionAnswering.from_pretrained(
             source,
-            **{name: value for name, value in changes.items() if hasattr(config, name)},
+            **dropout_settings(config, dropout),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,

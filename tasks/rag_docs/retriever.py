@@ -14,6 +14,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModel, Tra
 
 from shared import UserError
 from shared.retrieval.encoder import pool
+from shared.training.dropout import dropout_settings
 from shared.training.losses import finite, rows_of_step, step_mean
 from shared.training.packed_attention import PACKED
 from shared.training.scoring import score_rows
@@ -38,12 +39,10 @@ def load_model(source: Path, dropout: float, settings: dict, device):
         raise UserError(
             f"{source}: a {config.model_type} model gives no vectors of texts; take BERT or another encoder."
         )
-    changes = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
-    changes = {name: value for name, value in changes.items() if hasattr(config, name)}
     packed = config.model_type in PACKABLE and device.type == "cpu"
     model = AutoModel.from_pretrained(
         source,
-        **changes,
+        **dropout_settings(config, dropout),
         dtype=torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
