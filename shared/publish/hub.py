@@ -60,8 +60,10 @@ def pull(name: str, weights: bool = True) -> Path:
     path = Path(name).expanduser()
     repo, _, revision = name.partition("@")  # a revision may hold slashes: refs/pr/1
     if not path.is_dir():
+        if path.is_file():
+            raise UserError(f"{name} is a file. A model is a folder with config.json and model.safetensors.")
         if name.startswith((".", "/", "~")) or repo.count("/") > 1:
-            raise UserError(f"{name}: no such folder. A Hub model is written org/name, a packaged one pypi:name.")
+            raise UserError(f"{name}: no such folder. {assets.how_written(name, 'model')}")
         path = _download(repo, revision, weights)
     refuse_unsafe(path, name)
     if (path / "adapter_config.json").is_file():

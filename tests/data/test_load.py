@@ -21,6 +21,11 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
     ("HuggingFaceFW/fineweb-edu", None): ["sample-10BT", "--dataset_config"],
     ("HuggingFaceFW/fineweb-edu", "sample-10MT"): ["sample-10BT", "--dataset_config"],
     ("no/such", None): ["not found on the Hub"],
+    ("no/such:train", None): ["no/such:train: not found on the Hub"],
+    ("https://hub.example/datasets/no/such", None): ["Write its name, no/such."],
+    ("https://hub.example/datasets/no/such/tree/main", None): ["Write its name, no/such."],
+    ("https://example.com/a/b/rows.csv", None): ["Download it, and name the file"],
+    ("s3://bucket/rows.jsonl", None): ["Download it, and name the file"],
     ("alice/gated", None): ["alice/gated is gated: accept its terms on its page on the Hub"],
 }
 PROGRAM = """
