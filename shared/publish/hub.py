@@ -149,6 +149,7 @@ def refuse_unsafe(folder: Path, name: str) -> None:
         UserError: the reason.
     """
     names = [path.name for path in folder.iterdir()]
+    _refuse_damaged(folder, name)
     pickles = [file for file in names if any(fnmatch(file, k) for k in PICKLES) and file != "training_args.bin"]
     if pickles and not any(file.endswith(".safetensors") for file in names):
         raise UserError(
@@ -160,6 +161,8 @@ def refuse_unsafe(folder: Path, name: str) -> None:
                 raise UserError(
                     f"{name}: {index.name} names {part!r}, which lies outside the model's folder; not loaded."
                 )
+            if part not in names and any(file.endswith(".safetensors") for file in names):
+                raise UserError(f"{name}: {part}, a part of the weights, is missing. Copy or download it again.")
     for path in sorted(folder.glob("*_config.json")):
         if any(place.get("auto_map") for place in _nested(_read(path, name))):
             raise UserError(f"{name}: {path.name} has an `auto_map`: it asks for code of its own, which is not run.")
@@ -180,6 +183,25 @@ def refuse_unsafe(folder: Path, name: str) -> None:
                 raise UserError(
                     f"{name}: config.json asks for the attention kernel {value!r}, code from elsewhere; remove `{key}` there."
                 )
+
+
+def _refuse_damaged(folder: Path, name: str) -> None:
+    """Weights that were copied in part, and what a clone without Git LFS leaves in the place of files."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            pointer = file.read(23) == b"version https://git-lfs"
+        if pointer:
+            raise UserError(
+                f"{name}: {path.name} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`."
+            )
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise UserError(f"{name}: {path.name} cannot be read ({error}). Copy or download it again.") from error
 
 
 def _nested(config: dict):

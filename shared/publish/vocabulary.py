@@ -17,13 +17,13 @@ def load_tokenizer(source: str | Path, adapter: bool = False, **options):
         options: of `from_pretrained`.
 
     Raises:
-        UserError: an adapter; no tokenizer, or one whose tokens are all special.
+        UserError: an adapter, or no model; no tokenizer, or one whose tokens are all special.
     """
     from transformers import AutoTokenizer
 
     source = Path(source)
     if not adapter:
-        refuse_adapter(source)
+        check_folder(source)
     missing = (
         f"{source}: no tokenizer beside the model. Save there the one that the model was trained with: "
         "`tokenizer.save_pretrained(folder)`."
@@ -40,13 +40,18 @@ def load_tokenizer(source: str | Path, adapter: bool = False, **options):
     return tokenizer
 
 
-def refuse_adapter(source: str | Path) -> None:
-    """Raises UserError for a folder that holds an adapter alone."""
-    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+def check_folder(source: str | Path) -> None:
+    """Raises UserError for a folder that holds an adapter alone, or a tokenizer."""
+    if (Path(source) / "config.json").is_file():
+        return
+    if (Path(source) / "adapter_config.json").is_file():
         raise UserError(
             f"{source} is an adapter, expected a whole model. Merge it into its base, and take the result: "
             f"`python -m shared.export {source} --to merged`. tasks/dpo_chat takes LoRA adapters as they are."
         )
+    raise UserError(
+        f"{source} holds no model: config.json and model.safetensors are missing, as `save_pretrained` writes them."
+    )
 
 
 def check_vocabulary(config, tokenizer, source: str | Path, needs: int | None = None) -> None:

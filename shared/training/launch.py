@@ -41,12 +41,15 @@ def run(main, script_class: type, training: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENOSPC or _traceback_asked(sys.argv[1:]):
+        if _traceback_asked(sys.argv[1:]):
             raise
-        print(
-            "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",
-            file=sys.stderr,
-        )
+        if error.errno == errno.ENOSPC:
+            said = "the disk is full. Checkpoints written before are intact; free space, then repeat the command."
+        elif "no file named model.safetensors" in str(error):  # transformers'
+            said = f"{parsed[2].model_name_or_path} has no weights: model.safetensors is missing."
+        else:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):

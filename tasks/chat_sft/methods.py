@@ -103,7 +103,12 @@ def load_tokenizer(source: Path, args=None):
 
 
 def load_chat(source: Path, args=None) -> Chat:
-    """The tokenizer of `load_tokenizer` with what its template teaches, and with a token for padding."""
+    """The tokenizer of `load_tokenizer` with what its template teaches, and with a token for padding.
+
+    Raises:
+        UserError: an adapter, or no model; as `load_tokenizer`.
+    """
+    vocabulary.check_folder(source)
     chat = Chat(load_tokenizer(source, args))
     given = args and args.pad_token
     if not given:
@@ -166,9 +171,8 @@ def load_model(source: Path, method: str, args, in_4bit: bool = False, empty: bo
         needs: rows that the embedding must have; it grows only where all weights are trained.
 
     Raises:
-        UserError: an adapter; the rows hold ids beyond the embedding, and only an adapter would be trained; no layers for 4 bits.
+        UserError: the rows hold ids beyond the embedding, and only an adapter would be trained; no layers for 4 bits.
     """
-    vocabulary.refuse_adapter(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     causal_architecture(config, source.name)
     size = config.get_text_config().vocab_size

@@ -100,7 +100,7 @@ def build_model(model_name: str | None, size: str, tokenizer, block_length: int,
         model.set_attn_implementation(PACKED if isolate else "sdpa")
         return model
     source = pull(model_name)
-    vocabulary.refuse_adapter(source)
+    vocabulary.check_folder(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     architecture = causal_architecture(config, model_name)
     apart = architecture._supports_sdpa and architecture._supports_attention_backend

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import task_runs
+import torch
 from checkout import ROOT
+from safetensors.torch import save_file
 
 from shared import UserError
 from shared.publish import hub as our_hub
@@ -203,6 +205,28 @@ def test_a_repository_of_pickles_is_refused_before_they_are_downloaded(hub, tmp_
     assert not list((tmp_path / "home").rglob("*.bin"))
     with pytest.raises(UserError, match="a pickle"):
         our_hub.pull(str(tmp_path / "model"))
+
+
+def test_weights_that_were_copied_in_part_are_one_line(tmp_path):
+    """What `git clone` leaves without Git LFS; a download that broke off; a part that was forgotten."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    weights = tmp_path / "model-1.safetensors"
+    save_file({"a": torch.zeros(100)}, weights)
+    whole = weights.read_bytes()
+    our_hub.pull(str(tmp_path))
+    for content, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 400\n", "a pointer of Git LFS.*git lfs pull"),
+        (whole[:-10], "model-1.safetensors cannot be read .*Copy or download it again"),
+    ):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=words) as caught:
+            our_hub.pull(str(tmp_path))
+        assert "\n" not in str(caught.value)
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-2.safetensors, a part of the weights, is missing"):
+        our_hub.pull(str(tmp_path))
 
 
 @pytest.mark.parametrize("part", ["../elsewhere.safetensors", "/tmp/a.safetensors", "sub/a.safetensors", "..", 7])

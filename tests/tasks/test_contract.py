@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -450,6 +451,23 @@ def test_a_file_that_is_none_is_one_line(task, argv, tmp_path):
         (tmp_path / name).write_bytes(content)
         line = refusal(task, argv, tmp_path / "run", dataset=tmp_path / name)
         assert said in line and str(tmp_path / name) in line and "\n" not in line.strip(), (name, line)
+
+
+@pytest.mark.parametrize("task", sorted({*TASKS} - {"pretrain_gpt2"}))
+def test_a_folder_without_a_whole_model_is_one_line(task, argv, models, tmp_path, monkeypatch, capsys):
+    """First without weights, then without config.json, too."""
+    folder = tmp_path / "model"
+    shutil.copytree(models[task], folder)
+    (folder / "model.safetensors").unlink()
+    module = train_script(task)
+    for said in ("has no weights: model.safetensors is missing", "holds no model: config.json and model.safetensors"):
+        flags = argv(task, tmp_path / "run", model_name_or_path=folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        with pytest.raises(SystemExit):
+            launch.run(module.main, module.ScriptArguments, TRAINING[task])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and said in lines[0], lines
+        (folder / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("task", TASKS)
