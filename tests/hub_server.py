@@ -240,6 +240,7 @@ class Hub:
         for name in ("blobs", "incoming"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.orgs = {"alice": ["acme"], "bob": []}
+        self.moved: dict[str, str] = {}  # `gpt2` or `datasets/imdb`, of before there were owners -> `org/name`
         self.tokens = {role: f"hf_{secrets.token_hex(17)}" for role in ("write", "read", "other")}
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, tuple[Repo, str, int]] = {}  # secret of an LFS address -> what may be put there
@@ -469,6 +470,13 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def route(self, path: str):
+        found = re.fullmatch(r"((?:/api/models|/api/datasets|/datasets|)/)([^/]+)((?:/.*)?)", path)
+        if found and (
+            moved := self.hub.moved.get(found[1].removeprefix("/api").removeprefix("/models")[1:] + found[2])
+        ):
+            query = f"?{address}" if (address := urllib.parse.urlsplit(self.path).query) else ""
+            deque(self.body, maxlen=0)
+            return self.answer({}, 307, {"Location": f"{found[1]}{moved}{found[3]}{query}"})
         for method, pattern, name in ROUTES:
             if method == self.command and (found := re.fullmatch(pattern, path)):
                 parts = {key: urllib.parse.unquote(value) for key, value in found.groupdict().items() if value}

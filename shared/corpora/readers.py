@@ -33,7 +33,7 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
     the reason why a document is passed over.
 
     Args:
-        source: `docs:` name, local file or folder, or Hub dataset `org/name[@revision]`.
+        source: `docs:` name, local file or folder, or Hub dataset `[org/]name[@revision]`.
         columns: where `text`, `source`, `title` and `license` stand in tables, for example `{"text": "body"}`.
 
     Raises:
@@ -44,7 +44,7 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
     path = Path(source).expanduser()
     if path.exists():
         return _local(path, columns or {})
-    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") != 1 or _reader(path):
+    if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1 or _reader(path):
         raise UserError(
             f"{source}: no such file or folder. A Hub dataset is written org/name, a page https://..., "
             "the documentation installed here docs:prose."
@@ -70,9 +70,9 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
 
     repo, _, revision = name.partition("@")
     try:
-        card = HfApi().dataset_info(repo, revision=revision or None).card_data
-        rows = datasets.load_dataset(**hub_arguments(repo, revision or None, config), split=split, streaming=True)
-        terms = getattr(card, "license", None) or ""
+        found = HfApi().dataset_info(repo, revision=revision or None)
+        rows = datasets.load_dataset(**hub_arguments(found.id, revision or None, config), split=split, streaming=True)
+        terms = getattr(found.card_data, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
         yield from _table(rows, name, columns, terms)
     except (datasets.exceptions.DatasetNotFoundError, HTTPError, OSError) as error:

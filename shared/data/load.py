@@ -177,9 +177,10 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
     if not (hub := _hub_name(name)):
         raise UserError(f"{name}: no such file. {assets.how_written(name, 'dataset')}")
     with _refusals_of_the_hub(name):
+        arguments = hub_arguments(*hub, config)
         if most is None:
-            return datasets.load_dataset(**hub_arguments(*hub, config))
-        streams = datasets.load_dataset(**hub_arguments(*hub, config), streaming=True)
+            return datasets.load_dataset(**arguments)
+        streams = datasets.load_dataset(**arguments, streaming=True)
         return datasets.DatasetDict(
             {
                 split: datasets.Dataset.from_list(list(rows.shuffle(seed=0, buffer_size=1000).take(most)))
@@ -208,14 +209,21 @@ def load_stream(name: str, config: str | None = None):
 
 
 def _hub_name(name: str) -> tuple[str, str | None] | None:
-    """Repository and revision of `org/name[@revision]`; None for what is no such name. A revision may hold slashes."""
+    """Repository and revision of `[org/]name[@revision]`; None for what is no such name. A revision may hold slashes."""
     repo, _, revision = name.partition("@")
     is_path = name.startswith((".", "/", "~", "pypi:", "docs:")) or kind_of(Path(name)) in READERS
-    return None if is_path or repo.count("/") != 1 else (repo, revision or None)
+    return None if is_path or repo.count("/") > 1 else (repo, revision or None)
 
 
 def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
-    """For `datasets.load_dataset`. The Hub's own parquet copy has a folder for each configuration, and no card that says so."""
+    """For `datasets.load_dataset`. The Hub's own parquet copy has a folder for each configuration, and no card that says so.
+
+    The Hub still knows names from before there were owners (`imdb`, `squad`), and whose they are now; `datasets` does not.
+    """
+    if "/" not in repo:
+        from huggingface_hub import HfApi
+
+        repo = HfApi().dataset_info(repo, revision=revision).id
     where = {"data_dir": config} if revision == PARQUET else {"name": config}
     return {"path": repo, "revision": revision, **where}
 
@@ -224,18 +232,19 @@ def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
 def _refusals_of_the_hub(name: str):
     """What `datasets` raises for a name on the Hub, as one line."""
     import datasets
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         yield
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, HFValidationError) as error:
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, HFValidationError, HTTPError) as error:
         said = str(error).strip().splitlines() or [""]
         if "gated" in said[0]:
             raise UserError(
                 f"{name} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
             ) from error
+        here = "" if "/" in name else "no such file or folder, and "
         raise UserError(
-            f"{name}: not found on the Hub, or the Hub cannot be reached ({type(error).__name__}: {said[0][:150]})."
+            f"{name}: {here}not found on the Hub, or the Hub cannot be reached ({type(error).__name__}: {said[0][:150]})."
         ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):

@@ -20,6 +20,8 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
     ("HuggingFaceFW/fineweb-edu", "sample-100BT"): {"train": 60},
     ("HuggingFaceFW/fineweb-edu", None): ["sample-10BT", "--dataset_config"],
     ("HuggingFaceFW/fineweb-edu", "sample-10MT"): ["sample-10BT", "--dataset_config"],
+    ("films", None): {"train": 2, "test": 1},  # as imdb and squad were called once, and are still found
+    ("nosuch", None): ["nosuch: no such file or folder, and not found on the Hub"],
     ("no/such", None): ["not found on the Hub"],
     ("no/such:train", None): ["no/such:train: not found on the Hub"],
     ("https://hub.example/datasets/no/such", None): ["Write its name, no/such."],
@@ -48,9 +50,15 @@ print(json.dumps(found))
 def found(hub, tmp_path):
     """What whole and streamed loading of each WANTED name gives, in one program, to a user who was not let in."""
     hub.create("datasets/alice/gated", gated="manual")
+    hub.create("datasets/alice/films")
+    hub.moved["datasets/films"] = "alice/films"
+    for split, count in (("train", 2), ("test", 1)):
+        (tmp_path / "films").mkdir(exist_ok=True)
+        (tmp_path / "films" / f"{split}.jsonl").write_text('{"text": "a"}\n' * count)
+    hub.upload("datasets/alice/films", tmp_path / "films")
     (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(list(WANTED)))))
     done = task_runs.command(tmp_path / "program.py", **hub.env_for("other", home=tmp_path / "home"))
-    del hub.repos["datasets/alice/gated"]
+    del hub.repos["datasets/alice/gated"], hub.repos["datasets/alice/films"], hub.moved["datasets/films"]
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(WANTED, zip(answers[::2], answers[1::2], strict=True), strict=True))
