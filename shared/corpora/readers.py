@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files
-from shared.data.charsets import likely_encoding, old_vietnamese, to_unicode
+from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode
 from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")
@@ -360,7 +360,7 @@ def decode(data: bytes, declared: str | None = None) -> str:
     meta = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", data[:4096], re.I)
     xml = re.match(rb"""\s*<\?xml[^>]+encoding\s*=\s*["']([\w.:-]+)""", data[:200])
     charsets = ["utf-8-sig", declared, *(found[1].decode() for found in (meta, xml) if found)]
-    if mark := next((name for mark, name in files.MARKS.items() if data.startswith(mark)), None):
+    if mark := next((name for mark, name in MARKS.items() if data.startswith(mark)), None):
         charsets.insert(0, mark)
     elif b"\x1b$" in data or b"\x1b(" in data:  # ISO-2022-JP is made of ASCII's bytes, and so UTF-8 too
         charsets.append(charsets.pop(0))

@@ -120,6 +120,10 @@ def _read_folder(folder: Path):
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
         return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
+    if below := [each for each in sorted(folder.iterdir()) if each.is_dir() and _split_files(each)]:
+        raise UserError(
+            f"{folder}: files named after splits lie one folder below: --dataset {' or '.join(map(str, below))}"
+        )
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:
         raise UserError(
@@ -273,7 +277,7 @@ def _read_file(path: Path):
 
     if kind_of(path) not in READERS:
         found = f"{path}: cannot read {kind_of(path) or 'a file without ending'}; expected one of {' '.join(READERS)}"
-        raise UserError(f"{found} (.gz allowed).{_excel_hint(path)}")
+        raise UserError(f"{found} (.gz allowed).{_hint(path)}")
     if splits := _splits(path):
         return datasets.DatasetDict({name: _from_list(rows, path) for name, rows in splits.items()})
     names = list(next(read_rows(path), {}))
@@ -283,9 +287,14 @@ def _read_file(path: Path):
     if path.suffix.lower() == ".parquet":
         try:
             return datasets.load_dataset("parquet", data_files=str(path))
-        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+        except (
+            datasets.exceptions.DatasetGenerationError,
+            pyarrow.ArrowException,
+            ValueError,
+        ) as error:  # a map has no type
             said = str(error.__cause__ or error).splitlines()[0][:150]
-            raise UserError(f"{path}: cannot be read: {said}") from error
+            hint = " Leave that column out." if "dtype equivalent" in said else ""
+            raise UserError(f"{path}: cannot be read: {said}{hint}") from error
     if kind_of(path) in (".csv", ".tsv", ".xlsx", ".txt"):
         features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
     else:
@@ -354,8 +363,9 @@ def _of_one_type(values: list) -> list:
     return [None if value is None else str(value) for value in values]
 
 
-def _excel_hint(path: Path) -> str:
+def _hint(path: Path) -> str:
     return {
         **dict.fromkeys((".xls", ".ods", ".numbers"), " Save it as .xlsx or .csv (UTF-8)."),
+        **dict.fromkeys(DOCUMENTS, " python -m shared.corpora makes rows of documents."),
         **dict.fromkeys((".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".tar", ".tgz"), " Unpack it."),
     }.get(kind_of(path), "")

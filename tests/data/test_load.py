@@ -71,6 +71,14 @@ def test_a_folder_of_texts_names_the_command_that_reads_it(tmp_path):
         load_data(str(tmp_path / "notes"))
 
 
+def test_a_clone_of_a_data_set_names_the_folder_of_its_files(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000-of-00001.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="one folder below: --dataset .*data$"):
+        load_data(str(tmp_path))
+
+
 def test_a_folder_of_files_by_split(tmp_path):
     for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("dev", 1), ("test", 4)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(count)))
