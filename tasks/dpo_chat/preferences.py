@@ -227,7 +227,7 @@ def _text(value, place: str) -> str:
         value = number_text(value)
     if reason := malformed(value):
         raise Unusable(f"bad: {reason}\n{place}: {str(value)[:80]!r}")
-    text = clean_text(value).rstrip()
+    text = clean_text(value, fences=True).rstrip()
     lines = [line for line in text.splitlines() if line]
     indented = len(lines) > 1 and all(
         line[0] in " \t" for line in lines
