@@ -103,7 +103,10 @@ def local_files(path: Path) -> Iterator[tuple[Path, str]]:
     """
     if path.is_file():
         if not _reader(path):
-            raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
+            raise UserError(
+                f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed). "
+                "Unpack an archive, save a document as .pdf or .txt."
+            )
         yield path, path.name
         return
     path = path.absolute()  # "." has a name then

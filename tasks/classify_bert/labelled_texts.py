@@ -1,7 +1,6 @@
 """Rows of any table as texts with labels. Used by train.py."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -67,7 +66,7 @@ def to_row(row: dict, places: dict[str, str], until: str | None = None, hidden: 
         return "no label"
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
         label = int(label)
-    label = unicodedata.normalize("NFC", str(label)).strip()
+    label = clean_text(str(label)).strip()
     label = label.partition(until)[0].strip() if until else label
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
 

@@ -57,7 +57,7 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
 
     def split(by_title: bool):
         grouped = {name: rows.add_column("group", groups(rows, by_title)) for name, rows in cleaned.items()}
-        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed)
+        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed, read=lambda row: row["context"])
 
     try:
         splits = split(by_title=True)

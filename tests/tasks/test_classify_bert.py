@@ -97,6 +97,7 @@ def results_of(run):
     ("row", "options", "found"),
     [
         ({"text": "vÃ©", "label": " b "}, {}, {"text": "vé", "label": "b"}),
+        ({"text": "a", "label": "tÃ­ch cực\u200b"}, {}, {"text": "a", "label": "tích cực"}),
         ({"text": "a", "label": 2}, {}, {"text": "a", "label": "2"}),
         ({"text": "a", "label": "torch/nn/functional"}, {"until": "/"}, {"text": "a", "label": "torch"}),
         ({"text": "a", "label": -1}, {}, {"text": "a", "label": "-1"}),
