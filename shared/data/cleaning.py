@@ -179,26 +179,31 @@ class CleaningReport:
             )
 
 
-def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: CleaningReport) -> Iterator[dict]:
+def clean_rows(
+    rows: Iterable, convert: Callable[[dict], dict | str], report: CleaningReport, place: str = "row"
+) -> Iterator[dict]:
     """Streams rows through `convert`, which returns the clean row, or the reason for dropping it as a text.
 
     A reason that begins with `bad: ` says that the row is malformed; see `CleaningReport.check`. In a second line it may say
     where and with which value, for `CleaningReport.examples`.
 
+    Args:
+        place: what the number of a row stands behind, for examples and errors.
+
     Raises:
         UserError: as `convert`, with the number of the row.
     """
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         report.read += 1
         try:
             result = convert(row)
         except UserError as error:
-            raise UserError(f"row {report.read:,}: {error}") from error
+            raise UserError(f"{place} {number:,}: {error}") from error
         if isinstance(result, str):
             reason, _, value = result.removeprefix("bad: ").partition("\n")
             report.bad += result.startswith("bad: ")
             report.dropped[reason] += 1
-            report.examples.setdefault(reason, f"row {report.read:,}" + (f", {value}" if value else ""))
+            report.examples.setdefault(reason, f"{place} {number:,}" + (f", {value}" if value else ""))
         else:
             report.kept += 1
             yield result
@@ -222,7 +227,8 @@ def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, feat
     from datasets import Dataset, DatasetDict
 
     report = CleaningReport()
-    kept = {name: list(clean_rows(rows, convert, report)) for name, rows in data.items()}
+    place = "row" if len(data) == 1 else "{} row"
+    kept = {name: list(clean_rows(rows, convert, report, place.format(name))) for name, rows in data.items()}
     report.check(source, most)
     log.info("%s: %s", source, report)
     if not report.kept:

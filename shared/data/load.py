@@ -29,6 +29,9 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
     Args:
         read: name and configuration of the data -> its splits; by default `load_data`.
 
+    Returns:
+        The splits, `train` first, tables with the columns of `train`.
+
     Raises:
         UserError: as `read`, or a file that is to be one split holds several.
     """
@@ -54,7 +57,8 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
         splits[split] = found["train"]
     if unread := [split for split in splits if split not in CALLED.values()]:
         log.info("%s: splits that are not read: %s", run_args.dataset, ", ".join(unread))
-    return _common_columns(splits)
+    splits = {split: splits[split] for split in sorted(splits, key=lambda split: split != "train")}
+    return _columns_of_train(splits)
 
 
 def named_splits(data: dict) -> dict:
@@ -64,16 +68,23 @@ def named_splits(data: dict) -> dict:
     return {split if split == name or taken[name] > 1 else name: data[split] for split, name in names.items()}
 
 
-def _common_columns(splits: dict) -> dict:
-    """Splits that come from files of their own, with the columns that all of them have."""
-    names = {split: getattr(rows, "column_names", None) for split, rows in splits.items()}
-    if "train" not in names or any(columns is None for columns in names.values()):
+def _columns_of_train(splits: dict) -> dict:
+    """Splits that come from files of their own, with the columns of `train`; one that a split lacks is empty in it: a test split
+    is often without labels."""
+    import datasets
+
+    columns = getattr(splits.get("train"), "features", None)
+    if columns is None or not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
         return splits
-    common = [column for column in names.get("train", []) if all(column in columns for columns in names.values())]
-    for split, columns in names.items():
-        if only := [column for column in columns if column not in common]:
+    for split, rows in splits.items():
+        if only := [name for name in rows.column_names if name not in columns]:
             log.warning("columns of %s alone, not read: %s", split, ", ".join(only))
-            splits[split] = splits[split].select_columns(common)
+            rows = rows.remove_columns(only)
+        if empty := [name for name in columns if name not in rows.column_names]:
+            log.warning("columns that %s lacks, empty there: %s", split, ", ".join(empty))
+        for name in empty:
+            rows = rows.add_column(name, [None] * len(rows), feature=columns[name])
+        splits[split] = rows.select_columns(list(columns))
     return splits
 
 

@@ -263,7 +263,7 @@ def test_each_split_is_cleaned_and_an_empty_one_keeps_the_columns():
         "validation": [{"text": "c", "labels": ["c"]}],
     }
     assert cleaned["test"].features == cleaned["train"].features
-    assert str(report) == "read 4 = kept 3 + dropped 1 (no text 1)"
+    assert str(report) == "read 4 = kept 3 + dropped 1 (no text 1)" and report.examples == {"no text": "test row 1"}
     with pytest.raises(UserError, match=r"mine: no row is left after cleaning \(read 1 = kept 0"):
         clean_dataset({"test": data["test"]}, convert, "mine")
     with pytest.raises(UserError, match="mine"):

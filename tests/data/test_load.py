@@ -147,8 +147,9 @@ def test_data_without_a_train_split_keeps_its_columns(tmp_path):
 
 
 def test_a_split_with_other_columns_says_so(tmp_path, caplog):
+    """A column of the training split is none of the others' where they lack it: it is empty there."""
     (tmp_path / "train.csv").write_text("text,label,note\na,b,c\n")
-    (tmp_path / "test.csv").write_text("text,label\na,b\n")
+    (tmp_path / "test.csv").write_text("id,label,text\n7,b,a\n")
     arguments = SimpleNamespace(
         dataset=str(tmp_path / "train.csv"),
         validation_file=None,
@@ -156,7 +157,8 @@ def test_a_split_with_other_columns_says_so(tmp_path, caplog):
         dataset_config=None,
     )
     splits = load_splits(arguments)
-    assert {name: rows.column_names for name, rows in splits.items()} == dict.fromkeys(
-        ("train", "test"), ["text", "label"]
-    )
-    assert "columns of train alone, not read: note" in caplog.text
+    assert splits["train"].features == splits["test"].features and list(splits) == ["train", "test"]
+    assert list(splits["test"]) == [{"text": "a", "label": "b", "note": None}]
+    assert splits["train"][0]["note"] == "c"
+    assert "columns that test lacks, empty there: note" in caplog.text
+    assert "columns of test alone, not read: id" in caplog.text
