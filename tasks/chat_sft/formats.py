@@ -133,7 +133,11 @@ def find_format(source: str, columns: list[str], mapping: list[str]) -> tuple[li
     fitting = [name for name, needed in FORMATS.items() if all(field in places for field in needed)]
     if not fitting:
         raise missing(
-            source, ("prompt", "completion"), columns, f"those of a conversation, one of: {'; '.join(FORMATS)}"
+            source,
+            ("prompt", "completion"),
+            columns,
+            f"those of a conversation, one of: {'; '.join(FORMATS)}",
+            mapped=chosen,
         )
     fitting.sort(key=lambda name: not any(field in chosen for field in FORMATS[name]))
     return fitting, places

@@ -78,7 +78,7 @@ class Reader:
         if "prompt" not in self.places:
             self.form = "whole conversations, chosen and rejected"
             if _turns(_of(row, self.places["chosen"])) is None:
-                raise missing(source, ("prompt", "chosen", "rejected"), columns, row=row)
+                raise missing(source, ("prompt", "chosen", "rejected"), columns, row=row, mapped=self.places)
         self._read = self._pair
 
     def __call__(self, row: dict) -> dict | str:
