@@ -72,13 +72,12 @@ def to_row(row: dict, places: dict[str, str], until: str | None = None, hidden: 
 
 
 def likely_one(labels) -> str:
-    """Which labels differ in case alone ("BILLING" beside "billing"), in blanks and hyphens between letters, or in the place of a
-    Vietnamese tone; empty if none."""
+    """Which labels differ in case alone ("BILLING" beside "billing"), in blanks and hyphens between letters, in the place of a
+    Vietnamese tone, or as 1 and 1.0; empty if none."""
     alike = {}
     for label in sorted(labels):
-        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", one_spelling(label.casefold())) or label, []).append(
-            label
-        )
+        plain = re.sub(r"^(-?\d+)\.0+$", r"\1", one_spelling(label.casefold()))
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", plain) or label, []).append(label)
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 
