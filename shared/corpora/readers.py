@@ -280,6 +280,10 @@ def _table(rows: Iterable[dict | str], name: str, columns: dict, terms: str = ""
                 f"{name}: no column {column}: found {', '.join(map(str, row))}. Name the one with the text: "
                 "python -m shared.corpora SOURCE --columns text=... --output texts.jsonl"
             )
+        if lacking := [column for column in columns.values() if column not in row] if first else []:
+            log.warning(
+                "%s: its first row has no column %s: found %s", name, ", ".join(lacking), ", ".join(map(str, row))
+            )
         first = False
         yield {
             "text": row.get(column),

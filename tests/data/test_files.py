@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -10,7 +14,7 @@ import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checkout import train_script
+from checkout import ROOT, train_script
 
 from shared import UserError
 from shared.data.files import PIECE, describe
@@ -295,6 +299,22 @@ def test_a_type_of_parquet_that_datasets_lacks_is_one_line(tmp_path):
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet: cannot be read: .*map<.* Leave that column out"):
         load_data(str(tmp_path / "a.parquet"))
+
+
+def test_another_version_does_not_take_what_this_one_has_read(tmp_path):
+    """`datasets` keeps the rows of a file, also from one version of this project to the next."""
+    shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "a.csv").write_text("text\nword\n")
+    command = [sys.executable, "-c", "from shared.data.load import load_data; print(load_data('a.csv')['train'][0])"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def read():
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert read() == "{'text': 'word'}\n"
+    code = tmp_path / "shared/data/files.py"
+    code.write_text(code.read_text().replace("name: cell or None for name", "name: cell.upper() for name"))
+    assert read() == "{'text': 'WORD'}\n"
 
 
 def test_saved_rows_may_be_none(tmp_path):
