@@ -72,7 +72,7 @@ def first_rows(rows, most: int | None):
     return rows if most is None else rows.select(range(min(most, len(rows))))
 
 
-def _report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
+def report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
     """Says how many rows of official splits are near-duplicates of the training split. They stay: the split is not ours."""
     looked_at = {name: first_rows(rows.shuffle(seed=0), LOOKED_AT) for name, rows in official.items()}
     texts = {name: Counter(text_of(row) for row in rows) for name, rows in looked_at.items()}
@@ -119,7 +119,7 @@ def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42, read: Ca
                 f"The official {name} split has no rows left after cleaning. Remove it to have one taken from train."
             )
     if len(official) > 1:
-        _report_repeated(official, read or text_of)
+        report_repeated(official, read or text_of)
     drawn = {}
     if len(official) < len(SHARES):
         train = data["train"]

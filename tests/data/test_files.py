@@ -459,6 +459,23 @@ def test_a_stream_of_the_same_file_has_the_same_documents(tmp_path):
     )
 
 
+def test_official_splits_of_a_stream(tmp_path, caplog):
+    """What they repeat of the training rows is said, and what is wrong with them."""
+    import documents
+
+    for name, count in (("train", 80), ("test", 7), ("valid", 3)):
+        rows = [{"text": words(i + 100 * (name == "valid"))} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(lines(rows))
+    run_args = parse(train_script("pretrain_gpt2").ScriptArguments, TRAINING, [f"--dataset={tmp_path}"])[2]
+    corpus = documents.open_stream(run_args, {"validation": None, "test": None}, 42)
+    assert {name: len(texts) for name, texts in corpus.held_out.items()} == {"validation": 3, "test": 7}
+    assert "7 of 7 rows of the official test split are near-duplicates of training rows" in caplog.text
+    assert "validation split" not in caplog.text
+    (tmp_path / "test.jsonl").write_text(lines([{"text": words(1)}, {"text": None}]))
+    with pytest.raises(UserError, match="1 of 2 rows are unusable .*\n.*missing; first test row 2"):
+        documents.open_stream(run_args, {"validation": None, "test": None}, 42)
+
+
 def test_rows_of_questions_and_summaries_are_read_alike(tmp_path):
     qa, summaries = train_script("qa_squad"), train_script("summarize_t5")
     asked = "context,question,answers\n" + "".join(f"{words(i)} in {1700 + i}.,When?,{1700 + i}\n" for i in range(60))
