@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.pdf_text import DAMAGED, LOCKED, LONGEST, SECONDS
 from deploy.texts import t
 from shared import UserError
-from shared.data.files import encoding_of
+from shared.data.charsets import encoding_of
 
 KINDS = ("txt", "md", "pdf")
 LARGEST_MB = 10

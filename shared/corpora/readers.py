@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files
-from shared.data.charsets import likely_encoding, old_vietnamese, to_unicode
+from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode
 from shared.data.load import PARQUET, hub_arguments
 
 log = logging.getLogger("taskbook")
@@ -103,7 +103,10 @@ def local_files(path: Path) -> Iterator[tuple[Path, str]]:
     """
     if path.is_file():
         if not _reader(path):
-            raise UserError(f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed).")
+            raise UserError(
+                f"{path}: cannot be read; expected {' '.join(READERS)} (.gz allowed). "
+                "Unpack an archive, save a document as .pdf or .txt."
+            )
         yield path, path.name
         return
     path = path.absolute()  # "." has a name then
@@ -277,6 +280,10 @@ def _table(rows: Iterable[dict | str], name: str, columns: dict, terms: str = ""
                 f"{name}: no column {column}: found {', '.join(map(str, row))}. Name the one with the text: "
                 "python -m shared.corpora SOURCE --columns text=... --output texts.jsonl"
             )
+        if lacking := [column for column in columns.values() if column not in row] if first else []:
+            log.warning(
+                "%s: its first row has no column %s: found %s", name, ", ".join(lacking), ", ".join(map(str, row))
+            )
         first = False
         yield {
             "text": row.get(column),
@@ -360,7 +367,7 @@ def decode(data: bytes, declared: str | None = None) -> str:
     meta = re.search(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", data[:4096], re.I)
     xml = re.match(rb"""\s*<\?xml[^>]+encoding\s*=\s*["']([\w.:-]+)""", data[:200])
     charsets = ["utf-8-sig", declared, *(found[1].decode() for found in (meta, xml) if found)]
-    if mark := next((name for mark, name in files.MARKS.items() if data.startswith(mark)), None):
+    if mark := next((name for mark, name in MARKS.items() if data.startswith(mark)), None):
         charsets.insert(0, mark)
     elif b"\x1b$" in data or b"\x1b(" in data:  # ISO-2022-JP is made of ASCII's bytes, and so UTF-8 too
         charsets.append(charsets.pop(0))

@@ -1,16 +1,19 @@
-"""What a file that is not UTF-8 was saved in, and the Vietnamese of before Unicode. Called by files.py and shared/corpora.
+"""What encoding a file was saved in, and the Vietnamese of before Unicode. Called by files.py and shared/corpora.
 
 TCVN3, VNI and VISCII put Vietnamese letters where Western encodings have others: "Việt Nam" was stored as "ViÖt Nam",
 "Vieät Nam", "Vi®t Nam". Such a text may lie in a file as these bytes, or as UTF-8 of the wrong letters. A text is taken
 for one of them only where nearly all its words with marks become syllables that Vietnamese has: other languages stay as they are.
 """
 
+import codecs
 import functools
 import re
 import unicodedata
 from collections.abc import Mapping
 
 SAMPLE = 1 << 20  # bytes of a file that are looked at
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's mark begins with UTF-16's
 ENOUGH = 5  # different syllables with marks: fewer may be chance
 
 ACUTE_GRAVE_HOOK_TILDE_DOT = "\u0301\u0300\u0309\u0303\u0323"
@@ -60,6 +63,16 @@ def _tables() -> dict[str, dict[int, str]]:
 
 
 OLD: Mapping[str, dict[int, str]] = _tables()
+
+
+def encoding_of(head: bytes) -> str:
+    """Python's name of the encoding that the first bytes of a text say: UTF-16 or 32, else UTF-8, which it need not be."""
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and len(head) > 3:
+        zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
+        if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
+            encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    return encoding
 
 
 def is_syllable(word: str) -> bool:
@@ -123,8 +136,6 @@ WESTERN = frozenset("àâäáãåæçèéêëìíîïñòóôöõøœùúûüÿ�
 
 @functools.lru_cache(16)
 def _guess(data: bytes) -> str | None:
-    import codecs
-
     from charset_normalizer import from_bytes
 
     best = from_bytes(data, cp_exclusion=RARE).best()
@@ -134,8 +145,6 @@ def _guess(data: bytes) -> str | None:
 
 def unix_name(encoding: str) -> str:
     """A name of Python as `iconv` writes it: cp1252 is WINDOWS-1252."""
-    import codecs
-
     name = codecs.lookup(encoding).name.upper().replace("_", "-")
     name = re.sub(r"^CP(125\d|874)$", r"WINDOWS-\1", name)
     return re.sub(r"^ISO8859", "ISO-8859", name).replace("MAC-ROMAN", "MACINTOSH")

@@ -14,6 +14,9 @@ log = logging.getLogger("taskbook")
 
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 PLAIN = re.compile(r"[\t\n\x20-\x7e]*")  # nothing in it that ftfy could mend; nearly all of an English corpus
+FENCE_OR_GAP = re.compile(
+    r"(?P<fence>^[ \t]*(?P<marks>`{3,})[^`\n]*\n.*?(?:^[ \t]*(?P=marks)`*$|\Z))|\n{3,}", re.M | re.S
+)
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 FTFY = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, explain=False
@@ -39,15 +42,22 @@ def strip_control(text: str) -> str:
     return CONTROL.sub("", text.replace("\x0c", "\n"))
 
 
-def normalize_whitespace(text: str) -> str:
-    """No blanks at line ends, at most one empty line in a row; indentation stays, since it means something in code."""
+def normalize_whitespace(text: str, fences: bool = False) -> str:
+    """No blanks at line ends, at most one empty line in a row; indentation stays, since it means something in code.
+
+    Args:
+        fences: empty lines within a Markdown fence of code stay, too.
+    """
     lines = [line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    text = "\n".join(lines)
+    if fences:
+        return FENCE_OR_GAP.sub(lambda found: found["fence"] or "\n\n", text).strip("\n")
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 
-def clean_text(text: str) -> str:
-    """What is safe for any text: Unicode, control characters, white space."""
-    return normalize_whitespace(strip_control(fix_unicode(text)))
+def clean_text(text: str, fences: bool = False) -> str:
+    """What is safe for any text: Unicode, control characters, white space (`fences`: see `normalize_whitespace`)."""
+    return normalize_whitespace(strip_control(fix_unicode(text)), fences)
 
 
 def malformed(text, column: str = "") -> str | None:
@@ -169,26 +179,31 @@ class CleaningReport:
             )
 
 
-def clean_rows(rows: Iterable, convert: Callable[[dict], dict | str], report: CleaningReport) -> Iterator[dict]:
+def clean_rows(
+    rows: Iterable, convert: Callable[[dict], dict | str], report: CleaningReport, place: str = "row"
+) -> Iterator[dict]:
     """Streams rows through `convert`, which returns the clean row, or the reason for dropping it as a text.
 
     A reason that begins with `bad: ` says that the row is malformed; see `CleaningReport.check`. In a second line it may say
     where and with which value, for `CleaningReport.examples`.
 
+    Args:
+        place: what the number of a row stands behind, for examples and errors.
+
     Raises:
         UserError: as `convert`, with the number of the row.
     """
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         report.read += 1
         try:
             result = convert(row)
         except UserError as error:
-            raise UserError(f"row {report.read:,}: {error}") from error
+            raise UserError(f"{place} {number:,}: {error}") from error
         if isinstance(result, str):
             reason, _, value = result.removeprefix("bad: ").partition("\n")
             report.bad += result.startswith("bad: ")
             report.dropped[reason] += 1
-            report.examples.setdefault(reason, f"row {report.read:,}" + (f", {value}" if value else ""))
+            report.examples.setdefault(reason, f"{place} {number:,}" + (f", {value}" if value else ""))
         else:
             report.kept += 1
             yield result
@@ -212,7 +227,8 @@ def clean_dataset(data, convert: Callable[[dict], dict | str], source: str, feat
     from datasets import Dataset, DatasetDict
 
     report = CleaningReport()
-    kept = {name: list(clean_rows(rows, convert, report)) for name, rows in data.items()}
+    place = "row" if len(data) == 1 else "{} row"
+    kept = {name: list(clean_rows(rows, convert, report, place.format(name))) for name, rows in data.items()}
     report.check(source, most)
     log.info("%s: %s", source, report)
     if not report.kept:

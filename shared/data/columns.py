@@ -71,17 +71,23 @@ def find_columns(
         UserError: as `read_mapping`, or a column inside another, or a needed one is missing: found / expected / how to map.
     """
     mapped = read_mapping(mapping, [*needed, *optional], columns)
+    if not inside:
+        refuse_inside(mapped, columns)
+    found = {name: name for name in (*needed, *optional) if name in columns and name not in mapped} | mapped
+    if not set(needed) <= set(found):
+        raise missing(source, needed, columns, row=row, mapped=mapped)
+    log_columns(source, found, columns)
+    return found
+
+
+def refuse_inside(mapped: dict[str, str], columns: Sequence[str]) -> None:
+    """Raises UserError for a column inside another: for a task that reads whole columns."""
     within = [column for column in mapped.values() if column not in columns]
-    if within and not inside:
+    if within:
         raise UserError(
             f"--columns: {within[0]} lies inside the column {within[0].split('.')[0]}, and this task reads whole columns. "
             "Give it one of its own."
         )
-    found = {name: name for name in (*needed, *optional) if name in columns and name not in mapped} | mapped
-    if not set(needed) <= set(found):
-        raise missing(source, needed, columns, row=row)
-    log_columns(source, found, columns)
-    return found
 
 
 def log_columns(source: str, found: dict[str, str], columns: Sequence[str]) -> None:
@@ -93,7 +99,12 @@ def log_columns(source: str, found: dict[str, str], columns: Sequence[str]) -> N
 
 
 def missing(
-    source: str, needed: Sequence[str], columns: Sequence[str], expected: str | None = None, row: dict | None = None
+    source: str,
+    needed: Sequence[str],
+    columns: Sequence[str],
+    expected: str | None = None,
+    row: dict | None = None,
+    mapped: dict[str, str] | None = None,
 ) -> UserError:
     """The error for a table without the columns of the task: found / expected / how to map, guessed by name, or not at all.
 
@@ -101,9 +112,10 @@ def missing(
         needed: names of the task, for the suggested mapping.
         expected: what could stand there instead of `needed`, in words.
         row: an example: its longest text is taken for a text that no name tells.
+        mapped: what `--columns` says already, by name of the task.
     """
-    guessed: dict[str, str] = {}
-    for name in needed:
+    guessed = dict(mapped or {})
+    for name in (name for name in needed if name not in guessed):
         free = {column.casefold(): column for column in columns if column not in guessed.values()}
         guess = next((free[each] for each in (name, *ALSO_CALLED.get(name, ())) if each in free), None)
         texts = {column: row[column] for column in free.values() if row and isinstance(row.get(column), str | list)}

@@ -17,17 +17,15 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from shared import UserError
-from shared.data.charsets import SAMPLE, likely_encoding, old_vietnamese, to_unicode, unix_name
+from shared.data.charsets import SAMPLE, encoding_of, likely_encoding, old_vietnamese, to_unicode, unix_name
 
 log = logging.getLogger("taskbook")
 
 PIECE = 400_000  # characters: a longer line of a .txt becomes several texts, each well below cleaning.LONGEST
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
-MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # UTF-32's mark begins with UTF-16's
 OTHER_KINDS = {  # by their first bytes, and what to do with them
     b"PK\x03\x04": "a zip archive or an Office document: unpack it, or name it .xlsx if it is Excel's",
     b"\xd0\xcf\x11\xe0": "an old Office document: save it as .xlsx or .csv (UTF-8)",
@@ -94,7 +92,7 @@ def _whole_json(path: Path):
             return json.load(file, parse_constant=_no_number)
     except UnicodeDecodeError:
         raise
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -148,16 +146,6 @@ def _sniff(path: Path, size: int, time: int) -> tuple[str, str | None, str | Non
         if old := old_vietnamese(head.decode("latin-1")):
             return "latin-1", old, None
         return "utf-8", None, likely_encoding(head)
-
-
-def encoding_of(head: bytes) -> str:
-    """Python's name of the encoding that the first bytes of a text say: UTF-16 or 32, else UTF-8, which it need not be."""
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and len(head) > 3:
-        zeros = [head[i::2].count(0) / len(head[i::2]) for i in (0, 1)]
-        if max(zeros) > 0.4 and min(zeros) < 0.1:  # UTF-16 without a mark: every other byte of English text is 0
-            encoding = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-    return encoding
 
 
 def describe(path: Path) -> str:
@@ -236,6 +224,22 @@ def _whole(text: str) -> str:
 
 
 ONE_DOCUMENT = " It looks like one JSON document, not one a line: name it .json."
+CUT = " The file ends there: it may have been cut."
+
+
+def _no_document(path: Path) -> str:
+    """Why a .json file is no JSON document, and where, one whose lines are none either."""
+    with open_text(path) as file:
+        text = file.read()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = CUT if error.pos >= len(text.rstrip()) else ""
+        if error.msg == "Extra data":
+            hint = f" Write one document a line: jq -c . {path.name} > rows.jsonl"
+        return f"{path}, line {error.lineno}: not JSON: {error.msg}.{hint}"
+    except (ValueError, RecursionError) as error:
+        return f"{path}: not JSON: {error}."
 
 
 def _json_lines(path: Path) -> Iterator[dict]:
@@ -246,7 +250,9 @@ def _json_lines(path: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line, parse_constant=_no_number)
             except (ValueError, RecursionError) as error:
-                hint = " The file ends there: it may have been cut." if next(lines, None) is None else ""
+                if number == 1 and kind_of(path) == ".json":
+                    raise UserError(_no_document(path)) from error
+                hint = CUT if next(lines, None) is None else ""
                 if number == 1 and _whole_json(path) is not None or line in ("{", "["):
                     hint = ONE_DOCUMENT
                 elif re.match(r"\{'\w+': ", line):
@@ -320,16 +326,11 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
         first = next(lines, "")
         separator, declared = _separator(path, first)
         first = next(lines, "") if declared else first
+        lines = chain([first], lines)  # the header may go on: a name may hold a line end
         # `text, "label"`: without this the quotation marks would be part of the cell
         blanks = {"delimiter": separator, "skipinitialspace": separator != "\t" and f"{separator} " in first}
-        reader = csv.reader(kept(), **blanks)
-        header = next(csv.reader([first], **blanks), [])
-        if not header:
-            raise UserError(f"{path}: no header in its first line: expected the names of the columns.")
-        header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(header)]
-        _refuse_doubles(path, header)
-        number = 2
-        for cells in reader:
+        header, number = [], 1 + declared
+        for cells in csv.reader(kept(), **blanks):
             if len(seen) > 1 or '\\"' in seen[0] or seen[0].count('"') % 2:
                 try:
                     list(csv.reader(seen, **blanks, strict=True))
@@ -344,16 +345,24 @@ def _table(path: Path, guess: bool = False) -> Iterator[dict]:
                         f"{path}, line {number}: a quotation mark opens a cell {what} ({error}). Close it, or write it twice "
                         "where it is part of the text."
                     ) from error
-            if len(cells) > len(header) and any(cells[len(header) :]):
+            if not header and not cells:
+                raise UserError(f"{path}: no header in its first line: expected the names of the columns.")
+            if not header:
+                _refuse_doubles(path, header := [_on_one_line(name) or f"Unnamed: {i}" for i, name in enumerate(cells)])
+            elif len(cells) > len(header) and any(cells[len(header) :]):
                 raise UserError(
                     f"{path}, line {number}: {len(cells)} cells, but the header has {len(header)} "
                     f"({', '.join(header)}). Put text that holds {separator!r} between quotation marks."
                 )
-            if cells:
-                cells = [*cells, *[""] * (len(header) - len(cells))]
-                yield {name: cell or None for name, cell in zip(header, cells, strict=False)}
+            elif cells:
+                yield {name: cell or None for name, cell in zip_longest(header, cells[: len(header)])}
             number += len(seen)
             seen.clear()
+
+
+def _on_one_line(name: str) -> str:
+    """The name of a column as `--columns` can say it: in surveys it may be a question of several lines."""
+    return re.sub(r"\s*[\r\n]+\s*", " ", name.strip())
 
 
 def _refuse_doubles(path: Path, header: Iterable[str]) -> None:
@@ -375,17 +384,22 @@ def _workbook(path: Path):
 
 
 def _excel(path: Path) -> Iterator[dict]:
+    from openpyxl.utils.escape import unescape
+
     with _workbook(path) as sheets:
+        sheets.worksheets[
+            0
+        ].reset_dimensions()  # what a file says of its size may be wrong, and rows beyond it were lost
         rows = sheets.worksheets[0].iter_rows(values_only=True)
-        header = [str(cell).strip() if cell is not None else "" for cell in next(rows, ())]
+        header = [_on_one_line(str(cell)) if cell is not None else "" for cell in next(rows, ())]
         if not any(header):
             raise UserError(f"{path}: no header in the first row of its first sheet.")
         _refuse_doubles(path, filter(None, header))
         for cells in rows:
             if any(cell is not None for cell in cells):
-                yield {
-                    name: None if cell is None else str(cell) for name, cell in zip(header, cells, strict=False) if name
-                }
+                # `_x000D_`: how the format writes what XML cannot hold
+                cells = (None if cell is None else unescape(str(cell)) for cell in cells)
+                yield {name: cell for name, cell in zip_longest(header, cells) if name}
 
 
 def _parquet(path: Path) -> Iterator[dict]:

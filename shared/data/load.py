@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -28,6 +29,9 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
 
     Args:
         read: name and configuration of the data -> its splits; by default `load_data`.
+
+    Returns:
+        The splits, `train` first, tables with the columns of `train`.
 
     Raises:
         UserError: as `read`, or a file that is to be one split holds several.
@@ -54,7 +58,8 @@ def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None)
         splits[split] = found["train"]
     if unread := [split for split in splits if split not in CALLED.values()]:
         log.info("%s: splits that are not read: %s", run_args.dataset, ", ".join(unread))
-    return _common_columns(splits)
+    splits = {split: splits[split] for split in sorted(splits, key=lambda split: split != "train")}
+    return _columns_of_train(splits)
 
 
 def named_splits(data: dict) -> dict:
@@ -64,16 +69,23 @@ def named_splits(data: dict) -> dict:
     return {split if split == name or taken[name] > 1 else name: data[split] for split, name in names.items()}
 
 
-def _common_columns(splits: dict) -> dict:
-    """Splits that come from files of their own, with the columns that all of them have."""
-    names = {split: getattr(rows, "column_names", None) for split, rows in splits.items()}
-    if "train" not in names or any(columns is None for columns in names.values()):
+def _columns_of_train(splits: dict) -> dict:
+    """Splits that come from files of their own, with the columns of `train`; one that a split lacks is empty in it: a test split
+    is often without labels."""
+    import datasets
+
+    columns = getattr(splits.get("train"), "features", None)
+    if columns is None or not all(isinstance(rows, datasets.Dataset) for rows in splits.values()):
         return splits
-    common = [column for column in names.get("train", []) if all(column in columns for columns in names.values())]
-    for split, columns in names.items():
-        if only := [column for column in columns if column not in common]:
+    for split, rows in splits.items():
+        if only := [name for name in rows.column_names if name not in columns]:
             log.warning("columns of %s alone, not read: %s", split, ", ".join(only))
-            splits[split] = splits[split].select_columns(common)
+            rows = rows.remove_columns(only)
+        if empty := [name for name in columns if name not in rows.column_names]:
+            log.warning("columns that %s lacks, empty there: %s", split, ", ".join(empty))
+        for name in empty:
+            rows = rows.add_column(name, [None] * len(rows), feature=columns[name])
+        splits[split] = rows.select_columns(list(columns))
     return splits
 
 
@@ -120,6 +132,10 @@ def _read_folder(folder: Path):
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
         return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
+    if below := [each for each in sorted(folder.iterdir()) if each.is_dir() and _split_files(each)]:
+        raise UserError(
+            f"{folder}: files named after splits lie one folder below: --dataset {' or '.join(map(str, below))}"
+        )
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:
         raise UserError(
@@ -283,7 +299,7 @@ def _read_file(path: Path):
 
     if kind_of(path) not in READERS:
         found = f"{path}: cannot read {kind_of(path) or 'a file without ending'}; expected one of {' '.join(READERS)}"
-        raise UserError(f"{found} (.gz allowed).{_excel_hint(path)}")
+        raise UserError(f"{found} (.gz allowed).{_hint(path)}")
     if splits := _splits(path):
         return datasets.DatasetDict({name: _from_list(rows, path) for name, rows in splits.items()})
     names = list(next(read_rows(path), {}))
@@ -293,17 +309,24 @@ def _read_file(path: Path):
     if path.suffix.lower() == ".parquet":
         try:
             return datasets.load_dataset("parquet", data_files=str(path))
-        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException) as error:
+        except (
+            datasets.exceptions.DatasetGenerationError,
+            pyarrow.ArrowException,
+            ValueError,
+        ) as error:  # a map has no type
             said = str(error.__cause__ or error).splitlines()[0][:150]
-            raise UserError(f"{path}: cannot be read: {said}") from error
+            hint = " Leave that column out." if "dtype equivalent" in said else ""
+            raise UserError(f"{path}: cannot be read: {said}{hint}") from error
     if kind_of(path) in (".csv", ".tsv", ".xlsx", ".txt"):
         features = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
     else:
         features = _features(path)
     if features is None:
         return datasets.DatasetDict(train=_from_list(list(read_rows(path)), path))
-    state = path.stat()  # the cache is by name, size and time
-    kwargs = {"path": str(path), "state": (state.st_size, state.st_mtime_ns)}
+    # The cache is by name, size and time, and by what reads: another version may read other rows
+    state = path.stat()
+    reader = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("charsets.py", "files.py")))
+    kwargs = {"path": str(path), "state": (state.st_size, state.st_mtime_ns, reader)}
     try:
         return datasets.DatasetDict(train=datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=kwargs))
     except datasets.exceptions.DatasetGenerationError as error:
@@ -364,8 +387,9 @@ def _of_one_type(values: list) -> list:
     return [None if value is None else str(value) for value in values]
 
 
-def _excel_hint(path: Path) -> str:
+def _hint(path: Path) -> str:
     return {
         **dict.fromkeys((".xls", ".ods", ".numbers"), " Save it as .xlsx or .csv (UTF-8)."),
+        **dict.fromkeys(DOCUMENTS, " python -m shared.corpora makes rows of documents."),
         **dict.fromkeys((".zip", ".7z", ".rar", ".bz2", ".xz", ".zst", ".tar", ".tgz"), " Unpack it."),
     }.get(kind_of(path), "")

@@ -72,7 +72,7 @@ def first_rows(rows, most: int | None):
     return rows if most is None else rows.select(range(min(most, len(rows))))
 
 
-def _report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
+def report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
     """Says how many rows of official splits are near-duplicates of the training split. They stay: the split is not ours."""
     looked_at = {name: first_rows(rows.shuffle(seed=0), LOOKED_AT) for name, rows in official.items()}
     texts = {name: Counter(text_of(row) for row in rows) for name, rows in looked_at.items()}
@@ -91,12 +91,16 @@ def _report_repeated(official: dict, text_of: Callable[[dict], str]) -> None:
             )
 
 
-def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
+def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42, read: Callable[[dict], str] | None = None):
     """A DatasetDict with `train`, `validation`, `test` from one with at least `train`.
 
     Official splits are kept, each in an order that the seed draws: files are often sorted, and then the first rows are all of
     one kind. A `test` that is missing is replaced by `validation`; what is still missing is taken from `train`: a tenth of it
     each.
+
+    Args:
+        read: what the model reads of a row, where `text_of` is more (the article of a paragraph): what official splits repeat of
+            the training split is looked for in it.
 
     Raises:
         UserError: there is no `train`, or a split is empty.
@@ -115,7 +119,7 @@ def split_dataset(data, text_of: Callable[[dict], str], seed: int = 42):
                 f"The official {name} split has no rows left after cleaning. Remove it to have one taken from train."
             )
     if len(official) > 1:
-        _report_repeated(official, text_of)
+        report_repeated(official, read or text_of)
     drawn = {}
     if len(official) < len(SHARES):
         train = data["train"]

@@ -133,7 +133,11 @@ def find_format(source: str, columns: list[str], mapping: list[str]) -> tuple[li
     fitting = [name for name, needed in FORMATS.items() if all(field in places for field in needed)]
     if not fitting:
         raise missing(
-            source, ("prompt", "completion"), columns, f"those of a conversation, one of: {'; '.join(FORMATS)}"
+            source,
+            ("prompt", "completion"),
+            columns,
+            f"those of a conversation, one of: {'; '.join(FORMATS)}",
+            mapped=chosen,
         )
     fitting.sort(key=lambda name: not any(field in chosen for field in FORMATS[name]))
     return fitting, places
@@ -375,7 +379,7 @@ def _text(value, place: str, people: bool = False) -> str:
     reason = malformed(value)
     if reason not in (None, "empty"):
         raise Unusable(f"bad: {reason}\n{place} = {_short(value)}")
-    text = clean_text(value).rstrip()
+    text = clean_text(value, fences=True).rstrip()
     lines = [line for line in text.splitlines() if line]
     indented = len(lines) > 1 and all(line[0] in " \t" for line in lines)
     return text if not people and (text.startswith(("  ", "\t")) or indented) else text.strip()
@@ -393,9 +397,9 @@ def _looks_like_turns(value) -> bool:
 
 
 def _as_turns(value):
-    """Turns that were written as JSON, and one that stands alone, as a list; anything else as it is."""
+    """Turns that were written as JSON or after `Human:`, and one that stands alone, as a list; anything else as it is."""
     found = value
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or SPOKEN.match(value.lstrip())):
         try:
             found = _parsed(value, "")
         except Unusable:
@@ -410,7 +414,8 @@ def _parsed(value, place: str):
         return value
     said = SPOKEN.split(value)
     if said[1:2] == ["Human"] and not said[0].strip():
-        return [{"role": who, "content": text} for who, text in zip(said[1::2], said[2::2], strict=True)]
+        turns = [{"role": who, "content": text} for who, text in zip(said[1::2], said[2::2], strict=True)]
+        return turns if turns[-1]["content"].strip() else turns[:-1]  # a prompt may end where the reply begins
     for read in (json.loads, ast.literal_eval):
         try:
             return read(value)

@@ -49,7 +49,7 @@ def open_talks(run_args, roles: Iterable[str]) -> tuple[dict, Reader]:
     named, source = read_roles(roles), run_args.dataset
     splits, mapping = one_row_a_talk(source, load_splits(run_args, read), run_args.columns)
     rows = next(iter(splits.values()))
-    columns = columns_of(rows)
+    columns = list(dict.fromkeys(name for each in splits.values() for name in columns_of(each)))
     people = not named and talk_of_people(source, rows, columns, mapping)
     reader = Reader(source, columns, mapping, people, named)
     reader.filled = hasattr(rows, "column_names")

@@ -1,7 +1,6 @@
 """Rows of any table as texts with labels. Used by train.py."""
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
@@ -67,19 +66,18 @@ def to_row(row: dict, places: dict[str, str], until: str | None = None, hidden: 
         return "no label"
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside an empty cell
         label = int(label)
-    label = unicodedata.normalize("NFC", str(label)).strip()
+    label = clean_text(str(label)).strip()
     label = label.partition(until)[0].strip() if until else label
     return {"text": clean_text(text), "label": label} if label and clean_text(text) else "bad: empty"
 
 
 def likely_one(labels) -> str:
-    """Which labels differ in case alone ("BILLING" beside "billing"), in blanks and hyphens between letters, or in the place of a
-    Vietnamese tone; empty if none."""
+    """Which labels differ in case alone ("BILLING" beside "billing"), in blanks and hyphens between letters, in the place of a
+    Vietnamese tone, or as 1 and 1.0; empty if none."""
     alike = {}
     for label in sorted(labels):
-        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", one_spelling(label.casefold())) or label, []).append(
-            label
-        )
+        plain = re.sub(r"^(-?\d+)\.0+$", r"\1", one_spelling(label.casefold()))
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)|_", "", plain) or label, []).append(label)
     groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
     return f"likely one class, counted as several: {'; '.join(groups[:5])}" if groups else ""
 

@@ -78,7 +78,7 @@ class Reader:
         if "prompt" not in self.places:
             self.form = "whole conversations, chosen and rejected"
             if _turns(_of(row, self.places["chosen"])) is None:
-                raise missing(source, ("prompt", "chosen", "rejected"), columns, row=row)
+                raise missing(source, ("prompt", "chosen", "rejected"), columns, row=row, mapped=self.places)
         self._read = self._pair
 
     def __call__(self, row: dict) -> dict | str:
@@ -227,7 +227,7 @@ def _text(value, place: str) -> str:
         value = number_text(value)
     if reason := malformed(value):
         raise Unusable(f"bad: {reason}\n{place}: {str(value)[:80]!r}")
-    text = clean_text(value).rstrip()
+    text = clean_text(value, fences=True).rstrip()
     lines = [line for line in text.splitlines() if line]
     indented = len(lines) > 1 and all(
         line[0] in " \t" for line in lines

@@ -6,15 +6,16 @@ nothing has to be loaded first, and the answer is the same in each pass and afte
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from blocks import side
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 from shared import UserError
 from shared.data.cleaning import CleaningReport, clean_dataset, clean_rows, document_cleaner
 from shared.data.columns import find_columns
 from shared.data.load import load_splits, load_stream
-from shared.data.splits import split_dataset
+from shared.data.splits import report_repeated, split_dataset
 from shared.training.launch import log
 
 LOOK_FOR_HELD_OUT = 200_000  # rows read in search of held-out documents before giving up
@@ -89,22 +90,31 @@ def open_stream(run_args, most: dict[str, int | None], seed: int) -> Corpus:
     held_out = {name: [] for name in ("validation", "test")}
     wanted = {name: most[name] or 2000 for name in held_out}
     for name, rows in official.items():
-        for row in clean_rows(rows, clean, CleaningReport()):
-            if len(held_out[name]) == wanted[name]:
-                break
-            held_out[name].append(row["text"])
+        cleaned = CleaningReport()
+        held_out[name] = [row["text"] for row in islice(clean_rows(rows, clean, cleaned, f"{name} row"), wanted[name])]
+        cleaned.check(run_args.dataset, run_args.max_bad_rows)
+    learnt = []
     for row in clean_rows(data["train"], clean, report):
         chosen = side(row["text"], seed, missing)
         if chosen != "train" and len(held_out[chosen]) < wanted[chosen]:
             held_out[chosen].append(row["text"])
+        elif chosen == "train" and official and report.read <= 1000:
+            learnt.append(row["text"])
         enough = all(len(held_out[name]) == wanted[name] for name in missing) and report.read >= 1000
         if enough or report.read == LOOK_FOR_HELD_OUT:
             break
     report.check(run_args.dataset, run_args.max_bad_rows)
     for name, texts in held_out.items():
+        if not texts and name in official:
+            raise UserError(f"The official {name} split has no rows. Remove it to have one taken from train.")
         if not texts:
             raise UserError(
                 f"The {name} split is empty: of {report.read:,} rows none fell to it. Give one, or more rows."
             )
+    if official:
+        texts = {"train": learnt} | {name: held_out[name] for name in official}
+        report_repeated(
+            {name: Dataset.from_dict({"text": each}) for name, each in texts.items()}, lambda row: row["text"]
+        )
     cleaning = f"first {report.read:,} rows of the stream: {report}"
     return Corpus(data["train"], held_out, missing, column, seed, cleaning)

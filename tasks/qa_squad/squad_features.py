@@ -14,6 +14,7 @@ from shared.data.cleaning import malformed
 from shared.data.load import load_data
 from shared.data.squad import read_answers, read_official
 from shared.inference.qa_windows import Windows, gold_answer, past_accents
+from shared.training.launch import log
 from shared.training.show_data import marked
 
 NEEDED = ("context", "question", "answers")
@@ -47,6 +48,16 @@ def to_question(row: dict, places: dict[str, str]) -> dict | str:
         "question": question.strip(),
         "answers": found,
     }
+
+
+def without_secret(splits: dict) -> dict:
+    """Splits without those of held-out questions that have no answer, where `train` has some: those of test splits are often
+    kept secret, and each question would count as one without an answer."""
+    known = {name for name, rows in splits.items() if any(answers["text"] for answers in rows["answers"])}
+    secret = [name for name in splits if name != "train" and "train" in known and name not in known]
+    if secret:
+        log.warning("no question of %s has an answer: taken for kept secret, the split is not used", ", ".join(secret))
+    return {name: rows for name, rows in splits.items() if name not in secret}
 
 
 def groups(rows, by_title: bool = True) -> list[str]:

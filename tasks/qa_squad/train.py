@@ -39,7 +39,7 @@ class ScriptArguments:
 def load_rows(run_args, seed: int) -> tuple[dict, str]:
     """Questions of the three splits, and the cleaning report as one line."""
     from datasets import DatasetDict, Features, List, Value
-    from squad_features import NEEDED, OPTIONAL, groups, read, to_question
+    from squad_features import NEEDED, OPTIONAL, groups, read, to_question, without_secret
 
     from shared.data.cleaning import clean_dataset
     from shared.data.columns import find_columns
@@ -54,10 +54,11 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
     features = Features(columns | {"answers": {"text": List(text), "answer_start": List(Value("int64"))}})
     most = run_args.max_bad_rows
     cleaned, report = clean_dataset(data, lambda row: to_question(row, places), run_args.dataset, features, most)
+    cleaned = without_secret(cleaned)
 
     def split(by_title: bool):
         grouped = {name: rows.add_column("group", groups(rows, by_title)) for name, rows in cleaned.items()}
-        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed)
+        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed, read=lambda row: row["context"])
 
     try:
         splits = split(by_title=True)

@@ -36,8 +36,8 @@ def to_row(row: dict, places: dict[str, str]) -> dict | str:
     """
     values = {name: row.get(column) for name, column in places.items()}
     context, question = (values[name] for name in NEEDED)
-    for text in (context, question):
-        if reason := malformed(text):
+    for name in NEEDED:
+        if reason := malformed(values[name], places[name]):
             return f"bad: {reason}"
     title = values.get("title") if isinstance(values.get("title"), str) else ""
     made = {"context": context, "question": question.strip(), "title": title}

@@ -66,7 +66,7 @@ def load_rows(run_args, seed: int) -> tuple[dict, str]:
 
     def split(names):
         grouped = {name: rows.add_column("group", names(rows)) for name, rows in cleaned.items()}
-        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed)
+        return split_dataset(DatasetDict(grouped), lambda row: row["group"], seed, read=lambda row: row["context"])
 
     try:
         splits = split(groups)

@@ -9,7 +9,7 @@ import numpy as np
 
 from shared import UserError, one_spelling
 from shared.data.cleaning import clean_text, malformed
-from shared.data.columns import missing, read_mapping
+from shared.data.columns import missing, read_mapping, refuse_inside
 from shared.metrics.rouge.rouge import WORD, split_sentences
 from shared.training.launch import log
 
@@ -28,6 +28,7 @@ def find_columns(source: str, columns: list[str], mapping: list[str], row: dict 
         UserError: found / expected / how to map.
     """
     chosen = read_mapping(mapping, ("document", "summary"), columns)
+    refuse_inside(chosen, columns)
     for names in FORMATS:
         found = chosen.get("document", names[0]), chosen.get("summary", names[1])
         if found[0] != found[1] and set(found) <= set(columns):
@@ -37,7 +38,7 @@ def find_columns(source: str, columns: list[str], mapping: list[str], row: dict 
                 )
             return found
     expected = f"one of {'; '.join(' and '.join(names) for names in FORMATS)}"
-    raise missing(source, ("document", "summary"), columns, expected, row)
+    raise missing(source, ("document", "summary"), columns, expected, row, chosen)
 
 
 def listed(value):

@@ -561,6 +561,12 @@ def test_columns_of_other_names(tmp_path):
         list(documents(str(tmp_path / "a.jsonl")))
 
 
+def test_a_column_that_is_mapped_and_not_there_is_said(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1), "headline": "One"}))
+    assert list(documents(str(tmp_path / "a.jsonl"), columns={"title": "headlne"}))[0]["title"] is None
+    assert "no column headlne: found text, headline" in caplog.text
+
+
 def test_a_long_text_becomes_several_documents_and_no_character_is_lost():
     text = "\n\n".join(prose(i, 300) for i in range(30))
     cut = list(pieces((text[i : i + 1000] for i in range(0, len(text), 1000)), 7000))

@@ -58,6 +58,17 @@ def test_whitespace_keeps_indentation():
     assert clean_text(CODE) == CODE
 
 
+def test_empty_lines_stay_within_fences_alone():
+    fenced = "```python\nx\n\n\ny\n```"
+    for text, kept in (
+        (f"A\n\n\n{fenced}\n\n\nB", f"A\n\n{fenced}\n\nB"),
+        (f"1. A\n   ````\n{fenced}\n\n\n   ````", f"1. A\n   ````\n{fenced}\n\n\n   ````"),
+        (f"see ```x``` here\n\n\n{fenced[:-4]}\n\n\nz\n", f"see ```x``` here\n\n{fenced[:-4]}\n\n\nz"),  # never closed
+    ):
+        assert clean_text(text, fences=True) == kept
+        assert "\n\n\n" not in clean_text(text)
+
+
 def test_clean_text_is_stable_and_keeps_vietnamese():
     dirty = "  vÃ© \x00\x1b[31mred\x1b[0m\r\n\r\n\r\n\r\n" + VIETNAMESE + " \n"
     assert clean_text(dirty) == "  vé red\n\n" + VIETNAMESE
@@ -252,7 +263,7 @@ def test_each_split_is_cleaned_and_an_empty_one_keeps_the_columns():
         "validation": [{"text": "c", "labels": ["c"]}],
     }
     assert cleaned["test"].features == cleaned["train"].features
-    assert str(report) == "read 4 = kept 3 + dropped 1 (no text 1)"
+    assert str(report) == "read 4 = kept 3 + dropped 1 (no text 1)" and report.examples == {"no text": "test row 1"}
     with pytest.raises(UserError, match=r"mine: no row is left after cleaning \(read 1 = kept 0"):
         clean_dataset({"test": data["test"]}, convert, "mine")
     with pytest.raises(UserError, match="mine"):

@@ -56,3 +56,8 @@ def test_hints_are_guessed_by_name_or_content_or_not_at_all(needed, columns, row
     said = str(missing("mine", needed, columns, row=row))
     assert said.startswith(f"mine: found the columns {', '.join(columns)}; expected {' and '.join(needed)}.")
     assert said.endswith(hint)
+
+
+def test_a_hint_keeps_what_is_mapped():
+    with pytest.raises(UserError, match="--columns chosen=stars prompt=utterance rejected=...$"):
+        find_columns("mine", TABLE, ["chosen=stars", "prompt=utterance"], ("chosen", "rejected"), ("prompt",))

@@ -2,6 +2,11 @@
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from types import SimpleNamespace
 
 import datasets
@@ -9,7 +14,7 @@ import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checkout import train_script
+from checkout import ROOT, train_script
 
 from shared import UserError
 from shared.data.files import PIECE, describe
@@ -220,6 +225,14 @@ def test_lines_of_a_text_are_rows_and_a_very_long_one_is_cut(tmp_path):
         ),
         ("array.jsonl", json.dumps(ROWS).encode(), ["line 1: expected an object {...}, found list", "name it .json"]),
         ("pretty.jsonl", json.dumps(ROWS, indent=1).encode(), ["line 1: not JSON", "name it .json"]),
+        (
+            "one_by_one.json",
+            b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n',
+            ["line 4: not JSON: Extra data", "jq -c . one_by"],
+        ),
+        ("cut.json", json.dumps(ROWS, indent=1).encode()[:-9], ["not JSON", "may have been cut"]),
+        ("deep.jsonl", b'{"a": ' + b"[" * 9999 + b"]" * 9999 + b"}", ["line 1: not JSON", "recursion"]),
+        ("open_header.csv", b'text,"label\na,b\nc,d\n', ["line 1: a quotation mark opens a cell and swallows 2"]),
         ("repr.jsonl", b"{'text': 'a', 'label': 'b'}\n" * 3, ["line 1: not JSON", "Python's repr", "json.dumps"]),
         ("packed.csv", b"PK\x03\x04" + bytes(99), ["a zip archive or an Office document", "unpack it"]),
         ("workbook.csv", b"\xd0\xcf\x11\xe0" + bytes(99), ["an old Office document"]),
@@ -243,12 +256,65 @@ def test_what_cannot_be_read_is_named_with_its_place(name, content, words, tmp_p
         ("none.jsonl", "holds no row"),
         ("old.xls", "cannot read .xls;.*Save it as .xlsx or .csv"),
         ("a.csv.zip", "cannot read .zip;.*Unpack it"),
+        ("a.md", "cannot read .md;.*python -m shared.corpora"),
     ],
 )
 def test_damaged_and_unknown_files_are_one_line(name, words, tmp_path):
     (tmp_path / name).write_bytes(b"" if name == "none.jsonl" else b"PAR1 nonsense")
     with pytest.raises(UserError, match=words):
         load_data(str(tmp_path / name))
+
+
+def test_names_of_columns_of_several_lines(tmp_path):
+    """A survey's columns are its questions: `--columns` says them on one line. Nothing of the header becomes a row."""
+    (tmp_path / "survey.csv").write_text('text,"What is it?\n(one word) "\r\n"two\nlines",a\nvé,b\n')
+    book = openpyxl.Workbook()
+    for cells in (["text", "What is it?\n(one word)"], ["two\nlines", "a"], ["vé", "b"]):
+        book.active.append(cells)
+    book.save(tmp_path / "survey.xlsx")
+    name = "What is it? (one word)"
+    for kind in ("csv", "xlsx"):
+        assert rows_of(tmp_path / f"survey.{kind}") == [{"text": "two\nlines", name: "a"}, {"text": "vé", name: "b"}]
+    (tmp_path / "more.csv").write_text('sep=;\n"te\nxt";label\na;b\nc;d;e\n')
+    assert "line 5: 3 cells" in refused(tmp_path / "more.csv")
+
+
+@pytest.mark.parametrize("says", ["A1", "A1:B3", "A1:B900"])
+def test_a_workbook_that_says_a_wrong_size_is_read_whole(says, tmp_path):
+    """Some exporters write `<dimension>` before they know it. `_x000D_` stands for a character that XML cannot hold."""
+    book = openpyxl.Workbook()
+    for cells in (["text", "label"], *([f"row {i}_x000D_", None if i == 1 else "x"] for i in range(1, 6))):
+        book.active.append(cells)
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as changed:
+        for part in whole.namelist():
+            changed.writestr(part, whole.read(part).replace(b'"A1:B6"', f'"{says}"'.encode()))
+    assert rows_of(tmp_path / "a.xlsx") == [
+        {"text": f"row {i}\r", "label": None if i == 1 else "x"} for i in range(1, 6)
+    ]
+
+
+def test_a_type_of_parquet_that_datasets_lacks_is_one_line(tmp_path):
+    table = {"text": ["a"], "m": pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string()))}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: cannot be read: .*map<.* Leave that column out"):
+        load_data(str(tmp_path / "a.parquet"))
+
+
+def test_another_version_does_not_take_what_this_one_has_read(tmp_path):
+    """`datasets` keeps the rows of a file, also from one version of this project to the next."""
+    shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "a.csv").write_text("text\nword\n")
+    command = [sys.executable, "-c", "from shared.data.load import load_data; print(load_data('a.csv')['train'][0])"]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+
+    def read():
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert read() == "{'text': 'word'}\n"
+    code = tmp_path / "shared/data/files.py"
+    code.write_text(code.read_text().replace("name: cell or None for name", "name: cell.upper() for name"))
+    assert read() == "{'text': 'WORD'}\n"
 
 
 def test_saved_rows_may_be_none(tmp_path):
@@ -391,6 +457,23 @@ def test_a_stream_of_the_same_file_has_the_same_documents(tmp_path):
     assert (
         held_out and held_out | set(corpus.texts()) <= {words(i) for i in range(300)} and len(set(corpus.texts())) > 200
     )
+
+
+def test_official_splits_of_a_stream(tmp_path, caplog):
+    """What they repeat of the training rows is said, and what is wrong with them."""
+    import documents
+
+    for name, count in (("train", 80), ("test", 7), ("valid", 3)):
+        rows = [{"text": words(i + 100 * (name == "valid"))} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(lines(rows))
+    run_args = parse(train_script("pretrain_gpt2").ScriptArguments, TRAINING, [f"--dataset={tmp_path}"])[2]
+    corpus = documents.open_stream(run_args, {"validation": None, "test": None}, 42)
+    assert {name: len(texts) for name, texts in corpus.held_out.items()} == {"validation": 3, "test": 7}
+    assert "7 of 7 rows of the official test split are near-duplicates of training rows" in caplog.text
+    assert "validation split" not in caplog.text
+    (tmp_path / "test.jsonl").write_text(lines([{"text": words(1)}, {"text": None}]))
+    with pytest.raises(UserError, match="1 of 2 rows are unusable .*\n.*missing; first test row 2"):
+        documents.open_stream(run_args, {"validation": None, "test": None}, 42)
 
 
 def test_rows_of_questions_and_summaries_are_read_alike(tmp_path):

@@ -84,6 +84,14 @@ def test_a_folder_of_texts_names_the_command_that_reads_it(tmp_path):
         load_data(str(tmp_path / "notes"))
 
 
+def test_a_clone_of_a_data_set_names_the_folder_of_its_files(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train-00000-of-00001.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="one folder below: --dataset .*data$"):
+        load_data(str(tmp_path))
+
+
 def test_a_folder_of_files_by_split(tmp_path):
     for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("dev", 1), ("test", 4)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"}) for i in range(count)))
@@ -152,8 +160,9 @@ def test_data_without_a_train_split_keeps_its_columns(tmp_path):
 
 
 def test_a_split_with_other_columns_says_so(tmp_path, caplog):
+    """A column of the training split is none of the others' where they lack it: it is empty there."""
     (tmp_path / "train.csv").write_text("text,label,note\na,b,c\n")
-    (tmp_path / "test.csv").write_text("text,label\na,b\n")
+    (tmp_path / "test.csv").write_text("id,label,text\n7,b,a\n")
     arguments = SimpleNamespace(
         dataset=str(tmp_path / "train.csv"),
         validation_file=None,
@@ -161,7 +170,8 @@ def test_a_split_with_other_columns_says_so(tmp_path, caplog):
         dataset_config=None,
     )
     splits = load_splits(arguments)
-    assert {name: rows.column_names for name, rows in splits.items()} == dict.fromkeys(
-        ("train", "test"), ["text", "label"]
-    )
-    assert "columns of train alone, not read: note" in caplog.text
+    assert splits["train"].features == splits["test"].features and list(splits) == ["train", "test"]
+    assert list(splits["test"]) == [{"text": "a", "label": "b", "note": None}]
+    assert splits["train"][0]["note"] == "c"
+    assert "columns that test lacks, empty there: note" in caplog.text
+    assert "columns of test alone, not read: id" in caplog.text

@@ -366,6 +366,19 @@ READ = {
         EVERY,
         "<|im_start|>user\n" + ASKED,
     ),
+    "spoken_prompt": (
+        lambda i: {"prompt": f"\n\nHuman: {ASKED.format(i)}\n\nAssistant:", "response": f" {SAID.format(i)}"},
+        EVERY,
+        "<|im_start|>user\n" + ASKED + "<|im_end|>",
+    ),
+    "code_in_a_fence": (
+        lambda i: {
+            "prompt": ASKED.format(i),
+            "completion": f"Two:\n\n\n\n```python\nx = {i}\n\n\ny = 2\n```\n\n\nDone.",
+        },
+        "Two:\n\n```python\nx = {}\n\n\ny = 2\n```\n\nDone.<|im_end|>",
+        ASKED,
+    ),
     "two_results": (
         lambda i: {
             "messages": [

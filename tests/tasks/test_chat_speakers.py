@@ -89,6 +89,16 @@ def test_one_row_a_message_is_grouped_in_the_order_of_the_file(tmp_path, caplog)
     assert "roles: agent as assistant (80), customer as user (40)" in caplog.text
 
 
+def test_columns_are_those_of_the_training_rows(tmp_path):
+    """The files of a folder come in the order of their names: test before train."""
+    rows = [{"prompt": turns[0][1], "completion": turns[1][1]} for turns in talks("user", "bot")]
+    for name, part in (("train", [{"system": "Be kind."} | row for row in rows[:30]]), ("test", rows[30:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    found, report = read(tmp_path)
+    assert report.startswith("read 40 = kept 40")
+    assert [messages[0]["content"] == "Be kind." for messages in found] == [True] * 30 + [False] * 10
+
+
 def test_names_are_given_where_they_do_not_tell(tmp_path):
     path = write(tmp_path / "rows.csv", talks("Berater", "Kundin"), ("Vorgang", "Wer", "Was"))
     columns = ["--columns", "conversation=Vorgang", "speaker=Wer", "text=Was"]

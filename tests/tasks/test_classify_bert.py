@@ -97,6 +97,7 @@ def results_of(run):
     ("row", "options", "found"),
     [
         ({"text": "vÃ©", "label": " b "}, {}, {"text": "vé", "label": "b"}),
+        ({"text": "a", "label": "tÃ­ch cực\u200b"}, {}, {"text": "a", "label": "tích cực"}),
         ({"text": "a", "label": 2}, {}, {"text": "a", "label": "2"}),
         ({"text": "a", "label": "torch/nn/functional"}, {"until": "/"}, {"text": "a", "label": "torch"}),
         ({"text": "a", "label": -1}, {}, {"text": "a", "label": "-1"}),
@@ -129,7 +130,8 @@ def test_each_split_has_its_own_names_for_its_numbers():
 def test_labels_that_differ_in_writing_alone_are_named():
     found = labelled_texts.likely_one(["BILLING", "billing", "Bil-ling", "c", "C++", "c#", "cs/AI", "+", "-"])
     assert "'BILLING' and 'Bil-ling' and 'billing'" in found and "cs/AI" not in found and "'c" not in found
-    assert labelled_texts.likely_one(["a", "b", "1", "-1", "10", "0.5"]) == ""
+    assert labelled_texts.likely_one(["a", "b", "1", "-1", "10", "0.5", "10.5"]) == ""
+    assert "'1' and '1.0'" in labelled_texts.likely_one(["1", "1.0", "2.0"])
 
 
 def test_metrics_have_intervals():

@@ -508,6 +508,18 @@ def splits_of(task: str, flags: list[str]) -> dict:
     return load(script_args, run_args, args.seed)[0] if task == "classify_bert" else load(run_args, args.seed)[0]
 
 
+@pytest.mark.parametrize("task", ["qa_squad", "rag_docs"])
+def test_a_context_that_official_splits_share_is_said_though_their_articles_differ(task, argv, tmp_path, caplog):
+    """Rows shared out at random: the test split has some of each article's contexts, and training rows ask about all of them."""
+    caplog.set_level("INFO", "taskbook")
+    texts = [[" ".join(f"w{t * 997 + c * 91 + i * i}" for i in range(30)) for c in range(10)] for t in range(6)]
+    rows = [{"title": f"t{t}", "context": c, "question": "what?", "answers": c[:9]} for t in range(6) for c in texts[t]]
+    for name, part in (("train", rows), ("test", rows[::5])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    splits_of(task, argv(task, tmp_path / "run", dataset=tmp_path))
+    assert "12 of 12 rows of the official test split are near-duplicates of training rows" in caplog.text
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_own_files_are_the_splits(task, argv, tmp_path, caplog):
     """Three files by flags, and a folder of three; what the test file repeats of the training file is said."""

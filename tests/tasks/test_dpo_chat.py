@@ -132,6 +132,11 @@ def test_whole_numbers_beside_empty_cells_are_whole():
     assert preferences.Reader("rows", row, list(row), [])(empty) == "bad: no rejected reply"
 
 
+def test_empty_lines_in_a_fence_of_code_stay():
+    row = {"prompt": "Go on:", "chosen": "A\n\n\n\nB\n```\nx\n\n\ny\n```", "rejected": "No."}
+    assert preferences.Reader("rows", row, list(row), [])(row)["chosen"] == "A\n\nB\n```\nx\n\n\ny\n```"
+
+
 def test_the_first_indentation_of_code_stays():
     row = {"prompt": "Go on:", "chosen": "    x = 1\n    y = 2\n", "rejected": " No."}
     found = preferences.Reader("rows", row, list(row), [])(row)

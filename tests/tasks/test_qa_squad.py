@@ -501,6 +501,21 @@ def test_no_article_lies_on_two_sides(files, tmp_path):
     assert squad_features.groups(rows) == ["x\ny", "x\ny", "z"]
 
 
+def test_a_split_whose_answers_are_secret_is_not_one_of_questions_without_an_answer(models, tmp_path, caplog):
+    rows = [
+        {"context": (c := " ".join(f"w{i * 97 + j * j}" for j in range(20))), "question": "?", "answers": c[:9]}
+        for i in range(60)
+    ]
+    for name, part in (("train", rows), ("test", [row | {"answers": None} for row in rows[:9]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    run_args = parse(qa_squad.ScriptArguments, TRAINING, flags(models, tmp_path, tmp_path))[2]
+    splits, _ = qa_squad.load_rows(run_args, 42)
+    assert all(answers["text"] for rows in splits.values() for answers in rows["answers"])
+    assert sum(map(len, splits.values())) == 60
+    none = {name: rows.map(lambda row: {"answers": {"text": [], "answer_start": []}}) for name, rows in splits.items()}
+    assert list(squad_features.without_secret(none)) == list(splits)  # questions without an answer, all of them
+
+
 def test_two_articles_are_split_by_context(models, tmp_path):
     (tmp_path / "two.json").write_text(
         json.dumps({"data": [article(i, True) | {"title": i % 2 * "b"} for i in range(40)]})

@@ -140,6 +140,19 @@ def test_columns_are_recognised_or_mapped(row, mapping):
     assert articles.to_pair(row, *places) == {"document": "A long text.", "summaries": ["Short."]}
 
 
+@pytest.mark.parametrize(
+    ("mapping", "said"),
+    [
+        (["document=body", "summary=head.title"], "head.title lies inside the column head"),
+        (["document=body"], "--columns document=body summary=\\.\\.\\."),
+    ],
+)
+def test_a_mapping_that_is_not_enough_is_kept_in_the_hint(mapping, said):
+    row = {"text": "A long text.", "body": "Another.", "head": {"title": "x"}}
+    with pytest.raises(UserError, match=said):
+        articles.find_columns("mine", list(row), mapping, row)
+
+
 def test_several_references_stay_several_and_bad_ones_go():
     row = {"source": ["One.", None, "vÃ©."], "target": ["first", None, " ", "second"]}
     assert articles.to_pair(row, "source", "target") == {"document": "One. vé.", "summaries": ["first", "second"]}
