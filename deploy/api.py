@@ -92,6 +92,9 @@ class Service:
     def load(self) -> None:
         """Loads and warms up every model, opens every index; runs in a thread."""
         self.workers, self.collections = Workers(), open_collections(self.documents)
+        named = list(map(model_id, self.names))
+        if twice := {name for name in named if named.count(name) > 1}:
+            raise UserError(f"two models are named {twice.pop()!r}: name each once, or rename the folder of one.")
         for name in self.names:
             self.engines[model_id(name)] = Engine(name, workers=self.workers, replies=self.limits.running)
         gc.collect()

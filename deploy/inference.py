@@ -180,7 +180,8 @@ class Engine:
         self._needs("feature-extraction", "fill-mask")
         texts = list(map(as_learnt, texts))
         lengths = [len(self._encode(text)) for text in texts]
-        self._fits(max(lengths))
+        for tokens in lengths:
+            self._fits(tokens)
 
         def run(jobs):
             vectors = self.model.embed(list(jobs[0].item), cancelled=all_cancelled(jobs))
@@ -196,6 +197,10 @@ class Engine:
             raise UserError(f"{self.name} is a model for {self.task}, not for {' or '.join(tasks)}.")
 
     def _fits(self, tokens: int, wanted: int = 0) -> None:
+        if not tokens:
+            raise UserError(
+                f"there are no tokens for {self.name}: a text is empty, or the chat template writes nothing of it."
+            )
         if tokens + wanted > self.context:
             more = f" and {wanted:,} more are wanted" if wanted else ""
             raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
