@@ -26,6 +26,7 @@ from shared.inference.positions import check_summary
 from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
+from shared.retrieval.encoder import settings_of
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -176,15 +177,20 @@ class Engine:
         return self.workers.submit(Task(emit, run, (id(self), "classify"), (text, top_k)))
 
     def embed(self, texts: list[str], emit: Callable) -> Job:
-        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read."""
+        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled as
+        sentence-transformers' files say, where there are any."""
         self._needs("feature-extraction", "fill-mask")
         texts = list(map(as_learnt, texts))
         lengths = [len(self._encode(text)) for text in texts]
         for tokens in lengths:
             self._fits(tokens)
+        try:
+            pooling = settings_of(self.model.folder, self.model.config)["pooling"]
+        except UserError as error:  # it names the folder
+            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
 
         def run(jobs):
-            vectors = self.model.embed(list(jobs[0].item), cancelled=all_cancelled(jobs))
+            vectors = self.model.embed(list(jobs[0].item), all_cancelled(jobs), pooling)
             jobs[0].emit({"vectors": vectors, "tokens": sum(lengths)})
 
         return self.workers.submit(Task(emit, run, item=tuple(texts)))

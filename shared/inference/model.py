@@ -323,8 +323,9 @@ class Model:
                 found[i] = sorted(labels, key=lambda each: -each["score"])
         return found
 
-    def embed(self, texts: list[str], cancelled: Callable[[], bool] | None = None) -> np.ndarray:
-        """A vector of length 1 for each text, (texts, width) fp32: the mean of its tokens' last hidden states.
+    def embed(self, texts: list[str], cancelled: Callable[[], bool] | None = None, pooling: str = "mean") -> np.ndarray:
+        """A vector of length 1 for each text, (texts, width) fp32: the mean of its tokens' last hidden states, or (`cls`) that of
+        its first one.
 
         Raises:
             Cancelled: `cancelled`, asked between batches, was true.
@@ -337,8 +338,8 @@ class Model:
         vectors = [None] * len(texts)
         for batch, encoded in self._encoded(texts, cancelled):
             hidden, mask = self._runner.hidden_states(encoded), encoded["attention_mask"][:, :, None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            for i, vector in zip(batch, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True):
+            pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+            for i, vector in zip(batch, pooled / np.linalg.norm(pooled, axis=1, keepdims=True), strict=True):
                 vectors[i] = vector
         return np.stack(vectors).astype(np.float32)
 
