@@ -319,7 +319,7 @@ def create_app(
 
     @post("/v1/embeddings", EmbeddingsBody)
     async def embeddings(request: Request, body: EmbeddingsBody):
-        """A vector of length 1 for each text: the mean of its tokens' last hidden states, or as sentence-transformers' files say."""
+        """A vector of length 1 for each text: the mean of its tokens' last hidden states, or the first one's."""
         model, texts = service.engine(body.model), [body.input] if isinstance(body.input, str) else body.input
         found = await one(request, lambda emit: model.embed(texts, emit))
         vectors = [

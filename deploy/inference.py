@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -217,7 +218,10 @@ class Engine:
             self._fits(len(ids), sampling.max_tokens or 1)
             if max(ids) >= known:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
-
+        own = (
+            getattr(self.model.generation, "stop_strings", None) or ()
+        )  # the model's, which transformers stops at, too
+        sampling = replace(sampling, stop=(*sampling.stop, *((own,) if isinstance(own, str) else own)))
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
         return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))
 

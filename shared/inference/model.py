@@ -22,7 +22,7 @@ from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
-from shared.inference.positions import check_summary, longest_input, mixes_padding
+from shared.inference.positions import check_settings, check_summary, longest_input, mixes_padding
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -131,6 +131,7 @@ class Model:
         self.config, self.generation = self._runner.config, self._runner.generation
         # T5's positions are relative; it was trained on 512 tokens
         self.context = longest_input(self.config, self.tokenizer) or 512
+        self.context -= getattr(self._runner, "virtual", 0)
         self.context = min(self.context, getattr(self._runner, "length", self.context))
         ends = self.generation.eos_token_id if self.generation else None
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -138,6 +139,8 @@ class Model:
         self.stop_ids = tuple(i for i in self.stop_ids if i is not None)
         if not all(isinstance(i, int) for i in self.stop_ids):
             raise UserError(f"{folder}: eos_token_id of its configuration is {list(self.stop_ids)}, expected numbers.")
+        if self.task == "summarization":
+            check_settings(folder, lambda: self.summary_ids(["a"], max_new_tokens=2))
 
     def generate(
         self,
