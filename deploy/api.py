@@ -92,6 +92,9 @@ class Service:
     def load(self) -> None:
         """Loads and warms up every model, opens every index; runs in a thread."""
         self.workers, self.collections = Workers(), open_collections(self.documents)
+        named = list(map(model_id, self.names))
+        if twice := {name for name in named if named.count(name) > 1}:
+            raise UserError(f"two models are named {twice.pop()!r}: name each once, or rename the folder of one.")
         for name in self.names:
             self.engines[model_id(name)] = Engine(name, workers=self.workers, replies=self.limits.running)
         gc.collect()
@@ -316,7 +319,7 @@ def create_app(
 
     @post("/v1/embeddings", EmbeddingsBody)
     async def embeddings(request: Request, body: EmbeddingsBody):
-        """A vector of length 1 for each text: the mean of its tokens' last hidden states."""
+        """A vector of length 1 for each text: the mean of its tokens' last hidden states, or the first one's."""
         model, texts = service.engine(body.model), [body.input] if isinstance(body.input, str) else body.input
         found = await one(request, lambda emit: model.embed(texts, emit))
         vectors = [

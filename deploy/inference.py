@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,6 +27,7 @@ from shared.inference.positions import check_summary
 from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
+from shared.retrieval.encoder import settings_of
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -176,14 +178,20 @@ class Engine:
         return self.workers.submit(Task(emit, run, (id(self), "classify"), (text, top_k)))
 
     def embed(self, texts: list[str], emit: Callable) -> Job:
-        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read."""
+        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled as
+        sentence-transformers' files say, where there are any."""
         self._needs("feature-extraction", "fill-mask")
         texts = list(map(as_learnt, texts))
         lengths = [len(self._encode(text)) for text in texts]
-        self._fits(max(lengths))
+        for tokens in lengths:
+            self._fits(tokens)
+        try:
+            pooling = settings_of(self.model.folder, self.model.config)["pooling"]
+        except UserError as error:  # it names the folder
+            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
 
         def run(jobs):
-            vectors = self.model.embed(list(jobs[0].item), cancelled=all_cancelled(jobs))
+            vectors = self.model.embed(list(jobs[0].item), all_cancelled(jobs), pooling)
             jobs[0].emit({"vectors": vectors, "tokens": sum(lengths)})
 
         return self.workers.submit(Task(emit, run, item=tuple(texts)))
@@ -196,6 +204,10 @@ class Engine:
             raise UserError(f"{self.name} is a model for {self.task}, not for {' or '.join(tasks)}.")
 
     def _fits(self, tokens: int, wanted: int = 0) -> None:
+        if not tokens:
+            raise UserError(
+                f"there are no tokens for {self.name}: a text is empty, or the chat template writes nothing of it."
+            )
         if tokens + wanted > self.context:
             more = f" and {wanted:,} more are wanted" if wanted else ""
             raise TooLong(f"the text has {tokens:,} tokens{more}; {self.name} reads at most {self.context:,} in all.")
@@ -206,7 +218,10 @@ class Engine:
             self._fits(len(ids), sampling.max_tokens or 1)
             if max(ids) >= known:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
-
+        own = (
+            getattr(self.model.generation, "stop_strings", None) or ()
+        )  # the model's, which transformers stops at, too
+        sampling = replace(sampling, stop=(*sampling.stop, *((own,) if isinstance(own, str) else own)))
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
         return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))
 

@@ -149,15 +149,24 @@ class PlainText:
             messages: `role` (written by the caller, not by the user) and `content`.
 
         Raises:
-            UserError: no chat template, or one that refuses these roles or their order.
+            UserError: no chat template, or one that refuses these roles or their order, or leaves a turn out.
             TooLong: as `encode`.
         """
         if not self._original.chat_template:
             raise UserError("this model has no chat template: it continues text, it does not chat.")
         try:
-            rendered = self.render(messages, tools, add_generation_prompt=True)
+            # Replies come back with the thoughts that the model wrote, which its template cuts out by their tokens
+            rendered = self.render(messages, tools, add_generation_prompt=True, thoughts=True)
         except TemplateRefusal as error:
             raise UserError(f"this model's chat template refuses the conversation: {error}") from error
+        for number, message in enumerate(messages):
+            if (
+                message["content"].strip() and number not in rendered.content
+            ):  # Phi 3's first template left out the system
+                raise UserError(
+                    f"this model's chat template does not show turn {number + 1}, of the {message['role']}, and the model would "
+                    "not see it. Leave it out, or say it in the user's words."
+                )
         self._check_length(rendered.text)
         return self.encode_rendered(rendered)[0]
 

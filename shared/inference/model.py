@@ -22,7 +22,7 @@ from shared.inference.batch import Batch, Row
 from shared.inference.golden import GOLDEN
 from shared.inference.litert_runner import LiteRTRunner
 from shared.inference.onnx_runner import OnnxRunner
-from shared.inference.positions import check_summary, longest_input, mixes_padding
+from shared.inference.positions import check_settings, check_summary, longest_input, mixes_padding
 from shared.inference.sampling import check_cancelled
 from shared.inference.torch_runner import TASKS, TorchRunner
 from shared.publish.hub import pull, refuse_unsafe
@@ -131,6 +131,7 @@ class Model:
         self.config, self.generation = self._runner.config, self._runner.generation
         # T5's positions are relative; it was trained on 512 tokens
         self.context = longest_input(self.config, self.tokenizer) or 512
+        self.context -= getattr(self._runner, "virtual", 0)
         self.context = min(self.context, getattr(self._runner, "length", self.context))
         ends = self.generation.eos_token_id if self.generation else None
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -138,6 +139,8 @@ class Model:
         self.stop_ids = tuple(i for i in self.stop_ids if i is not None)
         if not all(isinstance(i, int) for i in self.stop_ids):
             raise UserError(f"{folder}: eos_token_id of its configuration is {list(self.stop_ids)}, expected numbers.")
+        if self.task == "summarization":
+            check_settings(folder, lambda: self.summary_ids(["a"], max_new_tokens=2))
 
     def generate(
         self,
@@ -323,8 +326,9 @@ class Model:
                 found[i] = sorted(labels, key=lambda each: -each["score"])
         return found
 
-    def embed(self, texts: list[str], cancelled: Callable[[], bool] | None = None) -> np.ndarray:
-        """A vector of length 1 for each text, (texts, width) fp32: the mean of its tokens' last hidden states.
+    def embed(self, texts: list[str], cancelled: Callable[[], bool] | None = None, pooling: str = "mean") -> np.ndarray:
+        """A vector of length 1 for each text, (texts, width) fp32: the mean of its tokens' last hidden states, or (`cls`) that of
+        its first one.
 
         Raises:
             Cancelled: `cancelled`, asked between batches, was true.
@@ -337,8 +341,8 @@ class Model:
         vectors = [None] * len(texts)
         for batch, encoded in self._encoded(texts, cancelled):
             hidden, mask = self._runner.hidden_states(encoded), encoded["attention_mask"][:, :, None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            for i, vector in zip(batch, mean / np.linalg.norm(mean, axis=1, keepdims=True), strict=True):
+            pooled = hidden[:, 0] if pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+            for i, vector in zip(batch, pooled / np.linalg.norm(pooled, axis=1, keepdims=True), strict=True):
                 vectors[i] = vector
         return np.stack(vectors).astype(np.float32)
 

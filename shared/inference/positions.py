@@ -1,6 +1,8 @@
 """How many tokens a model reads. Called by tasks that take an encoder, by model.py and the runners."""
 
 import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +22,9 @@ def longest_input(config, tokenizer) -> int | None:
     from transformers import AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    # Of one that sees pictures too (Gemma 3) the part for text has it
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limits = [getattr(config, "max_position_embeddings", positions), tokenizer.model_max_length]
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         with torch.device("meta"):  # shapes only: no memory, no weights
             model = AutoModel.from_config(config, trust_remote_code=False)
@@ -65,6 +69,29 @@ def check_summary(config, tokens: int) -> None:
         raise TooLong(
             f"a summary of up to {tokens:,} tokens is wanted; this model writes at most {most:,}. Ask for fewer."
         )
+
+
+def check_settings(source: Path, write: Callable) -> None:
+    """Tries a model's generation_config.json before anything takes long: there are ways to write that only code of the Hub knows.
+
+    Args:
+        write: has the model write a few tokens by these settings.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that so few tokens are fewer than its min_length
+            write()
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by what the file asks for
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise UserError(
+            f"{source}: what its generation_config.json asks for cannot be done here ({type(error).__name__}: {reason}). Take it "
+            "out of that file."
+        ) from error
 
 
 def check_length(max_length: int, source: Path, tokenizer) -> None:

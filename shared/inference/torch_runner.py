@@ -35,6 +35,8 @@ class TorchRunner:
         self.config = self.model.config
         self.generation = getattr(self.model, "generation_config", None)
         self.padded = task == "text-generation" and takes_padding(self.model)
+        adapter = getattr(self.model, "active_peft_config", None)
+        self.virtual = getattr(adapter, "num_virtual_tokens", 0)  # P-tuning's stand before each prompt
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):

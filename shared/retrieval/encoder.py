@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -87,23 +88,42 @@ def tokenize(tokenizer, texts: Sequence[str], prompt: str, max_length: int) -> l
 
 
 def settings_of(folder: Path, config) -> dict:
-    """SETTINGS of an encoder: from its config.json, else from sentence-transformers' files, else by default."""
+    """SETTINGS of an encoder: from its config.json, else from sentence-transformers' files, else by default.
+
+    Raises:
+        UserError: sentence-transformers would make another vector: neither the mean nor the first token, or a layer more.
+    """
     found = dict(SETTINGS)
     if (given := _read(folder / "sentence_bert_config.json").get("max_seq_length")) and int(given) > 1:
         found["max_length"] = int(given)
-    if _read(folder / "1_Pooling" / "config.json").get("pooling_mode_cls_token"):
-        found["pooling"] = "cls"
+    pooling, parts = _read(folder / "1_Pooling" / "config.json"), _read(folder / "modules.json", list)
+    modes = pooling.get("pooling_mode") or [
+        re.sub("pooling_mode_|_tokens?$", "", name)
+        for name, on in pooling.items()  # before its version 6
+        if name.startswith("pooling_mode_") and on
+    ]
+    modes = [modes] if isinstance(modes, str) else modes or ["mean"]
+    others = {str(part.get("type")).rpartition(".")[2] for part in parts} - {"Transformer", "Pooling", "Normalize"}
+    if others or modes not in (["mean"], ["cls"]):
+        raise UserError(
+            f"{folder}: sentence-transformers makes its vectors with {', '.join([*modes, *sorted(others)])}; here they are the "
+            "mean of a text's tokens (mean) or its first one (cls). Take another encoder."
+        )
+    found["pooling"] = modes[0]
+    prompts = _read(folder / "config_sentence_transformers.json").get("prompts") or {}
+    found["question_prompt"] = prompts.get("query") or ""
+    found["passage_prompt"] = prompts.get("document") or prompts.get("passage") or ""
     found |= getattr(config, "retrieval", None) or {}
     longest = getattr(config, "max_position_embeddings", None)
     return found | ({"max_length": min(found["max_length"], longest)} if longest else {})
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, kind: type = dict) -> dict | list:
     try:
         found = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def save_settings(folder: Path, settings: dict, width: int) -> None:

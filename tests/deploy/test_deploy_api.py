@@ -26,7 +26,7 @@ from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deploy import inference
 from deploy.admission import AdmissionMiddleware, Limits
@@ -531,6 +531,42 @@ def test_embeddings_labels_and_one_model(server, tiny_bert):
     assert [each["score"] for each in found] == pytest.approx([each["score"] for each in expected], abs=1e-4)
     assert server.client.models.retrieve("labels").id == "labels"
     assert server.http.get("/v1/models/nowhere").status_code == 404
+
+
+def test_embeddings_are_those_of_sentence_transformers_or_refused(tiny_bert, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from shared.retrieval.encoder import SETTINGS, save_settings
+
+    folder = shutil.copytree(tiny_bert, tmp_path / "secret" / "encoder")
+    save_settings(folder, SETTINGS | {"pooling": "cls"}, 32)
+    engine, texts = inference.Engine(str(folder)), ["A short text.", "Another, which is a little longer."]
+    (found,) = inference.stream(lambda emit: engine.embed(texts, emit))
+    expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert abs(found["vectors"] - expected).max() < 1e-5
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with pytest.raises(UserError, match="^encoder: .* vectors with lasttoken"):
+        next(inference.stream(lambda emit: engine.embed(texts, emit)))
+
+
+def test_what_holds_no_token_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "llama", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    engine = inference.Engine(str(folder))
+    with pytest.raises(UserError, match="there are no tokens for model"):
+        engine.chat([{"role": "user", "content": ""}], Sampling(), print)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2)
+    GPT2Model(config).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(tiny / "gpt2").save_pretrained(tmp_path / "encoder")
+    engine = inference.Engine(str(tmp_path / "encoder"))
+    with pytest.raises(UserError, match="there are no tokens for encoder"):
+        engine.embed(["A text.", ""], print)
+
+
+def test_two_models_of_one_name_are_refused(tiny):
+    service = Service([str(tiny / "llama"), f"{tiny}/../{tiny.name}/llama"], Limits())
+    with pytest.raises(UserError, match="two models are named 'llama'"):
+        service.load()
 
 
 def test_deadlines(tiny):

@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from deploy.admission import Limits
 from deploy.deadline import Deadline
-from deploy.inference import Engine
+from deploy.generation import Chunk, Sampling
+from deploy.inference import Engine, stream
 from deploy.schemas import ChatBody, CompletionBody, NotJSON, parse
 from shared import UserError
 from shared.data.encoding import PlainText, TooLong
 from shared.inference.model import load
+from shared.inference.positions import longest_input
 from shared.publish.hub import pull
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -242,3 +244,64 @@ def test_code_of_a_tokenizer_is_never_asked_for(tiny, tmp_path, file, monkeypatc
     with contextlib.suppress(UserError):
         load(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def with_settings(source, folder, **settings):
+    """A copy of a model whose generation_config.json says more."""
+    shutil.copytree(source, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stop_strings": ["a"]},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"is_assistant": True},
+        {"num_beams": 0},
+    ],
+)
+def test_ways_to_write_that_are_not_here_are_one_line(tiny_served, tmp_path, settings):
+    folder = with_settings(tiny_served["summarization"], tmp_path / "model", **settings)
+    with pytest.raises(UserError, match="what its generation_config.json asks for cannot be done here") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_stop_texts_of_a_model_end_its_replies(tiny, tmp_path):
+    def greedy(folder):
+        sampling = Sampling(max_tokens=12, temperature=0, repetition_penalty=1.3)
+        engine = Engine(str(folder))
+        chunks = [each for each in stream(lambda emit: engine.chat(CHAT, sampling, emit)) if isinstance(each, Chunk)]
+        return "".join(chunk.text for chunk in chunks), chunks[-1].reason
+
+    whole, reason = greedy(tiny / "llama")
+    assert reason == "length"
+    stop = whole[8:12]
+    folder = with_settings(tiny / "llama", tmp_path / "model", stop_strings=[stop])
+    assert greedy(folder) == (whole[: whole.find(stop)], "stop")
+
+
+def test_virtual_tokens_take_room(tiny, tmp_path):
+    from peft import PromptEncoderConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=8)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny / "gpt2"), config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny / "gpt2").save_pretrained(tmp_path)
+    engine = Engine(str(tmp_path))
+    assert engine.context == 1024 - 5
+    written = list(stream(lambda emit: engine.complete([[1] * 1017], Sampling(max_tokens=2, temperature=0), emit)))
+    assert written[-1].completion_tokens == 2
+    with pytest.raises(TooLong, match="at most 1,019"):
+        engine.complete([[1] * 1017], Sampling(max_tokens=3), print)
+
+
+def test_a_model_that_sees_pictures_reads_as_much_as_its_text_part(tiny):
+    from transformers import AutoTokenizer, Gemma3Config
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "gpt2", model_max_length=int(1e30))
+    assert longest_input(Gemma3Config(text_config={"max_position_embeddings": 4096}), tokenizer) == 4096

@@ -227,6 +227,16 @@ def test_evaluation_does_not_change_how_four_bits_train(tiny, tmp_path, monkeypa
     assert before and all(torch.equal(after[name], gradient) for name, gradient in before.items())
 
 
+def test_replies_of_the_untrained_model_follow_the_settings_of_the_run(tiny):
+    """And not its own: `--method full` loads it anew, with all that its generation_config.json asks for."""
+    chat = methods.load_chat(tiny / "llama")
+    trained, base = (AutoModelForCausalLM.from_pretrained(tiny / "llama") for _ in range(2))
+    base.generation_config.update(stop_strings=["END"], no_repeat_ngram_size=1)
+    served = methods.serve_as(trained, chat.tokenizer, chat.stop)
+    talks = [{"messages": [{"role": "user", "content": "What colour has it?"}]}]
+    assert replies.reply(base, chat, talks, served, 12) == replies.reply(trained, chat, talks, served, 12)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_virtual_tokens_reply_as_without_cache_and_padding(tiny, name):
     chat = methods.load_chat(tiny / name)

@@ -567,11 +567,14 @@ def test_stream_and_memory_train_the_same_weights(corpus, tmp_path):
 
 
 def test_it_continues_from_a_model(corpus, tiny, tmp_path):
+    source = shutil.copytree(tiny / "gpt2", tmp_path / "gpt2")
+    settings = json.loads((source / "generation_config.json").read_text()) | {"stop_strings": ["END"]}
+    (source / "generation_config.json").write_text(json.dumps(settings))
     run_main(
         flags(
             corpus,
             tmp_path / "run",
-            model_name_or_path=tiny / "gpt2",
+            model_name_or_path=source,
             max_steps=8,
             lr_scheduler_type="constant",  # for so few steps
             max_test_rows=5,
@@ -581,6 +584,7 @@ def test_it_continues_from_a_model(corpus, tiny, tmp_path):
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["test_loss"] < results["base_loss"] - 0.5
     assert "fine-tuned from `gpt2`" in (tmp_path / "run" / "README.md").read_text()
+    assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["stop_strings"] == ["END"]
     with pytest.raises(UserError, match="--block_length 4096"):
         run_main(flags(corpus, tmp_path / "other", model_name_or_path=tiny / "gpt2", block_length=4096))
 

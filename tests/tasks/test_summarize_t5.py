@@ -603,10 +603,13 @@ def test_dry_run_plans_and_writes_nothing(pairs, tmp_path, capsys):
         ),
         ({"model_name_or_path": "llama"}, "is a llama model; expected an encoder-decoder (T5, BART)"),
         ({"columns": "document=nothing"}, "no column nothing"),
+        ({"model_name_or_path": "stops"}, "what its generation_config.json asks for cannot be done here"),
     ],
 )
 def test_foreseeable_errors_are_one_line(options, words, tmp_path, small, tiny, pairs):
-    folders = {"bart": small / "bart", "llama": tiny / "llama"}
+    folders = {"bart": small / "bart", "llama": tiny / "llama", "stops": tmp_path / "stops"}
+    settings = json.loads((shutil.copytree(small / "bart", folders["stops"]) / "generation_config.json").read_text())
+    (folders["stops"] / "generation_config.json").write_text(json.dumps(settings | {"stop_strings": ["END"]}))
     options = {key: folders.get(value, value) for key, value in options.items()}
     with pytest.raises(UserError) as stopped:
         run_main(flags(pairs, tmp_path / "run", **options))
