@@ -393,9 +393,9 @@ def create_app(
         """For Prometheus."""
         return PlainTextResponse(generate_latest(service.registry), media_type="text/plain; version=0.0.4")
 
-    if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_middleware(AdmissionMiddleware, service=service, key=key)
+    if origins:  # outermost: or a browser would not let a page read why it was refused
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
 
 

@@ -135,8 +135,8 @@ class Model:
         self.context = min(self.context, getattr(self._runner, "length", self.context))
         ends = self.generation.eos_token_id if self.generation else None
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.stop_ids = tuple(dict.fromkeys([*ends, *([self.tokenizer.eos_token_id] if not ends else [])]))
-        self.stop_ids = tuple(i for i in self.stop_ids if i is not None)
+        # A fine-tuned model's turns often end at the tokenizer's, while the settings of its base still stand beside it
+        self.stop_ids = tuple(i for i in dict.fromkeys([*ends, self.tokenizer.eos_token_id]) if i is not None)
         if not all(isinstance(i, int) for i in self.stop_ids):
             raise UserError(f"{folder}: eos_token_id of its configuration is {list(self.stop_ids)}, expected numbers.")
         if self.task == "summarization":

@@ -629,6 +629,8 @@ def test_key_and_origins(tiny):
             for origin in ("https://page.example", "https://evil.example")
         ]
         assert allowed == ["https://page.example", None]
+        refused = server.http.get("/v1/models", headers={"Origin": "https://page.example"})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def test_without_a_key_only_this_machine_is_answered(server):

@@ -12,7 +12,7 @@ import replies
 import torch
 from chat_families import FAMILIES, build
 from checkout import ROOT, train_script
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import SFTConfig
 
 from shared import UserError
@@ -232,13 +232,21 @@ def test_a_generation_configuration_that_cannot_be_saved_is_mended(rows, tmp_pat
 
 def test_an_adapter_keeps_where_its_replies_end(rows, tmp_path):
     """The base knows <|endoftext|> only; who loads the adapter, as deploy does, must stop at <|im_end|>."""
-    from shared.inference.model import load
-
     source = build("Qwen 2 base", tmp_path / "model")
     run(source, rows, tmp_path / "run", method="lora")
     model = load(tmp_path / "run")
     ends = [model.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
     assert sorted(model.stop_ids) == sorted(ends)
+
+
+def test_a_reply_also_ends_at_the_end_token_of_the_tokenizer(tmp_path):
+    """A model that was fine-tuned elsewhere: <|im_end|> is its tokenizer's, the settings are still its base's."""
+    source = build("Qwen 2 base", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(source)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert sorted(load(source).stop_ids) == sorted(ends)
 
 
 def test_loops_and_ends_are_counted():
