@@ -11,7 +11,7 @@ file. What else keeps a resume from being exact, and where it is cured (transfor
 - a collator that draws random numbers: batches are fetched one ahead, before the random state is restored (that of
   tasks/mlm_bert seeds each row);
 - the logged loss: its running sum is not in the checkpoint (`CompleteCheckpoints` logs at every save);
-- a checkpoint of the last step: Trainer takes one step more when `max_steps` ends inside an epoch (`train`);
+- a checkpoint of the last step, after which Trainer takes one more inside an epoch, and early stopping's count (`train`);
 - `train_loss` covers this session's steps only (`mean_train_loss`).
 
 Not exact: `eval_strategy: epoch` with `save_strategy: steps` (the evaluation after the save draws random numbers),
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from accelerate import PartialState
@@ -287,11 +287,11 @@ def train(trainer, checkpoint: Path | None):
         UserError: a checkpoint could not be written. The half-written one is removed, the older ones are intact. Out of memory
             where smaller micro-batches do not help, see `shared.training.out_of_memory`.
     """
-    finished = checkpoint is not None and 0 < trainer.args.max_steps <= _trainer_state(checkpoint)["global_step"]
-    if finished:
-        trainer.get_batch_samples = lambda *args: ([], None)
+    if finished := checkpoint is not None and _is_finished(trainer, _trainer_state(checkpoint)):
+        trainer.get_batch_samples = lambda *args: ([], setattr(trainer.control, "should_training_stop", True))
     # The curve of a loss begins where training does
-    trainer.args.eval_on_start = checkpoint is None and trainer.args.eval_strategy != "no"
+    asked = trainer.args.eval_on_start or trainer.args.eval_strategy != "no"
+    trainer.args.eval_on_start = checkpoint is None and asked
     if trainer.is_fsdp_enabled:
         shard(trainer, trainer.model)
     try:
@@ -318,6 +318,15 @@ def train(trainer, checkpoint: Path | None):
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, StopOnSignal):
                 callback.restore()
+
+
+def _is_finished(trainer, state: dict) -> bool:
+    """Whether a checkpoint's run takes no further step; early stopping (which upstream restores with all else) counts on."""
+    done, callbacks = 0 < trainer.args.max_steps <= state["global_step"], trainer.callback_handler.callbacks
+    for callback in (each for each in callbacks if isinstance(each, EarlyStoppingCallback)):
+        vars(callback).update(state["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {}))
+        done |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    return done
 
 
 # torch.save does not say why: these are its words for a write that failed, in practice a full disk.

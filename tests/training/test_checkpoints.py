@@ -448,7 +448,9 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     def fail(resume_from_checkpoint):
         raise error
 
-    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False, eval_strategy="no")
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False, eval_strategy="no", eval_on_start=False
+    )
     state = SimpleNamespace(global_step=6)
     write_checkpoint(tmp_path, 3)
     (tmp_path / "checkpoint-6").mkdir()
