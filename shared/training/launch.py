@@ -4,6 +4,7 @@ Torch is not imported here before the configuration has been checked.
 """
 
 import errno
+import inspect
 import json
 import logging
 import math
@@ -115,16 +116,47 @@ def check_schedule(training_args) -> None:
         )
 
 
+def check_optimizer(training_args) -> None:
+    """Looks the optimizer up, which Trainer does when all data are read.
+
+    Raises:
+        UserError: its package is not installed; options that it does not read, which upstream would pass over.
+    """
+    from transformers import Trainer
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+
+    name, given = training_args.optim.value, training_args.optim_args or ""
+    pairs = [each.strip().split("=") for each in given.split(",") if each.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"--optim_args {given}: write name=value, several with commas between them.")
+    kind = None
+    try:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        if "You need to pass a" not in str(error):  # a model: GaLore and the like look for their layers in it, later
+            raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from error
+    source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
+    if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
+        raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
+    if training_args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
+        raise UserError(f"--optim_target_modules: --optim {name} does not read it. Leave it out.")
+    if hasattr(kind, "train"):  # schedule-free ones
+        raise UserError(
+            f"--optim {name}: it evaluates other weights than it trains, which is not done here. Take another."
+        )
+
+
 def setup(training_args, run_args) -> None:
     """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
 
     Raises:
-        UserError: a precision that this hardware does not have, a schedule that cannot be built.
+        UserError: a precision that this hardware does not have, a schedule or an optimizer that cannot be built.
     """
     import datasets
     import torch
     import transformers
     from accelerate.state import DistributedType, PartialState
+    from transformers.utils import is_liger_kernel_available
 
     from shared.training.sharding import is_sharded
 
@@ -138,11 +170,12 @@ def setup(training_args, run_args) -> None:
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
     check_schedule(training_args)
+    check_optimizer(training_args)
     if not run_args.dry_run:  # a plan may be for another machine
         check_precision(training_args.fp16, training_args.bf16, gpus())
     # It plans each shape that it has not seen, for half a second and more (H200), and batches of texts have many
     torch.backends.cuda.enable_cudnn_sdp(False)
-    training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
+    training_args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns about it without a GPU
     transformers.set_seed(training_args.seed)
     processes = training_args.world_size
     if processes != int(os.environ.get("WORLD_SIZE", processes)):
@@ -178,6 +211,12 @@ def setup(training_args, run_args) -> None:
         chunked_logprob._TRITON_AVAILABLE = False  # as where trl finds none: PyTorch computes the same, more slowly
         log.info(
             "Triton needs gcc and Python.h (apt-get install gcc python3-dev): losses are computed without, more slowly"
+        )
+    if training_args.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel: it is not installed: pip install liger-kernel, or leave it out.")
+    if getattr(training_args, "activation_offloading", False) and not torch.cuda.is_available():
+        raise UserError(
+            "--activation_offloading moves activations from a GPU to the CPU, and there is none. Leave it out."
         )
     _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
