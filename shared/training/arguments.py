@@ -429,6 +429,8 @@ def _as_flags(key: str, value) -> list[str]:
 
 
 def _plain(value):
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     if isinstance(value, (str, int, float, bool, list, dict, type(None))):
         return getattr(value, "value", value)
     return str(getattr(value, "value", value))

@@ -40,7 +40,7 @@ from shared.publish.results import file_digest
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.out_of_memory import train_within_memory
-from shared.training.processes import on_main_process
+from shared.training.processes import on_main_process, without_repeats
 from shared.training.sharding import shard
 from shared.training.signals import StopOnSignal
 
@@ -289,9 +289,9 @@ def train(trainer, checkpoint: Path | None):
     """
     if finished := checkpoint is not None and _is_finished(trainer, _trainer_state(checkpoint)):
         trainer.get_batch_samples = lambda *args: ([], setattr(trainer.control, "should_training_stop", True))
-    # The curve of a loss begins where training does
+    without_repeats(trainer)
     asked = trainer.args.eval_on_start or trainer.args.eval_strategy != "no"
-    trainer.args.eval_on_start = checkpoint is None and asked
+    trainer.args.eval_on_start = checkpoint is None and asked  # the curve of a loss begins where training does
     if trainer.is_fsdp_enabled:
         shard(trainer, trainer.model)
     try:

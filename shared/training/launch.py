@@ -218,6 +218,7 @@ def setup(training_args, run_args) -> None:
         raise UserError(
             "--activation_offloading moves activations from a GPU to the CPU, and there is none. Leave it out."
         )
+    _check_loaders(training_args.accelerator_config)
     _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
@@ -237,6 +238,18 @@ def _triton_compiles() -> bool:
     """Whether Triton can build here what starts its kernels, a module of Python in C; else it ends a run at its first loss."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def _check_loaders(config) -> None:
+    """Raises UserError for options of accelerate's data loaders with which steps would have other rows, or processes wait."""
+    usual, names = type(config)(), ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+    changed = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    changed += ["gradient_accumulation_kwargs"] if "num_steps" in (config.gradient_accumulation_kwargs or {}) else []
+    if changed:
+        raise UserError(
+            f"--accelerator_config {', '.join(changed)}: here each process fetches its own rows of a step, in an order that a "
+            "resume repeats. Leave it out."
+        )
 
 
 def _check_trackers(names: list[str]) -> None:

@@ -197,6 +197,21 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path, mon
             )
 
 
+@pytest.mark.parametrize("task", ["classify_bert", "summarize_t5"])
+def test_the_last_step_of_an_epoch_has_the_same_rows_in_two_processes(task, argv, tmp_path):
+    """43 rows, 10 a step: three are left for the fifth step, and none is trained twice."""
+    whole = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "max_train_rows": 43}
+    one = task_runs.command(
+        ROOT / "tasks" / task / "train.py", *argv(task, tmp_path / "one", per_device_train_batch_size=10, **whole)
+    )
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = task_runs.in_two_processes(task, argv(task, tmp_path / "two", per_device_train_batch_size=5, **whole))
+    assert two.returncode == 0, two.stderr[-3000:]
+    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    first, second = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert len(first) == 10 and second == pytest.approx(first, rel=1e-3)
+
+
 @pytest.mark.parametrize(("task", "count"), [("qa_squad", "windows"), ("rag_docs", "groups")])
 def test_rows_of_a_small_last_micro_batch_count_like_the_others(task, count, argv, tmp_path):
     """The last step of an epoch, whose rows do not fill its micro-batches: its loss and gradient are those of one batch."""

@@ -1,5 +1,6 @@
 """What a configuration says of its own data set does not hold for another; every configuration of every task."""
 
+import json
 import shlex
 from dataclasses import fields
 
@@ -185,6 +186,25 @@ def test_what_is_not_there_is_one_line(tmp_path):
         _, args, run_args = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], [laptop, f"--{option}"])
         with pytest.raises(UserError, match=f"--{option}.* leave it out|--{option}.* Leave it out"):
             setup(args, run_args)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_batches": True},
+        {"dispatch_batches": True},
+        {"even_batches": False},
+        {"use_seedable_sampler": False},
+        {"gradient_accumulation_kwargs": {"num_steps": 4}},
+    ],
+)
+def test_loaders_that_would_change_a_step_are_refused(options):
+    """Two processes: half of the rows a step, a traceback, both waiting for each other for half an hour."""
+    laptop = f"--config={ROOT / 'tasks/classify_bert/configs/laptop.yaml'}"
+    argv = [laptop, f"--accelerator_config={json.dumps(options)}"]
+    _, args, run_args = parse(train_script("classify_bert").ScriptArguments, TRAINING, argv)
+    with pytest.raises(UserError, match=f"--accelerator_config {next(iter(options))}: .* Leave it out"):
+        setup(args, run_args)
 
 
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
