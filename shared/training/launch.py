@@ -284,6 +284,9 @@ def _check_hub_strategy(training_args, run_args) -> None:
     training_args.hub_strategy = strategy
 
 
+BEGUN = "# Begun last in this folder: "
+
+
 def begin(args, run_args, preflight: dict, identity: dict):
     """The checkpoint to go on from; writes run.yaml and preflight.json once it is sure that the run is not refused.
 
@@ -301,6 +304,7 @@ def begin(args, run_args, preflight: dict, identity: dict):
     from shared.publish import results
     from shared.training.checkpoints import find_checkpoint
     from shared.training.hub_checkpoints import fetch
+    from shared.training.identity import fingerprint
     from shared.training.processes import on_main_process
 
     output, fetched = Path(args.output_dir), None
@@ -317,7 +321,7 @@ def begin(args, run_args, preflight: dict, identity: dict):
     checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
     if args.should_save:
         again = shlex.join([*shlex.split(run_args.command)[:3], "--config", f"{output}/run.yaml"])
-        header = f"# Repeat this run: {again}\n"
+        header = f"# Repeat this run: {again}\n{BEGUN}{fingerprint(run_args)}\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
         (output / "run.yaml").write_text(header + resolved, encoding="utf8")
         results.write_json(output / "preflight.json", preflight)
@@ -330,8 +334,10 @@ def _finished(output: Path, args, run_args) -> bool:
     from shared.training.identity import fingerprint
 
     try:
-        results = json.loads((output / "all_results.json").read_text("utf8"))
-        same = results["run"]["fingerprint"] == fingerprint(run_args)
+        results, mine = json.loads((output / "all_results.json").read_text("utf8")), fingerprint(run_args)
+        # Another run may have begun since, and have written some of its own files
+        _, other, begun = (output / "run.yaml").read_text("utf8").partition(BEGUN)
+        same = results["run"]["fingerprint"] == mine and (not other or begun.startswith(mine))
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if not same or not any(output.glob("*.safetensors")):

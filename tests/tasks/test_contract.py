@@ -283,6 +283,30 @@ class Begun(Exception):
     """Raised where training would begin."""
 
 
+def test_a_run_is_finished_with_its_card_and_until_another_one_begins_in_its_folder(argv, tmp_path, monkeypatch):
+    def run(**options):
+        module = train_script("classify_bert")
+        flags = argv("classify_bert", tmp_path / "run", **options)
+        module.main(*parse(module.ScriptArguments, PLAIN, flags))
+
+    def stop(*args, **kwargs):
+        raise Begun
+
+    with monkeypatch.context() as killed, pytest.raises(Begun):
+        killed.setattr("shared.publish.card.write_card", stop)
+        run()
+    assert not (tmp_path / "run" / "all_results.json").exists()
+    run()
+    assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "all_results.json").exists()
+    monkeypatch.setattr("shared.training.checkpoints.train", stop)
+    with pytest.raises(SystemExit):
+        run()
+    with pytest.raises(Begun):
+        run(learning_rate=0.5, resume="never")
+    with pytest.raises(Begun):  # what lies there may be the other one's
+        run()
+
+
 @pytest.fixture
 def identity_of(argv, tmp_path, monkeypatch):
     """The identity that a run would have, without training."""
