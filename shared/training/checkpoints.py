@@ -18,7 +18,6 @@ Not exact: `eval_strategy: epoch` with `save_strategy: steps` (the evaluation af
 another number of processes, `ignore_data_skip`, CUDA kernels that are not deterministic (`full_determinism`).
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -39,6 +38,7 @@ from shared import UserError
 from shared.publish.results import file_digest
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
+from shared.training.launch import write_failed
 from shared.training.out_of_memory import train_within_memory
 from shared.training.processes import on_main_process, without_repeats
 from shared.training.sharding import shard
@@ -300,7 +300,7 @@ def train(trainer, checkpoint: Path | None):
         trainer.model.zero_grad()
         return output
     except Exception as error:
-        if not _write_failed(error):
+        if not write_failed(error):
             raise
         output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
         unfinished, free = output_dir / f"checkpoint-{step}", _free(output_dir)
@@ -327,21 +327,6 @@ def _is_finished(trainer, state: dict) -> bool:
         vars(callback).update(state["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {}))
         done |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
     return done
-
-
-# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
-_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
-
-
-def _write_failed(error: BaseException | None) -> bool:
-    """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _WRITE_FAILED):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def check_disk(output_dir: str | Path, bytes_needed: int) -> None:

@@ -41,22 +41,36 @@ def run(main, script_class: type, training: str) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC or _traceback_asked(sys.argv[1:]):
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and _connection_lost(error)
+        if _traceback_asked(sys.argv[1:]) or not (lost or write_failed(error)):
             raise
+        if lost:
+            print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
+            os._exit(2)  # an ordinary exit would wait for the others once more
         print(
             "error: the disk is full. Checkpoints written before are intact; free space, then repeat the command.",
             file=sys.stderr,
         )
         sys.exit(2)
-    except RuntimeError as error:
-        if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):
-            raise
-        print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
-        os._exit(2)  # an ordinary exit would wait for the others once more
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+
+
+# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
+_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+
+
+def write_failed(error: BaseException | None) -> bool:
+    """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _WRITE_FAILED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _traceback_asked(argv: list[str]) -> bool:

@@ -19,6 +19,7 @@ import transformers
 from checkout import ROOT, train_script
 from datasets import Dataset, DatasetDict
 from products import Products
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from streamlit.testing.v1 import AppTest
 
@@ -418,6 +419,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
         launch._claim(tmp_path / "file" / "run")
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(monkeypatch, capsys):
+    """What writes weights raises no OSError."""
+
+    def write():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(launch, "parse", lambda *given: ())
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        launch.run(write, None, "")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: the disk is full.")
 
 
 @pytest.mark.parametrize(
