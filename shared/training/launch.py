@@ -76,7 +76,7 @@ def write_failed(error: BaseException | None) -> bool:
 def _traceback_asked(argv: list[str]) -> bool:
     """`--traceback`, `--traceback true`, `--traceback=true`: the last one counts. An error may come before parsing."""
     asked = False
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):  # of none there is none
         name, _, value = flag.partition("=")
         if name == "--traceback":
             asked = (value or following).lower() not in ("false", "0", "no", "n", "f")
