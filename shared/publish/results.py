@@ -24,11 +24,6 @@ def write_json(path: str | Path, content) -> None:
     replace_file(path, text.encode("utf8", "backslashreplace"))
 
 
-def write_results(folder: str | Path, metrics: dict) -> None:
-    """all_results.json of a run: see `write_json`."""
-    write_json(Path(folder) / "all_results.json", metrics)
-
-
 def write_samples(path: str | Path, samples: list[dict]) -> None:
     """samples.jsonl: one object a line with `prompt` (a string or a list of messages), `base`, `trained`, `reference`.
 

@@ -45,6 +45,10 @@ class RunArguments:
     ) | {
         "resume_from_checkpoint": "--resume names the checkpoint to go on from",
         **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "evaluations compute in the precision of the run"),
+        **dict.fromkeys(("include_for_metrics", "label_names"), "each task knows what it evaluates"),
+        **dict.fromkeys(("hub_revision", "hub_always_push"), "the finished model is pushed once, to the main branch"),
+        "enable_jit_checkpoint": "a SIGTERM leaves a checkpoint anyway, at the end of the step",
+        "save_on_each_node": "the first machine writes, to a folder that all of them see",
     }
 
     model_name_or_path: str = field(
@@ -153,6 +157,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     for name in typed:
         if name.removeprefix("no_") not in known | {"help"}:
             raise UserError(f"Unknown flag --{name}.{_nearest(name, known)} `--help` lists them all.")
+    if "deepspeed" in {*entries, *typed}:  # upstream imports it before anything can be asked
+        raise UserError("--deepspeed is not supported. A model that is too large for one GPU: accelerate/fsdp.yaml.")
     set_aside = _set_aside(entries, dict(_typed_pairs(argv)), (script_class, RunArguments))
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
@@ -183,13 +189,21 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     holders = {f.name: args for args in (script_args, training_args, run_args) for f in fields(args)}
     _check_numbers(script_args, training_args, run_args)
     for name, reason in (RunArguments.REFUSED | getattr(script_class, "REFUSED", {})).items():
-        if (value := getattr(training_args, name)) != type(training_args).__dataclass_fields__[name].default:
+        default = type(training_args).__dataclass_fields__[name].default
+        if (value := getattr(training_args, name)) != ([] if default is MISSING else default):
             shown = str(value).lower() if isinstance(value, bool) else value
             raise UserError(f"--{name} {shown}: {reason}. Leave it out.")
+    if {"do_train", "do_eval", "do_predict"} & {*entries, *typed} and not training_args.do_train:
+        raise UserError(
+            "--do_eval or --do_predict without --do_train: a run always trains, and evaluates at its end. Leave them out."
+        )
     if "greater_is_better" not in {*entries, *typed} and (training_args.metric_for_best_model or "").endswith(
         "perplexity"
     ):
         training_args.greater_is_better = False  # upstream knows this of losses alone, and would keep the worst model
+    if training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and training_args.greater_is_better:
+        # Upstream takes every metric for a loss, and would lower the rate while accuracy rises
+        training_args.lr_scheduler_kwargs = {"mode": "max"} | (training_args.lr_scheduler_kwargs or {})
     explicit = {*entries, *(name if name in known else name.removeprefix("no_") for name in typed), "output_dir"}
     explicit -= {"config", "dry_run", "show_data", "hardware", "traceback", "resume", "help", "hub_token"}
     run_args.resolved = {name: _plain(getattr(holders[name], name)) for name in sorted(explicit)}
@@ -415,6 +429,8 @@ def _as_flags(key: str, value) -> list[str]:
 
 
 def _plain(value):
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
     if isinstance(value, (str, int, float, bool, list, dict, type(None))):
         return getattr(value, "value", value)
     return str(getattr(value, "value", value))

@@ -11,14 +11,13 @@ file. What else keeps a resume from being exact, and where it is cured (transfor
 - a collator that draws random numbers: batches are fetched one ahead, before the random state is restored (that of
   tasks/mlm_bert seeds each row);
 - the logged loss: its running sum is not in the checkpoint (`CompleteCheckpoints` logs at every save);
-- a checkpoint of the last step: Trainer takes one step more when `max_steps` ends inside an epoch (`train`);
+- a checkpoint of the last step, after which Trainer takes one more inside an epoch, and early stopping's count (`train`);
 - `train_loss` covers this session's steps only (`mean_train_loss`).
 
 Not exact: `eval_strategy: epoch` with `save_strategy: steps` (the evaluation after the save draws random numbers),
 another number of processes, `ignore_data_skip`, CUDA kernels that are not deterministic (`full_determinism`).
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from accelerate import PartialState
@@ -39,8 +38,9 @@ from shared import UserError
 from shared.publish.results import file_digest
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
+from shared.training.launch import write_failed
 from shared.training.out_of_memory import train_within_memory
-from shared.training.processes import on_main_process
+from shared.training.processes import on_main_process, without_repeats
 from shared.training.sharding import shard
 from shared.training.signals import StopOnSignal
 
@@ -287,11 +287,11 @@ def train(trainer, checkpoint: Path | None):
         UserError: a checkpoint could not be written. The half-written one is removed, the older ones are intact. Out of memory
             where smaller micro-batches do not help, see `shared.training.out_of_memory`.
     """
-    finished = checkpoint is not None and 0 < trainer.args.max_steps <= _trainer_state(checkpoint)["global_step"]
-    if finished:
-        trainer.get_batch_samples = lambda *args: ([], None)
-    # The curve of a loss begins where training does
-    trainer.args.eval_on_start = checkpoint is None and trainer.args.eval_strategy != "no"
+    if finished := checkpoint is not None and _is_finished(trainer, _trainer_state(checkpoint)):
+        trainer.get_batch_samples = lambda *args: ([], setattr(trainer.control, "should_training_stop", True))
+    without_repeats(trainer)
+    asked = trainer.args.eval_on_start or trainer.args.eval_strategy != "no"
+    trainer.args.eval_on_start = checkpoint is None and asked  # the curve of a loss begins where training does
     if trainer.is_fsdp_enabled:
         shard(trainer, trainer.model)
     try:
@@ -300,7 +300,7 @@ def train(trainer, checkpoint: Path | None):
         trainer.model.zero_grad()
         return output
     except Exception as error:
-        if not _write_failed(error):
+        if not write_failed(error):
             raise
         output_dir, step = Path(trainer.args.output_dir), trainer.state.global_step
         unfinished, free = output_dir / f"checkpoint-{step}", _free(output_dir)
@@ -320,19 +320,13 @@ def train(trainer, checkpoint: Path | None):
                 callback.restore()
 
 
-# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
-_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
-
-
-def _write_failed(error: BaseException | None) -> bool:
-    """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _WRITE_FAILED):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _is_finished(trainer, state: dict) -> bool:
+    """Whether a checkpoint's run takes no further step; early stopping (which upstream restores with all else) counts on."""
+    done, callbacks = 0 < trainer.args.max_steps <= state["global_step"], trainer.callback_handler.callbacks
+    for callback in (each for each in callbacks if isinstance(each, EarlyStoppingCallback)):
+        vars(callback).update(state["stateful_callbacks"].get(type(callback).__name__, {}).get("attributes", {}))
+        done |= callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    return done
 
 
 def check_disk(output_dir: str | Path, bytes_needed: int) -> None:

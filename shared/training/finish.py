@@ -104,7 +104,8 @@ def finish(
             "fingerprint": fingerprint(run_args),
         },
     }
-    results.write_results(output, metrics)
+    written = output / ".all_results.json"  # checked now, there at last: with it the run counts as finished
+    results.write_json(written, metrics)
     asset = assets.lookup(base) if (base or "").startswith("pypi:") else None
     card.write_card(
         output,
@@ -130,6 +131,7 @@ def finish(
         limits=limits,
         more_data=more_data,
     )
+    written.replace(output / "all_results.json")
     log.info("%s", line)
     log.info("report: %s, samples: %s, curve: %s", output / "README.md", output / "samples.jsonl", output / "loss.png")
     if run_args.push:

@@ -4,6 +4,7 @@ Torch is not imported here before the configuration has been checked.
 """
 
 import errno
+import inspect
 import json
 import logging
 import math
@@ -40,31 +41,44 @@ def run(main, script_class: type, training: str) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
         if _traceback_asked(sys.argv[1:]):
             raise
-        if error.errno == errno.ENOSPC:
+        if isinstance(error, RuntimeError) and _connection_lost(error):
+            print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
+            os._exit(2)  # an ordinary exit would wait for the others once more
+        if write_failed(error):
             said = "the disk is full. Checkpoints written before are intact; free space, then repeat the command."
-        elif "no file named model.safetensors" in str(error):  # transformers'
+        elif isinstance(error, OSError) and "no file named model.safetensors" in str(error):  # transformers'
             said = f"{parsed[2].model_name_or_path} has no weights: model.safetensors is missing."
         else:
             raise
         print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not _connection_lost(error) or _traceback_asked(sys.argv[1:]):
-            raise
-        print(f"error: {_what_was_lost(error, Path(parsed[1].output_dir))}", file=sys.stderr, flush=True)
-        os._exit(2)  # an ordinary exit would wait for the others once more
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+
+
+# torch.save does not say why: these are its words for a write that failed, in practice a full disk.
+_WRITE_FAILED = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
+
+
+def write_failed(error: BaseException | None) -> bool:
+    """OSError from Python, SafetensorError from Rust, RuntimeError from torch.save: three ways to say ENOSPC."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _WRITE_FAILED):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _traceback_asked(argv: list[str]) -> bool:
     """`--traceback`, `--traceback true`, `--traceback=true`: the last one counts. An error may come before parsing."""
     asked = False
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, following in zip(argv, [*argv[1:], ""], strict=False):  # of none there is none
         name, _, value = flag.partition("=")
         if name == "--traceback":
             asked = (value or following).lower() not in ("false", "0", "no", "n", "f")
@@ -118,16 +132,47 @@ def check_schedule(training_args) -> None:
         )
 
 
+def check_optimizer(training_args) -> None:
+    """Looks the optimizer up, which Trainer does when all data are read.
+
+    Raises:
+        UserError: its package is not installed; options that it does not read, which upstream would pass over.
+    """
+    from transformers import Trainer
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+
+    name, given = training_args.optim.value, training_args.optim_args or ""
+    pairs = [each.strip().split("=") for each in given.split(",") if each.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"--optim_args {given}: write name=value, several with commas between them.")
+    kind = None
+    try:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        if "You need to pass a" not in str(error):  # a model: GaLore and the like look for their layers in it, later
+            raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from error
+    source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
+    if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
+        raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
+    if training_args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
+        raise UserError(f"--optim_target_modules: --optim {name} does not read it. Leave it out.")
+    if hasattr(kind, "train"):  # schedule-free ones
+        raise UserError(
+            f"--optim {name}: it evaluates other weights than it trains, which is not done here. Take another."
+        )
+
+
 def setup(training_args, run_args) -> None:
     """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
 
     Raises:
-        UserError: a precision that this hardware does not have, a schedule that cannot be built.
+        UserError: a precision that this hardware does not have, a schedule or an optimizer that cannot be built.
     """
     import datasets
     import torch
     import transformers
     from accelerate.state import DistributedType, PartialState
+    from transformers.utils import is_liger_kernel_available
 
     from shared.training.sharding import is_sharded
 
@@ -141,11 +186,12 @@ def setup(training_args, run_args) -> None:
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
     check_schedule(training_args)
+    check_optimizer(training_args)
     if not run_args.dry_run:  # a plan may be for another machine
         check_precision(training_args.fp16, training_args.bf16, gpus())
     # It plans each shape that it has not seen, for half a second and more (H200), and batches of texts have many
     torch.backends.cuda.enable_cudnn_sdp(False)
-    training_args.dataloader_pin_memory = torch.cuda.is_available()  # torch warns about it without a GPU
+    training_args.dataloader_pin_memory &= torch.cuda.is_available()  # torch warns about it without a GPU
     transformers.set_seed(training_args.seed)
     processes = training_args.world_size
     if processes != int(os.environ.get("WORLD_SIZE", processes)):
@@ -182,6 +228,13 @@ def setup(training_args, run_args) -> None:
         log.info(
             "Triton needs gcc and Python.h (apt-get install gcc python3-dev): losses are computed without, more slowly"
         )
+    if training_args.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel: it is not installed: pip install liger-kernel, or leave it out.")
+    if getattr(training_args, "activation_offloading", False) and not torch.cuda.is_available():
+        raise UserError(
+            "--activation_offloading moves activations from a GPU to the CPU, and there is none. Leave it out."
+        )
+    _check_loaders(training_args.accelerator_config)
     _check_trackers(training_args.report_to)
     training_args.logging_nan_inf_filter = False  # upstream would log the running average in place of a NaN
     if training_args.hub_token:  # Trainer would write it into training_args.bin
@@ -201,6 +254,18 @@ def _triton_compiles() -> bool:
     """Whether Triton can build here what starts its kernels, a module of Python in C; else it ends a run at its first loss."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").exists()
+
+
+def _check_loaders(config) -> None:
+    """Raises UserError for options of accelerate's data loaders with which steps would have other rows, or processes wait."""
+    usual, names = type(config)(), ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+    changed = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    changed += ["gradient_accumulation_kwargs"] if "num_steps" in (config.gradient_accumulation_kwargs or {}) else []
+    if changed:
+        raise UserError(
+            f"--accelerator_config {', '.join(changed)}: here each process fetches its own rows of a step, in an order that a "
+            "resume repeats. Leave it out."
+        )
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -235,6 +300,9 @@ def _check_hub_strategy(training_args, run_args) -> None:
     training_args.hub_strategy = strategy
 
 
+BEGUN = "# Begun last in this folder: "
+
+
 def begin(args, run_args, preflight: dict, identity: dict):
     """The checkpoint to go on from; writes run.yaml and preflight.json once it is sure that the run is not refused.
 
@@ -252,6 +320,7 @@ def begin(args, run_args, preflight: dict, identity: dict):
     from shared.publish import results
     from shared.training.checkpoints import find_checkpoint
     from shared.training.hub_checkpoints import fetch
+    from shared.training.identity import fingerprint
     from shared.training.processes import on_main_process
 
     output, fetched = Path(args.output_dir), None
@@ -268,7 +337,7 @@ def begin(args, run_args, preflight: dict, identity: dict):
     checkpoint = find_checkpoint(output, run_args.resume, identity, fetched)
     if args.should_save:
         again = shlex.join([*shlex.split(run_args.command)[:3], "--config", f"{output}/run.yaml"])
-        header = f"# Repeat this run: {again}\n"
+        header = f"# Repeat this run: {again}\n{BEGUN}{fingerprint(run_args)}\n"
         resolved = yaml.safe_dump(run_args.resolved, allow_unicode=True)
         (output / "run.yaml").write_text(header + resolved, encoding="utf8")
         results.write_json(output / "preflight.json", preflight)
@@ -281,8 +350,10 @@ def _finished(output: Path, args, run_args) -> bool:
     from shared.training.identity import fingerprint
 
     try:
-        results = json.loads((output / "all_results.json").read_text("utf8"))
-        same = results["run"]["fingerprint"] == fingerprint(run_args)
+        results, mine = json.loads((output / "all_results.json").read_text("utf8")), fingerprint(run_args)
+        # Another run may have begun since, and have written some of its own files
+        _, other, begun = (output / "run.yaml").read_text("utf8").partition(BEGUN)
+        same = results["run"]["fingerprint"] == mine and (not other or begun.startswith(mine))
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if not same or not any(output.glob("*.safetensors")):

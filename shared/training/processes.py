@@ -3,7 +3,9 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from itertools import cycle, islice
 
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import DatasetDict, load_from_disk
 
@@ -60,3 +62,37 @@ def once_a_machine(make: Callable[[], tuple]) -> tuple:
         if written:
             shutil.rmtree(written, ignore_errors=True)  # a mapped file stays readable
     return made
+
+
+class Shares(BatchSamplerShard):
+    """The batches of a process: as many as each other one has. accelerate fills the last ones of an epoch up with rows of its
+    beginning; here what is left is shared out, and a row comes twice only where fewer are left than processes.
+    """
+
+    def __iter__(self):
+        group = []
+        for batch in self.batch_sampler:
+            group.append(batch)
+            if len(group) == self.num_processes:
+                yield group[self.process_index]
+                group = []
+        if rows := [row for batch in group for row in batch]:
+            rows = list(islice(cycle(rows), max(len(rows), self.num_processes)))
+            yield rows[self.process_index :: self.num_processes]
+
+
+def without_repeats(trainer) -> None:
+    """Lets several processes take `Shares` of an epoch's rows: each step then has the rows that it has in one process. Not where
+    `trainer.gathers_rows`, which needs as many rows of each process.
+    """
+    if trainer.args.world_size == 1 or getattr(trainer, "gathers_rows", False):
+        return
+    load = trainer.get_train_dataloader
+
+    def shared_out():
+        loader = load()
+        if type(sampler := getattr(loader, "batch_sampler", None)) is BatchSamplerShard:
+            sampler.__class__ = Shares  # a loader does not take another sampler once it is made
+        return loader
+
+    trainer.get_train_dataloader = shared_out

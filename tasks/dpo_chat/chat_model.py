@@ -25,7 +25,17 @@ from shared.training.sharding import refuse_sharded
 OBEYED = {"max_length", "beta", "loss_type", "loss_weights", "label_smoothing", "ld_alpha"}
 OBEYED |= {"f_divergence_type", "f_alpha_divergence_coef", "discopop_tau", "activation_offloading"}
 OBEYED |= {"precompute_ref_log_probs", "precompute_ref_batch_size"}
+# Losses of the difference between both replies
+DIFFERENCES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"}
+OTHERS = {"nca_pair", "sppo_hard", "apo_zero", "apo_down"}  # losses that look at either reply
 OF_A_BATCH = {"bco_pair", "aot", "aot_unpaired", "sft"}  # losses of a whole batch, which change with the micro-batch
+READ_WITH = {  # options that trl reads with some values of another one, and else passes over
+    "label_smoothing": ("loss_type", {"robust", "exo_pair"}),
+    "discopop_tau": ("loss_type", {"discopop"}),
+    "f_alpha_divergence_coef": ("f_divergence_type", {"alpha_divergence"}),
+    "precompute_ref_batch_size": ("precompute_ref_log_probs", {True}),
+}
+DIVERGENCES = {"reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"}
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.1}  # as deploy/ draws unless asked
 
 
@@ -52,6 +62,28 @@ def check_options(script_args, args) -> None:
         raise UserError(
             f"--loss_type {' '.join(sorted(found))}: its value depends on which pairs share a micro-batch. Take a loss of single "
             "pairs, such as sigmoid, ipo or hinge."
+        )
+    for option, (owner, values) in READ_WITH.items():
+        held = {*args.loss_type, args.f_divergence_type, args.precompute_ref_log_probs}
+        if getattr(args, option) != getattr(defaults, option) and not values & held:
+            those = " or ".join(f"--{owner} {str(value).lower()}" for value in sorted(values))
+            raise UserError(f"--{option} {getattr(args, option)}: it is read with {those} only. Leave it out.")
+    check_losses(args.loss_type, args.label_smoothing, args.f_divergence_type)
+
+
+def check_losses(losses: list[str], smoothing: float, divergence: str) -> None:
+    """Raises UserError for what trl would refuse once all data are read, or in its first step."""
+    if unknown := set(losses) - DIFFERENCES - OTHERS:
+        known = ", ".join(sorted(DIFFERENCES | OTHERS))
+        raise UserError(f"--loss_type {' '.join(sorted(unknown))}: no such loss. Known: {known}.")
+    if ("exo_pair" in losses and not 0 < smoothing < 1) or ("robust" in losses and not 0 <= smoothing < 0.5):
+        raise UserError(f"--label_smoothing {smoothing}: exo_pair needs some, such as 0.001, and robust less than 0.5.")
+    if divergence not in DIVERGENCES:
+        raise UserError(f"--f_divergence_type {divergence}: not known. Known: {', '.join(sorted(DIVERGENCES))}.")
+    if divergence != "reverse_kl" and OTHERS & set(losses):
+        other = " ".join(sorted(OTHERS & set(losses)))
+        raise UserError(
+            f"--f_divergence_type {divergence} does not go with --loss_type {other}. Leave one of them out."
         )
 
 

@@ -153,6 +153,7 @@ class PairTrainer(DPOTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    gathers_rows = True  # for the rewards that it logs
 
     def __init__(self, *args, new_adapter: bool, **kwargs):
         super().__init__(*args, **kwargs)

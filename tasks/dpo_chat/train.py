@@ -22,7 +22,10 @@ class ScriptArguments:
     """Train a chat model on preferences: a prompt, the reply that was chosen, the one that was rejected."""
 
     BELONGS_TO = {"rejected": "dataset"}
-    REFUSED = {"label_smoothing_factor": "the loss of this task has none"}
+    REFUSED = {
+        "label_smoothing_factor": "the loss of this task has none",
+        "neftune_noise_alpha": "the reference would get noise, too, and another one",
+    }
 
     method: Literal["lora", "qlora"] = field(
         default="lora",

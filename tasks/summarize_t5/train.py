@@ -29,6 +29,12 @@ NO_SUMMARIZER = (
 class ScriptArguments:
     """Fine-tune T5 or BART on documents with summaries; evaluated by ROUGE and BLEU against lead sentences."""
 
+    REFUSED = {
+        "sortish_sampler": "transformers does not read it; --train_sampling_strategy group_by_length sorts",
+        "generation_max_length": "--max_target_length says how long summaries may be",
+        "generation_config": "how summaries are written lies in the model's own generation_config.json",
+    }
+
     max_source_length: int = field(default=512, metadata={"help": "Tokens of a document that the model reads at once."})
     max_target_length: int = field(default=128, metadata={"help": "Tokens of a summary, learnt and generated."})
     long_documents: Literal["cut", "chunk"] = field(

@@ -20,7 +20,7 @@ from streamlit.testing.v1 import AppTest
 
 from deploy.choices import names_for
 from deploy.texts import PAGES, TEXTS, as_markdown, literally
-from shared.publish.results import plot_loss, write_results
+from shared.publish.results import plot_loss, write_json
 
 APP = str(ROOT / "deploy" / "app.py")
 PARTS = ("app", "choices", "chat_page", "documents_page", "text_pages", "model_page", "runs_page", "uploads")
@@ -210,7 +210,10 @@ def address(tiny_served, tmp_path_factory):
     shutil.copytree(tiny_served["text-generation"], run)
     (run / "README.md").write_text(card)
     numbers = {"test_perplexity": 33.8, "test_perplexity_ci95": [29.8, 38.9], "base_perplexity": 52.7, "test_rows": 60}
-    write_results(run, numbers | {"baseline_perplexity": 2007.3, "train_minutes": 5.8, "line": "Did it help? Yes: <b>"})
+    write_json(
+        run / "all_results.json",
+        numbers | {"baseline_perplexity": 2007.3, "train_minutes": 5.8, "line": "Did it help? Yes: <b>"},
+    )
     assert plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], run / "loss.png")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

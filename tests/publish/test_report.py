@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from shared import UserError
 from shared.publish.card import model_card, quote, write_card
 from shared.publish.compare import did_it_help
-from shared.publish.results import plot_loss, write_results, write_samples
+from shared.publish.results import plot_loss, write_json, write_samples
 
 TOKEN = "hf_" + "aB3dE6gH9jK2mN5pQ8sT1vW4xYz7cF0kLr"
 HOSTILE = f"""<script>alert(1)</script> <img src=x onerror=alert(1)>
@@ -282,13 +282,13 @@ def test_did_it_help_for_scores_where_more_is_better():
 
 
 def test_results_are_sorted_whole_and_finite(tmp_path):
-    write_results(tmp_path, {"test_loss": np.float32(0.5), "base_loss": 1, "ci": (np.int64(1), 2.5)})
+    write_json(tmp_path / "all_results.json", {"test_loss": np.float32(0.5), "base_loss": 1, "ci": (np.int64(1), 2.5)})
     text = (tmp_path / "all_results.json").read_text()
     assert json.loads(text) == {"base_loss": 1, "ci": [1, 2.5], "test_loss": 0.5}
     assert text.index("base_loss") < text.index("ci") < text.index("test_loss")
     for bad in ({"test_loss": float("nan")}, {"a": {"test_loss": [1.0, np.float64("inf")]}}):
         with pytest.raises(UserError, match="test_loss"):
-            write_results(tmp_path, bad)
+            write_json(tmp_path / "all_results.json", bad)
     assert (tmp_path / "all_results.json").read_text() == text and os.listdir(tmp_path) == ["all_results.json"]
 
 

@@ -20,6 +20,7 @@ import transformers
 from checkout import ROOT, train_script
 from datasets import Dataset, DatasetDict
 from products import Products
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from streamlit.testing.v1 import AppTest
 
@@ -198,6 +199,21 @@ def test_a_step_is_the_same_however_its_rows_are_split(task, argv, tmp_path, mon
             )
 
 
+@pytest.mark.parametrize("task", ["classify_bert", "summarize_t5"])
+def test_the_last_step_of_an_epoch_has_the_same_rows_in_two_processes(task, argv, tmp_path):
+    """43 rows, 10 a step: three are left for the fifth step, and none is trained twice."""
+    whole = {"max_steps": -1, "num_train_epochs": 2, "logging_steps": 1, "max_train_rows": 43}
+    one = task_runs.command(
+        ROOT / "tasks" / task / "train.py", *argv(task, tmp_path / "one", per_device_train_batch_size=10, **whole)
+    )
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = task_runs.in_two_processes(task, argv(task, tmp_path / "two", per_device_train_batch_size=5, **whole))
+    assert two.returncode == 0, two.stderr[-3000:]
+    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
+    first, second = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)
+    assert len(first) == 10 and second == pytest.approx(first, rel=1e-3)
+
+
 @pytest.mark.parametrize(("task", "count"), [("qa_squad", "windows"), ("rag_docs", "groups")])
 def test_rows_of_a_small_last_micro_batch_count_like_the_others(task, count, argv, tmp_path):
     """The last step of an epoch, whose rows do not fill its micro-batches: its loss and gradient are those of one batch."""
@@ -267,6 +283,30 @@ def test_a_run_is_not_finished_for_other_test_rows(tmp_path):
 
 class Begun(Exception):
     """Raised where training would begin."""
+
+
+def test_a_run_is_finished_with_its_card_and_until_another_one_begins_in_its_folder(argv, tmp_path, monkeypatch):
+    def run(**options):
+        module = train_script("classify_bert")
+        flags = argv("classify_bert", tmp_path / "run", **options)
+        module.main(*parse(module.ScriptArguments, PLAIN, flags))
+
+    def stop(*args, **kwargs):
+        raise Begun
+
+    with monkeypatch.context() as killed, pytest.raises(Begun):
+        killed.setattr("shared.publish.card.write_card", stop)
+        run()
+    assert not (tmp_path / "run" / "all_results.json").exists()
+    run()
+    assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "all_results.json").exists()
+    monkeypatch.setattr("shared.training.checkpoints.train", stop)
+    with pytest.raises(SystemExit):
+        run()
+    with pytest.raises(Begun):
+        run(learning_rate=0.5, resume="never")
+    with pytest.raises(Begun):  # what lies there may be the other one's
+        run()
 
 
 @pytest.fixture
@@ -380,6 +420,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
         launch._claim(tmp_path / "file" / "run")
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_line(monkeypatch, capsys):
+    """What writes weights raises no OSError."""
+
+    def write():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(launch, "parse", lambda *given: ())
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        launch.run(write, None, "")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: the disk is full.")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a configuration says of its own data set does not hold for another; every configuration of every task."""
 
+import json
 import shlex
 from dataclasses import fields
 
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 
 from shared import UserError
 from shared.training.arguments import RunArguments, parse
-from shared.training.launch import check_schedule
+from shared.training.launch import check_optimizer, check_schedule, setup
 
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tasks/*/configs/*.yaml"))
 TRAINING = "transformers.training_args_seq2seq:Seq2SeqTrainingArguments"
@@ -123,10 +124,18 @@ def test_a_schedule_longer_than_the_run_is_said(steps, warned, tmp_path, caplog)
         ("qa_squad", "dataloader_drop_last", "true", "Leave it out"),
         ("chat_sft", "resume_from_checkpoint", "Old/checkpoint-4", "--resume names the checkpoint"),
         ("classify_bert", "fp16_full_eval", "true", "precision of the run"),
+        ("classify_bert", "include_for_metrics", "inputs", "each task knows what it evaluates"),
+        ("qa_squad", "label_names", "answers", "each task knows what it evaluates"),
+        ("mlm_bert", "hub_revision", "dev", "pushed once, to the main branch"),
+        ("mlm_bert", "enable_jit_checkpoint", "true", "a SIGTERM leaves a checkpoint anyway"),
+        ("rag_docs", "save_on_each_node", "true", "the first machine writes"),
+        ("summarize_t5", "sortish_sampler", "true", "group_by_length sorts"),
+        ("summarize_t5", "generation_max_length", "9", "--max_target_length says"),
+        ("summarize_t5", "generation_config", "mine", "the model's own generation_config.json"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_one_line(task, option, value, line):
-    with pytest.raises(UserError, match=f"^--{option} {value}: .*{line}"):
+    with pytest.raises(UserError, match=rf"^--{option} (\['{value}'\]|{value}): .*{line}"):
         parsed(f"tasks/{task}/configs/laptop.yaml", f"--{option}={value}", "--hardware=this")
 
 
@@ -137,7 +146,8 @@ def test_an_option_that_would_change_nothing_is_refused_or_used():
         used = any("args.label_smoothing_factor" in file.read_text() for file in path.parent.glob("*.py"))
         assert used != ("label_smoothing_factor" in refused), task
         for name in refused:
-            value = "0.1" if name == "label_smoothing_factor" else "true"
+            numbers = {"label_smoothing_factor": "0.1", "neftune_noise_alpha": "5", "generation_max_length": "9"}
+            value = numbers.get(name, "true")
             with pytest.raises(UserError, match=f"--{name} .*{refused[name]}"):
                 parsed(f"tasks/{task}/configs/laptop.yaml", f"--{name}={value}")
 
@@ -156,6 +166,90 @@ def test_the_best_model_has_the_lowest_perplexity(metric, more, higher):
     argv = [f"--config={ROOT / 'tasks/chat_sft/configs/laptop.yaml'}", f"--metric_for_best_model={metric}", *more]
     _, args, _ = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], argv)
     assert args.greater_is_better == higher
+
+
+def test_to_evaluate_alone_is_refused():
+    """Transformers' own scripts take `--do_eval` without `--do_train` for: train nothing."""
+    config = "tasks/classify_bert/configs/laptop.yaml"
+    with pytest.raises(UserError, match="without --do_train: a run always trains"):
+        parsed(config, "--do_eval")
+    with pytest.raises(UserError, match="without --do_train: a run always trains"):
+        parsed(config, "--do_train=false")
+    parsed(config, "--do_train", "--do_eval", "--do_predict")
+
+
+def test_what_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="--deepspeed is not supported"):
+        parsed("tasks/classify_bert/configs/laptop.yaml", "--deepspeed=ds.json")
+    laptop = f"--config={ROOT / 'tasks/chat_sft/configs/laptop.yaml'}"
+    for option in ("use_liger_kernel", "activation_offloading"):
+        _, args, run_args = parse(train_script("chat_sft").ScriptArguments, OWN["chat_sft"], [laptop, f"--{option}"])
+        with pytest.raises(UserError, match=f"--{option}.* leave it out|--{option}.* Leave it out"):
+            setup(args, run_args)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_batches": True},
+        {"dispatch_batches": True},
+        {"even_batches": False},
+        {"use_seedable_sampler": False},
+        {"gradient_accumulation_kwargs": {"num_steps": 4}},
+    ],
+)
+def test_loaders_that_would_change_a_step_are_refused(options):
+    """Two processes: half of the rows a step, a traceback, both waiting for each other for half an hour."""
+    laptop = f"--config={ROOT / 'tasks/classify_bert/configs/laptop.yaml'}"
+    argv = [laptop, f"--accelerator_config={json.dumps(options)}"]
+    _, args, run_args = parse(train_script("classify_bert").ScriptArguments, TRAINING, argv)
+    with pytest.raises(UserError, match=f"--accelerator_config {next(iter(options))}: .* Leave it out"):
+        setup(args, run_args)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(
+    ("metric", "given", "mode"), [("macro_f1", None, "max"), ("loss", None, None), ("accuracy", "min", "min")]
+)
+def test_a_schedule_that_looks_at_a_metric_knows_which_way_it_is_better(schedule, metric, given, mode):
+    argv = [f"--config={ROOT / 'tasks/classify_bert/configs/laptop.yaml'}", f"--lr_scheduler_type={schedule}"]
+    argv += [f"--metric_for_best_model={metric}", *([f'--lr_scheduler_kwargs={{"mode": "{given}"}}'] if given else [])]
+    _, args, _ = parse(train_script("classify_bert").ScriptArguments, TRAINING, argv)
+    assert (args.lr_scheduler_kwargs or {}).get("mode") == mode
+    check_schedule(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"optim": "sgd", "optim_args": "momentun=0.9"}, "--optim_args momentun=0.9: --optim sgd reads no momentun"),
+        ({"optim_args": "weight_decay=0.1"}, "--optim adamw_torch_fused reads no weight_decay"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "--optim_args momentum: write name=value"),
+        ({"optim": "sgd", "optim_args": "momentum=much"}, "--optim sgd: could not convert string to float"),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw: You need to install `galore_torch`"),
+        ({"optim": "adamw_torch_npu_fused"}, "--optim adamw_torch_npu_fused: .*failed to import"),
+        ({"optim_target_modules": "all-linear"}, "--optim_target_modules: --optim adamw_torch_fused does not read it"),
+        ({"optim": "schedule_free_adamw"}, "--optim schedule_free_adamw: "),
+    ],
+)
+def test_an_optimizer_that_is_not_there_or_reads_not_what_is_given_is_one_line(options, line, tmp_path):
+    with pytest.raises(UserError, match=line):
+        check_optimizer(TrainingArguments(tmp_path, use_cpu=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("adamw_torch_fused", None),
+        ("adafactor", None),
+        ("sgd", "momentum=0.9, nesterov=true"),
+        ("rmsprop", "alpha=0.9"),
+        ("adamw_8bit", None),
+        ("ademamix", "beta3=0.99,alpha=4"),
+    ],
+)
+def test_an_optimizer_with_what_it_reads_is_taken(name, given, tmp_path):
+    check_optimizer(TrainingArguments(tmp_path, use_cpu=True, optim=name, optim_args=given))
 
 
 def test_the_command_of_a_card_can_be_pasted(tmp_path):

@@ -448,7 +448,8 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     def fail(resume_from_checkpoint):
         raise error
 
-    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False, eval_strategy="no")
+    args = SimpleNamespace(output_dir=str(tmp_path), max_steps=-1, auto_find_batch_size=False, world_size=1)
+    args.eval_strategy, args.eval_on_start = "no", False
     state = SimpleNamespace(global_step=6)
     write_checkpoint(tmp_path, 3)
     (tmp_path / "checkpoint-6").mkdir()
@@ -522,6 +523,20 @@ def test_the_order_of_the_rows_is_that_of_the_seed(tmp_path, strategy):
     assert sorted(first[:12]) == sorted(first[12:]) == list(range(12)) and first[:12] != first[12:]
     assert first == order(seed=1) != other
     assert of_data == other
+
+
+@pytest.mark.parametrize("rows", range(1, 30))
+@pytest.mark.parametrize(("batch", "count"), [(1, 3), (4, 2), (4, 3), (5, 4)])
+def test_several_processes_share_an_epoch_out_without_repeating_rows(rows, batch, count):
+    batches = torch.utils.data.BatchSampler(range(rows), batch, drop_last=False)
+    shares = [processes.Shares(batches, count, rank) for rank in range(count)]
+    taken = [list(share) for share in shares]
+    assert [len(each) for each in taken] == [len(share) for share in shares] and len({len(each) for each in taken}) == 1
+    for step, parts in enumerate(zip(*taken, strict=True)):
+        whole = sorted(row for part in parts for row in part)
+        expected = list(range(rows))[step * batch * count :][: batch * count]
+        assert all(parts) and set(whole) == set(expected), "the rows of the step in one process"
+        assert len(whole) == max(len(expected), count) and max(map(len, parts)) <= batch
 
 
 def test_mean_train_loss_weighs_by_steps():

@@ -100,10 +100,14 @@ def test_a_callback_of_ones_own_is_one_entry(tiny_bert, tmp_path):
     assert source.count(", set_seed\n") == 1
     (copy / "train.py").write_text(source.replace(", set_seed\n", ", EarlyStoppingCallback, set_seed\n"))
     options = {"learning_rate": 0.0, "max_steps": 8, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    ran = task_runs.command(copy / "train.py", *flags(tiny_bert, tmp_path, **options))
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    about = json.loads((tmp_path / "run" / "all_results.json").read_text())["run"]
-    assert (about["steps"], about["weights_of_step"]) == (4, 1)
+    for gone in ((), (3, 4), ()):  # whole; killed in its third step; killed after its last one: it goes on counting
+        for step in gone:
+            shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+        (tmp_path / "run" / "all_results.json").unlink(missing_ok=True)
+        ran = task_runs.command(copy / "train.py", *flags(tiny_bert, tmp_path, **options))
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        about = json.loads((tmp_path / "run" / "all_results.json").read_text())["run"]
+        assert (about["steps"], about["weights_of_step"]) == (4, 1)
     assert "| steps | 4; the weights are those of step 1, the best |" in (tmp_path / "run" / "README.md").read_text()
 
 
