@@ -317,8 +317,12 @@ def whole(auto, folder: Path, options: dict):
     """`from_pretrained` of a checkpoint that lacks nothing: what a file does not hold would be filled with random numbers.
 
     Raises:
-        UserError: tensors are missing.
+        UserError: tensors are missing; to continue texts: an architecture that does not.
     """
+    if auto.__name__ == "AutoModelForCausalLM":
+        from transformers import AutoConfig
+
+        causal_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False), str(folder))
     model, found = auto.from_pretrained(folder, **options, output_loading_info=True)
     # Of AutoModel the hidden states are read, not what a pooler makes of them
     missing = sorted(key for key in found["missing_keys"] if auto.__name__ != "AutoModel" or "pooler." not in key)
