@@ -138,6 +138,6 @@ def _rows(config, tokenizer) -> list[list[int]]:
     texts = [tokenizer.decode(draw.choice(usual, 4 * length).tolist()) for length in LENGTHS]
     lengths = [min(length, most) for length in LENGTHS]
     return [
-        tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        [i % size for i in tokenizer(text, truncation=True, max_length=length)["input_ids"]]  # it may know more words
         for text, length in zip(texts, lengths, strict=True)
     ]
