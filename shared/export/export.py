@@ -83,7 +83,7 @@ def export(
     _make(output, source)
     start_measuring()
     rows, test_data = rows_of(source, task, dataset)
-    model = load_torch(source, task).float()
+    model = load_torch(source, task).float().cpu()  # graphs are traced, and files written, from there
     say(f"{name}: {task}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, scored on {test_data}")
     whole = output / ".whole"
     for left in (whole, output / ".graphs"):  # of an export that was interrupted

@@ -75,6 +75,7 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         source: where tokenizer, template and settings are.
     """
     import torch
+    from transformers import AutoTokenizer
 
     target.mkdir(parents=True)
     if name == "merged":
@@ -96,8 +97,6 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
 
         gguf_file.write(model, source, target, quantized=name == "gguf-q8_0")
     elif name == "litert":
-        from transformers import AutoTokenizer
-
         from shared.export import litert_file
         from shared.inference.positions import longest_input
 
@@ -106,15 +105,20 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
         litert_file.write(model, folder, target, task, length, "token_type_ids" in tokenizer.model_input_names)
     else:
         from shared.export import graphs, quantize
+        from shared.export.graph_check import Check
 
         traced = target.parent / ".graphs"  # in fp32, for all three formats
         if not traced.is_dir():
             traced.mkdir()
             try:
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                segments = _reads_segments(tokenizer, model)
+                check = Check(model, tokenizer, task, segments)
                 if task == "text-generation" and _genai_builds(folder):
                     _build_with_genai(folder, traced)
                 else:
-                    graphs.export(model, traced, task, _reads_segments(source, model))
+                    graphs.export(model, traced, task, segments)
+                check.compare(traced, folder / "config.json")
             except UserError:
                 shutil.rmtree(traced)
                 raise
@@ -182,12 +186,12 @@ def _genai_builds(folder: Path) -> bool:
     return name in GENAI and width % 16 == 0 and not windowed and known
 
 
-def _reads_segments(source: Path, model) -> bool:
+def _reads_segments(tokenizer, model) -> bool:
     """Whether the tokenizer tells first and second text apart, and the model listens: DistilBERT does not."""
-    from transformers import AutoTokenizer
-
-    names = AutoTokenizer.from_pretrained(source, trust_remote_code=False).model_input_names
-    return "token_type_ids" in names and "token_type_ids" in inspect.signature(model.forward).parameters
+    return (
+        "token_type_ids" in tokenizer.model_input_names
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    )
 
 
 def _read(path: Path) -> dict:

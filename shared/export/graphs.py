@@ -9,6 +9,7 @@ SmolLM2-135M on this class of machine, and its fusions found no attention in the
 """
 
 import contextlib
+import io
 import logging
 import warnings
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def _attend(
     out = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         [flat(query), flat(key), flat(value), None, padding, position_bias],
-        {"num_heads": heads, "scale": scale},
+        # Its own -10,000 is not low enough where scores are larger than that
+        {"num_heads": heads, "scale": scale, "mask_filter_value": torch.finfo(query.dtype).min},
         dtype=query.dtype,
         shape=(batch, length, heads * width),
         version=1,
@@ -359,9 +361,10 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
 @torch.no_grad()
 def _write(module, examples, shapes, inputs: list[str], outputs: list[str], path: Path) -> None:
     """Traces a module and writes graph and weights (`<name>.data` beside it)."""
-    for noisy in ("torch.onnx", "torch.export", "onnxscript"):
+    for noisy in ("torch.onnx", "torch.export", "torch.fx", "onnxscript"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    # What cannot be traced would be printed, hundreds of lines of it
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             module.eval()(*examples)  # tracing would hide the reason of a refusal

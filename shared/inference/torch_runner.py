@@ -253,7 +253,8 @@ def causal_architecture(config, name: str):
     """The class that continues texts with this configuration.
 
     Raises:
-        UserError: it does not. transformers would load BERT, which then sees what it is to predict, and BART without its encoder.
+        UserError: it does not. transformers would load BERT, which then sees what it is to predict, BART without its encoder, and
+            XLNet, which reads both ways but for a permutation that is given with each token.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -263,7 +264,7 @@ def causal_architecture(config, name: str):
             f"{name}: {config.model_type} has an encoder and a decoder; tasks/summarize_t5 trains such models."
         )
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if encoder or config.model_type == "xlnet" or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name}: {config.model_type} is no causal language model, so it does not continue a text.")
     return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
 
@@ -319,8 +320,12 @@ def whole(auto, folder: Path, options: dict):
     """`from_pretrained` of a checkpoint that lacks nothing: what a file does not hold would be filled with random numbers.
 
     Raises:
-        UserError: tensors are missing.
+        UserError: tensors are missing; to continue texts: an architecture that does not.
     """
+    if auto.__name__ == "AutoModelForCausalLM":
+        from transformers import AutoConfig
+
+        causal_architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False), str(folder))
     model, found = auto.from_pretrained(folder, **options, output_loading_info=True)
     # Of AutoModel the hidden states are read, not what a pooler makes of them
     missing = sorted(key for key in found["missing_keys"] if auto.__name__ != "AutoModel" or "pooler." not in key)

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path, PurePosixPath
 
 from shared import UserError
@@ -21,7 +22,8 @@ from shared.publish.redact import TOKEN, without_paths
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
 # What shared/export/export.py writes beside that, a folder for each format, and the file that says so
-GRAPHS, EXPORT = ("*.onnx", "*.onnx.data", "*.gguf", "Modelfile"), "export.json"
+GRAPHS, EXPORT = ("*.onnx", "*.onnx.data", "*.gguf", "Modelfile", "*.tflite"), "export.json"
+POOLING = "1_Pooling"  # the one folder that sentence-transformers' models need
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 NEVER_PUSHED = (
     "checkpoint-*/*",
@@ -29,6 +31,9 @@ NEVER_PUSHED = (
     "*.pt",
     "*.pth",
     "*.pkl",
+    "*.pickle",
+    "*.ckpt",
+    "*.joblib",
     "*.lock",
     ".*",
     "*/.*",
@@ -36,8 +41,12 @@ NEVER_PUSHED = (
     "__pycache__/*",
     "test.jsonl",
 )
-TEXT = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", ".csv")
-OF_WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors(\.index\.json)?|adapter_config\.json")
+NO_TEXT = (".safetensors", ".onnx", ".data", ".gguf", ".tflite", ".png")  # too large to be looked through
+# Of another model: whoever loads the repository would take its adapter, its template, its added tokens
+OF_WEIGHTS = re.compile(
+    r"(adapter_)?model.*\.safetensors(\.index\.json)?|adapter_config\.json|chat_template\.jinja|added_tokens\.json|"
+    r"special_tokens_map\.json|modules\.json|1_Pooling/config\.json"
+)
 PATH_OF_A_MACHINE = re.compile(r"^(?:/|~|[A-Za-z]:\\)")
 
 
@@ -117,7 +126,9 @@ def _download(repo: str, revision: str, weights: bool) -> Path:
                     "revision or a model with safetensors, or convert it where you trust it."
                 )
         wanted = [*WANTED, *(GRAPHS if EXPORT in root else ())]
-        ignored = ([] if EXPORT in root else ["*/*"]) + ([] if weights else ["*.safetensors"])
+        folders = {file.partition("/")[0] for file in files if "/" in file} - {POOLING}
+        ignored = [] if EXPORT in root else [f"{escape(folder)}/*" for folder in sorted(folders)]
+        ignored += [] if weights else ["*.safetensors"]
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=ignored))
     except GatedRepoError as error:
         raise UserError(
@@ -248,13 +259,13 @@ def check_push(repo_id: str, private: bool | None) -> str:
     Raises:
         UserError: no token, a wrong one, one that may not write, no network.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not get_token():
         raise UserError("--push_to_hub: no token. Log in with `hf auth login`, or set HF_TOKEN to one that may write.")
     try:
-        return HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return make_repo(repo_id, private)
     except HFValidationError as error:
         raise UserError(f"--hub_model_id {repo_id}: {str(error).splitlines()[0]}") from error
     except HfHubHTTPError as error:
@@ -263,6 +274,24 @@ def check_push(repo_id: str, private: bool | None) -> str:
         raise UserError(
             f"--push_to_hub: the Hub cannot be reached ({first_line(error)}). Nothing was started."
         ) from error
+
+
+def make_repo(repo_id: str, private: bool | None) -> str:
+    """The full name of a model's repository, made if need be.
+
+    Raises:
+        UserError: it is there for everybody to see, and a private one is wanted. And whatever huggingface_hub raises.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:  # that of one that exists is not changed
+        raise UserError(
+            f"{repo_id} is a public repository, and a private one is wanted; nothing was pushed. Make it private on its page, or "
+            "take another name."
+        )
+    return repo_id
 
 
 def publish(folder: str | Path, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
@@ -290,8 +319,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, revis
         f" --repo_id {repo_id}" + (" --private" if private else "") + (f" --revision {revision}" if revision else "")
     )
     try:
-        api = HfApi()
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api, repo_id = HfApi(), make_repo(repo_id, private)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         operations = [
@@ -331,7 +359,7 @@ def pushed_files(folder: Path) -> dict[Path, Path | bytes]:
         if any(fnmatch(inside, pattern) or fnmatch(path.name, pattern) for pattern in NEVER_PUSHED):
             continue
         files[path] = path
-        if path.suffix in TEXT and TOKEN.search(path.read_text(encoding="utf8", errors="replace")):
+        if path.suffix not in NO_TEXT and TOKEN.search(path.read_text(encoding="utf8", errors="replace")):
             raise UserError(
                 f"{path} holds what looks like a Hub token (hf_...): remove it there, and revoke the token."
             )

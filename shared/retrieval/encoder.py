@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -91,34 +90,40 @@ def settings_of(folder: Path, config) -> dict:
     """SETTINGS of an encoder: from its config.json, else from sentence-transformers' files, else by default.
 
     Raises:
-        UserError: sentence-transformers would make another vector: neither the mean nor the first token, or a layer more.
+        UserError: sentence-transformers would make its vectors in another way.
     """
     found = dict(SETTINGS)
     if (given := _read(folder / "sentence_bert_config.json").get("max_seq_length")) and int(given) > 1:
         found["max_length"] = int(given)
-    pooling, parts = _read(folder / "1_Pooling" / "config.json"), _read(folder / "modules.json", list)
-    modes = pooling.get("pooling_mode") or [
-        re.sub("pooling_mode_|_tokens?$", "", name)
-        for name, on in pooling.items()  # before its version 6
-        if name.startswith("pooling_mode_") and on
-    ]
-    modes = [modes] if isinstance(modes, str) else modes or ["mean"]
-    others = {str(part.get("type")).rpartition(".")[2] for part in parts} - {"Transformer", "Pooling", "Normalize"}
-    if others or modes not in (["mean"], ["cls"]):
-        raise UserError(
-            f"{folder}: sentence-transformers makes its vectors with {', '.join([*modes, *sorted(others)])}; here they are the "
-            "mean of a text's tokens (mean) or its first one (cls). Take another encoder."
-        )
-    found["pooling"] = modes[0]
+    found["pooling"] = _pooling(folder)
     prompts = _read(folder / "config_sentence_transformers.json").get("prompts") or {}
-    found["question_prompt"] = prompts.get("query") or ""
-    found["passage_prompt"] = prompts.get("document") or prompts.get("passage") or ""
+    for kind, names in (("question", ("query",)), ("passage", ("document", "passage"))):
+        found[f"{kind}_prompt"] = next((prompts[name] for name in names if prompts.get(name)), "")
     found |= getattr(config, "retrieval", None) or {}
     longest = getattr(config, "max_position_embeddings", None)
     return found | ({"max_length": min(found["max_length"], longest)} if longest else {})
 
 
-def _read(path: Path, kind: type = dict) -> dict | list:
+# sentence-transformers' names, before its version 6 a yes or no for each, since then one or several
+BEFORE = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+BEFORE |= {"pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken"}
+BEFORE |= {"pooling_mode_weightedmean_tokens": "weightedmean"}
+
+
+def _pooling(folder: Path) -> str:
+    """`mean` or `cls`, as sentence-transformers' files say it."""
+    given, modules = _read(folder / "1_Pooling" / "config.json"), _read(folder / "modules.json", list)
+    ways = given.get("pooling_mode") or [way for name, way in BEFORE.items() if given.get(name)] or "mean"
+    ways = [ways] if isinstance(ways, str) else ways
+    kinds = [str(each.get("type")).rpartition(".")[2] for each in modules if isinstance(each, dict)]
+    more = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if more or ways not in (["mean"], ["cls"]):
+        what = f"come through a layer {more[0]}" if more else f"are made of the tokens by {', '.join(ways)}"
+        raise UserError(f"{folder}: its vectors {what}; here they are the mean of the tokens or the first one (cls).")
+    return ways[0]
+
+
+def _read(path: Path, kind: type = dict):
     try:
         found = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError):

@@ -24,11 +24,11 @@ from transformers import AutoTokenizer
 
 from deploy.inference import Engine, Sampling, stream
 from shared import UserError
-from shared.export import litert_file, quantize, score
+from shared.export import graphs, litert_file, quantize, score
 from shared.export.export import export, main
 from shared.export.formats import FORMATS, impossible, write
 from shared.export.measure import in_a_process, start_measuring
-from shared.inference.model import Model, load
+from shared.inference.model import Model, load, task_of
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
 
@@ -748,6 +748,51 @@ def test_a_model_without_segments_beside_a_tokenizer_that_tells_them(tiny_bert, 
         assert words[0]["score"] == pytest.approx(right[0]["score"], rel=1e-3)
 
 
+SMALL = {"hidden_size": 32, "d_model": 32, "intermediate_size": 64, "num_attention_heads": 2, "initializer_range": 0.3}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "kind, task, own",
+    [
+        ("Funnel", "text-classification", {"block_sizes": [1, 1], "n_head": 2, "d_head": 16, "d_inner": 64}),
+        ("DeepseekV3", "text-generation", LATENT | {"head_dim": 8, "num_hidden_layers": 1, "first_k_dense_replace": 1}),
+    ],
+)
+def test_a_graph_that_does_not_run_is_refused_in_one_line(kind, task, own, tiny_bert, tmp_path):
+    """PyTorch traces both without a word."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), pad_token_id=0, **SMALL | own)
+    head = "ForCausalLM" if task == "text-generation" else "ForSequenceClassification"
+    torch.manual_seed(0)
+    model = getattr(transformers, kind + head)(config).eval()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"ONNX Runtime does not run the graph that PyTorch traced \(\S.*\)$"):
+        write("onnx", tmp_path / "whole", model, tmp_path / "whole", tmp_path / "onnx", task)
+    assert not (tmp_path / ".graphs").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "qa", "classes", "t5", "bart"])
+def test_a_graph_that_computes_something_else_is_refused(models, name, tmp_path, monkeypatch):
+    """One layer's output is less by a fifth of it, in the graph alone."""
+    source, task = models / name, task_of(models / name)
+    model = load_torch(source, task).float()
+    model.config.use_cache = True
+    model.save_pretrained(tmp_path / "whole")
+    monkeypatch.setattr("shared.export.formats._genai_builds", lambda _: False)  # so that all are traced here
+    right = graphs._prepare
+
+    def wrong(model):
+        right(model)
+        head = model.get_output_embeddings() or getattr(model, "qa_outputs", None) or model.classifier
+        head.weight.data[:, : head.weight.shape[1] // 2 + 1] *= 0.8
+
+    monkeypatch.setattr(graphs, "_prepare", wrong)
+    with pytest.raises(UserError, match=r"its graph computes something else than PyTorch \(scores \S+ off"):
+        write("onnx", tmp_path / "whole", model, source, tmp_path / "onnx", task)
+
+
 def test_a_row_with_a_line_separator_stays_one(tmp_path):
     rows = [{"text": f"two{mark}lines", "label": "a"} for mark in "\u2028\x85\x0c"]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -846,6 +891,24 @@ def test_other_models_and_data_are_refused(models, tmp_path):
     (folder / "onnx" / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(UserError, match="ONNX Runtime does not open it"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", ["xlnet", "bert"])
+def test_what_does_not_continue_a_text_is_not_loaded_for_it(kind, tiny_bert, tmp_path):
+    """transformers loads both; XLNet wants a permutation for each token, and BERT would see what it is to predict."""
+    sizes = {
+        "hidden_size": 32,
+        "d_model": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    sizes |= {"vocab_size": 30522} | ({"d_inner": 64, "d_head": 16} if kind == "xlnet" else {})
+    config = transformers.CONFIG_MAPPING[kind](**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{kind} is no causal language model, so it does not continue a text"):
+        load(tmp_path, task="text-generation")
 
 
 def test_without_a_run_the_documentation_of_this_machine_is_scored(models):

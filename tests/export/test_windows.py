@@ -111,6 +111,33 @@ def test_attention_that_no_node_computes_is_refused_by_name(kind, own, reason, t
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_traced_is_one_line_and_not_its_graph(tmp_path, capfd):
+    """Embeddings whose base grows with the text."""
+    dynamic = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"rope_parameters": dynamic})).eval()
+    with pytest.raises(UserError, match=r"PyTorch cannot trace it \(.*\)$"):
+        graphs.export(model, tmp_path, "text-generation", False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_padding_is_hidden_however_large_scores_are(tmp_path):
+    """Those of MobileBERT are; ONNX Runtime takes 10,000 from them, unless told otherwise."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**SIZES, num_hidden_layers=1, hidden_act="relu")
+    model = transformers.BertForMaskedLM(config).eval()
+    own = model.bert.encoder.layer[0].attention.self
+    for part in (own.query, own.key):
+        part.weight.data *= 1000
+    ids, mask = torch.randint(3, VOCABULARY, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    ids[1, 4:] = mask[1, 4:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    config.save_pretrained(tmp_path)
+    graphs.export(model, tmp_path, "fill-mask", False)
+    (found,) = OnnxRunner(tmp_path, "fill-mask").encode({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    np.testing.assert_allclose(found[1, :4], expected[1, :4], atol=1e-3)
+
+
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 STRETCHED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +142,71 @@ def test_a_file_with_a_token_is_not_pushed(hub, run):
     (run / "samples.jsonl").write_text('{"prompt": "my token is hf_abcdefghijklmnopqrstuvwxyz"}')
     refused = message(cli(hub, "push", run, "--repo_id", "alice/leak"))
     assert "samples.jsonl" in refused and "abcdefgh" not in refused and "alice/leak" not in hub.repos
+
+
+@pytest.mark.parametrize("name", ["train.log", "nohup.out", "notes", "old/run.sh", "tried.ipynb"])
+def test_a_token_in_a_file_of_ones_own_is_not_pushed(run, name):
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz")
+    with pytest.raises(UserError, match=f"{name} holds what looks like a Hub token"):
+        our_hub.pushed_files(run)
+
+
+def test_pickles_by_any_name_are_not_pushed(run):
+    for name in ("a.pickle", "b.ckpt", "c.joblib", "d.pkl"):
+        (run / name).write_bytes(b"x")
+    assert {path.name for path in our_hub.pushed_files(run)} == PUSHED
+
+
+def test_a_private_push_does_not_go_to_a_repository_that_all_can_see(hub, run, tiny, data, tmp_path):
+    name = "alice/seen"
+    assert cli(hub, "push", run, "--repo_id", name).returncode == 0
+    (run / "all_results.json").write_text('{"test_loss": 1.0}')
+    refused = message(cli(hub, "push", run, "--repo_id", name, "--private"))
+    assert f"{name} is a public repository, and a private one is wanted" in refused and len(hub.commits(name)) == 2
+    flags = chat_flags(tiny, data, tmp_path / "run", name, "--hub_private_repo=true")
+    assert "a private one is wanted" in message(task_runs.command(CHAT, *flags, **hub.env_for("write")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_does_not_get_the_template_of_the_one_that_was_there(hub, run):
+    """Nor its added tokens: whoever loads the repository would take them."""
+    for name in ("chat_template.jinja", "added_tokens.json", "notes.txt"):
+        (run / name).write_text("{}")
+    assert cli(hub, "push", run, "--repo_id", "alice/template").returncode == 0
+    for name in ("chat_template.jinja", "added_tokens.json", "notes.txt"):
+        (run / name).unlink()
+    assert cli(hub, "push", run, "--repo_id", "alice/template").returncode == 0
+    assert set(hub.files("alice/template")) - {".gitattributes"} == PUSHED | {"notes.txt"}
+
+
+def test_what_is_pushed_is_pulled_byte_for_byte(hub, run, tmp_path):
+    """Of an encoder also how its vectors are made of its tokens; of an export the file of each format."""
+    (run / "adapter_config.json").unlink()
+    (run / "1_Pooling").mkdir()
+    (run / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (run / "sub").mkdir()
+    (run / "sub" / "config.json").write_text("{}")
+    assert cli(hub, "push", run, "--repo_id", "alice/encoder").returncode == 0
+    pulled = cli(hub, "pull", "alice/encoder", **hub.env_for("read", home=tmp_path / "home"))
+    assert (Path(pulled.stdout.strip()) / "1_Pooling" / "config.json").read_text() == '{"pooling_mode": "cls"}'
+    assert not (Path(pulled.stdout.strip()) / "sub").exists()
+    (run / "export.json").write_text("{}")
+    for name in (
+        "litert/model.tflite",
+        "gguf/model.gguf",
+        "onnx/model.onnx",
+        "onnx/model.onnx.data",
+        "merged/model.safetensors",
+    ):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(WEIGHTS)
+    assert cli(hub, "push", run, "--repo_id", "alice/formats").returncode == 0
+    pulled = cli(hub, "pull", "alice/formats", **hub.env_for("read", home=tmp_path / "home"))
+    there = Path(pulled.stdout.strip())
+    for path in run.glob("*/model*"):
+        if "checkpoint" not in path.parent.name:
+            assert (there / path.relative_to(run)).read_bytes() == path.read_bytes()
 
 
 def test_what_is_no_run_is_not_pushed(hub, tmp_path):
