@@ -9,6 +9,7 @@ checkpoint, a pickle, a token or a path of this machine.
 
 import argparse
 import json
+import logging
 import re
 import sys
 from fnmatch import fnmatch
@@ -18,6 +19,8 @@ from pathlib import Path, PurePosixPath
 from shared import UserError
 from shared.data import assets
 from shared.publish.redact import TOKEN, without_paths
+
+log = logging.getLogger("taskbook")
 
 # What `from_pretrained` reads: weights, configuration, tokenizer; the card for its licence. Root of the repository only.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
@@ -374,13 +377,18 @@ def portable_adapter(path: Path) -> bytes:
     """An adapter_config.json whose base is named as it is on the Hub, not where it lay when training."""
     config = _read(path, str(path.parent))
     base = config.get("base_model_name_or_path") or ""
-    if not PATH_OF_A_MACHINE.match(base):
+    if not PATH_OF_A_MACHINE.match(base) and not Path(base).is_dir():
         return path.read_bytes()
     cached = re.search(r"models--(.+?)--(.+)/snapshots/([0-9a-f]{40})$", base)
     if cached:
         config |= {"base_model_name_or_path": f"{cached[1]}/{cached[2]}", "revision": cached[3]}
     else:
-        config["base_model_name_or_path"] = _read(Path(base) / "SOURCE.json", base).get("hub_id") or Path(base).name
+        name = _read(Path(base) / "SOURCE.json", base).get("hub_id")
+        if not name:  # as a folder's: on the Hub its bare name may be another model's
+            log.warning(
+                "%s: the adapter's base lies on this machine alone (%s): push it too, and name it there", path, base
+            )
+        config["base_model_name_or_path"] = name or f"./{Path(base).name}"
     return json.dumps(config, indent=2, sort_keys=True).encode()
 
 

@@ -20,7 +20,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self):
         self.received = 0
         self.received_at = 0.0
-        self.step = 0
+        self.step = self.saved = 0
         self.previous = {}
         self.process = os.getpid()
         self.launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
@@ -56,6 +56,9 @@ class StopOnSignal(TrainerCallback):
         if self.received:
             control.should_log = control.should_save = control.should_training_stop = True
 
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = state.global_step  # with --save_strategy best a worse one is not saved
+
     def restore(self) -> None:
         """Gives both signals back to whoever had them before; `train` calls it however training ended."""
         for signum, handler in self.previous.items():
@@ -71,5 +74,8 @@ class StopOnSignal(TrainerCallback):
             return
         if PartialState().is_main_process:
             name = signal.Signals(self.received).name
-            print(f"stopped by {name} at step {self.step}, checkpoint saved; the same command goes on from there.")
+            then = "checkpoint saved; the same command goes on from there"
+            if self.saved != self.step:
+                then = "not saved, as --save_strategy says; the same command goes on from the last checkpoint"
+            print(f"stopped by {name} at step {self.step}, {then}.")
         raise SystemExit(128 + self.received)

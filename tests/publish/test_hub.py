@@ -97,12 +97,19 @@ def test_the_pushed_adapter_names_its_base_on_the_hub_and_the_local_one_stays(hu
     assert str(run.parent).encode() not in b"".join(hub.files("alice/adapter", "trial").values())
 
 
-def test_an_adapter_of_a_hub_model_names_it_with_its_revision_and_not_the_cache(tmp_path, run):
+def test_an_adapter_of_a_hub_model_names_it_with_its_revision_and_not_the_cache(tmp_path, run, caplog, monkeypatch):
     sha = "0" * 40
     base = f"/home/me/.cache/hub/models--tiiuae--falcon-7b/snapshots/{sha}"
     (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     pushed = json.loads(our_hub.pushed_files(run)[run / "adapter_config.json"])
     assert pushed == {"base_model_name_or_path": "tiiuae/falcon-7b", "revision": sha}
+    (tmp_path / "mine" / "gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base in (str(tmp_path / "mine" / "gpt2"), "mine/gpt2"):
+        (run / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        pushed = json.loads(our_hub.portable_adapter(run / "adapter_config.json"))
+        assert pushed == {"base_model_name_or_path": "./gpt2"}, "gpt2 and mine/gpt2 are others' models on the Hub"
+    assert "base lies on this machine alone" in caplog.text
 
 
 @pytest.mark.parametrize(

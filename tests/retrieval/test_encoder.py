@@ -43,6 +43,9 @@ def test_vectors_that_are_made_in_another_way_are_refused(tiny_bert, tmp_path):
         UserError, match=r"made of the tokens by max; here they are the mean of the tokens or the first"
     ):
         Encoder(tmp_path / "max")
+    saved(tiny_bert, tmp_path / "both", ["cls", "mean"])
+    with pytest.raises(UserError, match="made of the tokens by cls, mean;"):
+        Encoder(tmp_path / "both")
     saved(tiny_bert, tmp_path / "dense", "mean", more=[modules.Dense(32, 16)])
     with pytest.raises(UserError, match="come through a layer Dense"):
         Encoder(tmp_path / "dense")

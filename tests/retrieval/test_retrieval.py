@@ -343,26 +343,6 @@ def test_vectors_are_those_of_sentence_transformers(pooling, tiny_bert, tmp_path
     assert found == settings, "what others saved is read from their files"
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "max", ["cls", "mean"], "Dense"])
-def test_what_sentence_transformers_saves_is_done_or_refused(mode, tiny_bert, tmp_path):
-    from sentence_transformers.base.modules import Dense, Normalize, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    parts = [Transformer(str(tiny_bert)), Pooling(32, "mean" if mode == "Dense" else mode)]
-    parts += [Dense(32, 16)] if mode == "Dense" else [Normalize()]
-    theirs = SentenceTransformer(modules=parts, device="cpu", prompts={"query": "query: ", "document": "text: "})
-    theirs.save(str(tmp_path))
-    if mode not in ("mean", "cls"):
-        with pytest.raises(
-            UserError, match="sentence-transformers makes its vectors with .*" + str(mode).strip("[]'")[:3]
-        ):
-            Encoder(tmp_path)
-        return
-    ours, texts = Encoder(tmp_path), ["short", "a somewhat longer text about a heron"]
-    np.testing.assert_allclose(ours.encode(texts, "question"), theirs.encode_query(texts), atol=1e-5)
-    np.testing.assert_allclose(ours.encode(texts, "passage"), theirs.encode_document(texts), atol=1e-5)
-
-
 def test_pooling_by_hand():
     hidden, lengths = torch.tensor([[3.0, 0.0], [0.0, 4.0], [5.0, 12.0]]), torch.tensor([2, 1])
     expected = torch.tensor([[0.6, 0.8], [5 / 13, 12 / 13]])

@@ -480,6 +480,20 @@ def test_a_second_interrupt_is_immediate_but_the_launchers_copy_is_not():
     assert end.value.code == 130
 
 
+def test_a_stop_that_saved_nothing_does_not_say_so(capsys):
+    """--save_strategy best saves no step that is worse than the best."""
+    stopper, state = signals.StopOnSignal(), SimpleNamespace(global_step=4)
+    stopper.on_save(None, state, None)
+    stopper.received, stopper.step = signal.SIGTERM, 4
+    with pytest.raises(SystemExit):
+        stopper.exit_if_stopped()
+    stopper.step = 6
+    with pytest.raises(SystemExit):
+        stopper.exit_if_stopped()
+    saved, not_saved = capsys.readouterr().out.splitlines()
+    assert "step 4, checkpoint saved" in saved and "step 6, not saved" in not_saved
+
+
 def test_the_end_of_the_launcher_counts_as_sigterm(monkeypatch):
     args, state = SimpleNamespace(world_size=1), SimpleNamespace(global_step=4)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
