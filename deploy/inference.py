@@ -218,9 +218,8 @@ class Engine:
             self._fits(len(ids), sampling.max_tokens or 1)
             if max(ids) >= known:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
-        own = (
-            getattr(self.model.generation, "stop_strings", None) or ()
-        )  # the model's, which transformers stops at, too
+        # The model's own, at which transformers stops, too
+        own = getattr(self.model.generation, "stop_strings", None) or ()
         sampling = replace(sampling, stop=(*sampling.stop, *((own,) if isinstance(own, str) else own)))
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
         return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))

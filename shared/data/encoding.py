@@ -160,9 +160,8 @@ class PlainText:
         except TemplateRefusal as error:
             raise UserError(f"this model's chat template refuses the conversation: {error}") from error
         for number, message in enumerate(messages):
-            if (
-                message["content"].strip() and number not in rendered.content
-            ):  # Phi 3's first template left out the system
+            # Phi 3's first template left out the system
+            if message["content"].strip() and number not in rendered.content:
                 raise UserError(
                     f"this model's chat template does not show turn {number + 1}, of the {message['role']}, and the model would "
                     "not see it. Leave it out, or say it in the user's words."

@@ -387,9 +387,8 @@ def _excel(path: Path) -> Iterator[dict]:
     from openpyxl.utils.escape import unescape
 
     with _workbook(path) as sheets:
-        sheets.worksheets[
-            0
-        ].reset_dimensions()  # what a file says of its size may be wrong, and rows beyond it were lost
+        # What a file says of its size may be wrong, and rows beyond it were lost
+        sheets.worksheets[0].reset_dimensions()
         rows = sheets.worksheets[0].iter_rows(values_only=True)
         header = [_on_one_line(str(cell)) if cell is not None else "" for cell in next(rows, ())]
         if not any(header):

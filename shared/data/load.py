@@ -309,11 +309,8 @@ def _read_file(path: Path):
     if path.suffix.lower() == ".parquet":
         try:
             return datasets.load_dataset("parquet", data_files=str(path))
-        except (
-            datasets.exceptions.DatasetGenerationError,
-            pyarrow.ArrowException,
-            ValueError,
-        ) as error:  # a map has no type
+        # ValueError: a map has no type there
+        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, ValueError) as error:
             said = str(error.__cause__ or error).splitlines()[0][:150]
             hint = " Leave that column out." if "dtype equivalent" in said else ""
             raise UserError(f"{path}: cannot be read: {said}{hint}") from error

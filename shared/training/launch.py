@@ -139,7 +139,6 @@ def check_optimizer(training_args) -> None:
         UserError: its package is not installed; options that it does not read, which upstream would pass over.
     """
     from transformers import Trainer
-    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
     name, given = training_args.optim.value, training_args.optim_args or ""
     pairs = [each.strip().split("=") for each in given.split(",") if each.strip()]
@@ -151,9 +150,14 @@ def check_optimizer(training_args) -> None:
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         if "You need to pass a" not in str(error):  # a model: GaLore and the like look for their layers in it, later
             raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from error
-    source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
-    if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
-        raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
+    if pairs:
+        from transformers.trainer_optimizer import (
+            _OPTIMIZER_HANDLERS,
+        )  # nothing else knows which options each one reads
+
+        source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
+        if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
+            raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
     if training_args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
         raise UserError(f"--optim_target_modules: --optim {name} does not read it. Leave it out.")
     if hasattr(kind, "train"):  # schedule-free ones

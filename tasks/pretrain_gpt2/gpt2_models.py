@@ -189,9 +189,8 @@ def write_samples(base, trained, tokenizer, documents: list[list[int]], block_le
     def go_on(model, temperature):
         torch.manual_seed(seed)
         own, ends = model.generation_config, model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(
-            eos_token_id=ends
-        )  # not what a model to continue from asks for beside
+        # Not what a model to continue from asks for beside
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         output = model.generate(
             prompts.to(model.device),
             attention_mask=torch.ones_like(prompts).to(model.device),
