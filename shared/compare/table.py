@@ -119,8 +119,9 @@ def _by_token(run: dict, metric: str) -> bool:
 
 def _unit(run: dict, metric: str) -> tuple:
     """What else but the rows is the same for numbers that can be compared: tokens, or the passages that were searched."""
-    tokens = (run["tokenizer"], str(run["weights"])) if _by_token(run, metric) else None
-    passages = [run["results"].get(each) for each in ("documents", "passages")] if metric in BY_PASSAGES else ()
+    results = run["results"]
+    tokens = (run["tokenizer"], str(run["weights"]), results.get("test_tokens")) if _by_token(run, metric) else None
+    passages = [results.get(each) for each in ("documents", "passages")] if metric in BY_PASSAGES else ()
     return tokens, *passages
 
 
@@ -255,7 +256,7 @@ def _paired(one: dict, other: dict) -> str:
         return "no paired test: whether they were scored on the same rows is unknown, the runs are of an older version"
     metric = scores[0]["metric"]
     if metric != scores[1]["metric"] or _unit(one, metric)[0] != _unit(other, metric)[0]:
-        return "no paired test: another metric or another tokenizer"
+        return "no paired test: another metric, another tokenizer, or rows cut at another length"
     if _unit(one, metric) != _unit(other, metric):
         return "no paired test: not as many passages were searched"
     found = paired_difference(scores[0]["score"], scores[1]["score"], scores[0]["weight"], metric != "perplexity")

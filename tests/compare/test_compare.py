@@ -122,6 +122,22 @@ def test_ranks_are_compared_among_as_many_passages(tmp_path, capsys):
         assert found in capsys.readouterr().out
 
 
+def test_numbers_of_cut_rows_are_not_the_best(tmp_path, capsys):
+    """Of summaries and preferences scores.json holds other scores: how many tokens there were tells that rows were cut."""
+    runs = []
+    for name, tokens, perplexity in (("whole", 900, 9.0), ("longer", 900, 8.0), ("cut", 90, 2.0)):
+        about = {"test_perplexity": perplexity, "test_margin": 1 / perplexity, "test_rows": 12, "test_tokens": tokens}
+        run = Path(make_run(tmp_path / name, task="dpo_chat", **about))
+        scores = {"metric": "margin", "score": [1 / perplexity] * 12, "weight": None}
+        (run / "scores.json").write_text(json.dumps(scores))
+        runs.append(str(run))
+    table = {row["Model"].split(" ")[0]: row for row in shown(capsys, *runs)}
+    assert [name for name, row in table.items() if "**" in row["Perplexity"]] == ["longer"]
+    assert [name for name, row in table.items() if "**" in row["Margin"]] == ["longer"]
+    main(runs[1:])
+    assert "rows cut at another length" in capsys.readouterr().out
+
+
 def test_a_damaged_file_of_a_run_is_one_line(tmp_path, capsys):
     for name, content in (
         ("all_results.json", "[]"),
