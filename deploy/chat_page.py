@@ -45,7 +45,8 @@ def chat_page(engine: Engine) -> None:
             st.button(t("clear"), icon=":material/delete:", width="stretch", on_click=clear)
     if not engine.chats:
         return complete_page(engine, sampling)
-    if said := st.chat_input(t("say")):
+    said = st.chat_input(t("say"))
+    if said and said.strip():
         edit(None)
         chat.append({"role": "user", "content": said})
     if not chat and collection:

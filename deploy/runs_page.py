@@ -10,7 +10,8 @@ import pandas as pd
 import streamlit as st
 
 from deploy.choices import offered, read_json, shown_name, task_of
-from deploy.texts import as_markdown, t
+from deploy.texts import as_markdown, literally, t
+from shared import UserError
 from shared.compare.table import COLUMNS, best_of, differences, markdown, read_run, table
 from shared.publish.redact import without_paths
 
@@ -19,7 +20,12 @@ def runs_page() -> None:
     """What `python -m shared.compare outputs/*` prints, to be sorted and looked at."""
     folders = map(Path, offered()) if offered() else sorted(Path("outputs").glob("*"))
     names = [str(folder) for folder in folders if read_json(folder / "all_results.json")]
-    runs = [read_run(name) | {"name": shown_name(name, names)} for name in names]
+    runs = []
+    for name in names:
+        try:
+            runs.append(read_run(name) | {"name": shown_name(name, names)})
+        except UserError as error:  # the others are shown all the same
+            st.warning(literally(without_paths(str(error))), icon=":material/error:")
     if not runs:
         st.info(t("no_runs"), icon=":material/info:")
         return

@@ -10,6 +10,7 @@ loaded or measured again.
 import argparse
 import base64
 import difflib
+import hashlib
 import html
 import json
 import os
@@ -23,9 +24,9 @@ import yaml
 from shared import UserError
 from shared.compare.readme import fill
 from shared.metrics import paired_difference
-from shared.publish.compare import short_number
+from shared.publish.compare import FEW_ROWS, short_number
 from shared.publish.hub import pull
-from shared.publish.results import file_digest, replace_file
+from shared.publish.results import replace_file
 
 # Metric of all_results.json: its title, and whether more is better.
 COLUMNS = {
@@ -51,6 +52,7 @@ PART_OF_A_METRIC = (
     "document",
 )  # no baseline's name: `baseline_macro_f1` is no F1
 LANGUAGE_MODELS = ("bits_per_byte", "perplexity")
+BY_PASSAGES = ("mrr", "recall_at_5")  # the more passages are searched, the harder is each to find
 
 
 def read_run(name: str) -> dict:
@@ -64,20 +66,18 @@ def read_run(name: str) -> dict:
         UserError: no such run, or it is not finished.
     """
     folder = Path(name) if Path(name).is_dir() else pull(name, weights=False)
-    path = folder / "all_results.json"
-    try:
-        results = json.loads(path.read_text("utf8"))
-    except FileNotFoundError:
-        raise UserError(f"{name}: no all_results.json; a run writes it at its end.") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not readable ({error}).") from error
-    tokenizer = folder / "tokenizer.json"
+    if not (folder / "all_results.json").is_file():
+        raise UserError(f"{name}: no all_results.json; a run writes it at its end.")
+    results = _content(folder / "all_results.json")
+    # Without what is no part of it: to how many tokens the run cut and filled up its rows
+    tokenizer = {**_content(folder / "tokenizer.json"), "truncation": None, "padding": None}
+    digest = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
     return {
         "name": Path(os.path.abspath(name)).name if Path(name).is_dir() else name,
         "folder": folder,
         "results": results,
         "rows": results.get("run", {}).get("test_rows_sha256"),
-        "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else None,
+        "tokenizer": digest if (folder / "tokenizer.json").is_file() else None,
         "weights": _scores(folder).get("weight"),
     }
 
@@ -102,16 +102,27 @@ def best_of(runs: list[dict]) -> set[tuple[Path, str]]:
         groups = {}
         for run in runs:
             value = run["results"].get(f"test_{metric}")
-            by_token = metric in BY_TOKEN and any(f"test_{each}" in run["results"] for each in LANGUAGE_MODELS)
             rows = run["results"].get("metric_rows_sha256", {}).get(metric, run["rows"])
-            key = (rows, run["results"].get("test_rows"), by_token and (run["tokenizer"], str(run["weights"])))
-            if value is not None and run["rows"] and not (by_token and not run["tokenizer"]):
+            key = (rows, run["results"].get("test_rows"), *_unit(run, metric))
+            if value is not None and run["rows"] and not (_by_token(run, metric) and not run["tokenizer"]):
                 groups.setdefault(key, []).append((value, run["folder"]))
         for group in groups.values():
             if len(group) > 1:
                 most = (max if higher else min)(value for value, _ in group)
                 best |= {(folder, metric) for value, folder in group if value == most}
     return best
+
+
+def _by_token(run: dict, metric: str) -> bool:
+    return metric in BY_TOKEN and any(f"test_{each}" in run["results"] for each in LANGUAGE_MODELS)
+
+
+def _unit(run: dict, metric: str) -> tuple:
+    """What else but the rows is the same for numbers that can be compared: tokens, or the passages that were searched."""
+    results = run["results"]
+    tokens = (run["tokenizer"], str(run["weights"]), results.get("test_tokens")) if _by_token(run, metric) else None
+    passages = [results.get(each) for each in ("documents", "passages")] if metric in BY_PASSAGES else ()
+    return tokens, *passages
 
 
 def table(runs: list[dict]) -> list[list[str]]:
@@ -199,25 +210,35 @@ def _warmth(sample: dict) -> str:
     return f" at temperature {sample['temperature']}" if "temperature" in sample else ""
 
 
+def _content(path: Path, parse=json.loads, kind: type = dict):
+    """What stands in a file of a run; nothing where it has none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = parse(path.read_text("utf8")) if path.is_file() else kind()
+        if not isinstance(content, kind):
+            raise ValueError(f"expected a {kind.__name__}")
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: is not readable ({' '.join(str(error).split())}).") from error
+    return content
+
+
 def _settings(folder: Path) -> dict:
-    path = folder / "run.yaml"
-    return (yaml.safe_load(path.read_text("utf8")) or {}) if path.is_file() else {}
+    return _content(folder / "run.yaml", lambda text: yaml.safe_load(text) or {})
 
 
 def _scores(folder: Path) -> dict:
-    path = folder / "scores.json"
-    try:
-        return json.loads(path.read_text("utf8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: is not readable ({error}).") from error
+    return _content(folder / "scores.json")
 
 
 def _samples(folder: Path) -> list[dict]:
-    path = folder / "samples.jsonl"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf8", newline="\n") as lines:  # splitlines would break in a sample at U+2028
-        return [json.loads(line) for line in lines]
+    def parse(text: str) -> list[dict]:  # splitlines would break in a sample at U+2028
+        samples = [json.loads(line) for line in text.split("\n") if line]
+        return [sample | {key: sample[key] for key in ("prompt", "trained")} for sample in samples]
+
+    return _content(folder / "samples.jsonl", parse, list)
 
 
 def _asked(sample: dict) -> str:
@@ -231,12 +252,18 @@ def _paired(one: dict, other: dict) -> str:
     scores = [_scores(run["folder"]) for run in (one, other)]
     if not all(scores) or one["rows"] != other["rows"] or len(scores[0]["score"]) != len(scores[1]["score"]):
         return "no paired test: they were not scored on the same rows"
+    if not one["rows"]:
+        return "no paired test: whether they were scored on the same rows is unknown, the runs are of an older version"
     metric = scores[0]["metric"]
-    if metric != scores[1]["metric"] or scores[0]["weight"] != scores[1]["weight"]:
-        return "no paired test: another metric or another tokenizer"
+    if metric != scores[1]["metric"] or _unit(one, metric)[0] != _unit(other, metric)[0]:
+        return "no paired test: another metric, another tokenizer, or rows cut at another length"
+    if _unit(one, metric) != _unit(other, metric):
+        return "no paired test: not as many passages were searched"
     found = paired_difference(scores[0]["score"], scores[1]["score"], scores[0]["weight"], metric != "perplexity")
     low, high = found["difference_ci95"]
     clear = "clear" if low > 0 or high < 0 else "not clear, the interval includes zero"
+    if found["rows"] < FEW_ROWS:
+        clear = f"not clear, fewer than {FEW_ROWS} rows show nothing"
     return (
         f"paired test over {found['rows']:,} rows: {other['name']} is better on {found['better_rows']:.0%}; difference in "
         f"{'loss' if metric == 'perplexity' else metric} {short_number(low, [low, high])} to {short_number(high, [low, high])} "
@@ -253,8 +280,7 @@ def report(runs: list[dict], detail: Iterable[str] = ()) -> str:
             parts.append(
                 f'<img alt="loss" src="data:image/png;base64,{base64.b64encode(curve.read_bytes()).decode()}">'
             )
-        if (checked := run["folder"] / "preflight.json").is_file():
-            facts = json.loads(checked.read_text("utf8"))
+        if facts := _content(run["folder"] / "preflight.json"):
             parts.append(_html_table([["Checked before the first step", ""], *([k, v] for k, v in facts.items())]))
         for sample in _samples(run["folder"])[:10]:
             before, after = str(sample.get("base") or ""), str(sample.get("trained") or "")

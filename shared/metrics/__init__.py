@@ -4,6 +4,7 @@ Called by the modules, the tasks and `shared.publish.card`. Rows are the unit th
 depend on each other, so intervals over tokens would be far too narrow.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,15 +18,42 @@ def load(name: str):
 
     Raises:
         ValueError: there is no such module; the message lists those there are.
+        UserError: `evaluate` has no folder to write to.
     """
     folder = Path(__file__).resolve().parent / name
     if not (folder / f"{name}.py").is_file():
         known = ", ".join(sorted(path.stem for path in folder.parent.glob("*/*.py") if path.stem == path.parent.name))
         raise ValueError(f"No metric {name!r} in {folder.parent.name}/. Known: {known}.")
+    check_caches("metrics", "modules")
     import evaluate  # takes seconds
 
     # In memory: evaluate's default is one Arrow file for all processes of a user, and two runs would meet in it.
     return evaluate.load(str(folder), keep_in_memory=True)
+
+
+def check_caches(*names: str) -> None:
+    """Whether Hugging Face's libraries can write where they put what they make of data and metrics, of local ones, too.
+
+    Args:
+        names: of their caches, "datasets", "metrics" or "modules".
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    for name in names:
+        variable = f"HF_{name.upper()}_CACHE"
+        folder = Path(os.environ.get(variable) or Path(HF_HOME) / name).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            denied = None if os.access(folder, os.W_OK) else "Permission denied"
+        except OSError as error:
+            denied = error.strerror
+        if denied:
+            raise UserError(
+                f"cache not writable: {folder} ({denied}). Set HF_HOME to a folder of yours, or {variable}."
+            )
 
 
 def bootstrap_ratio(numerators, denominators=None, resamples: int = 1000, seed: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 # Metric in all_results.json: (Hub's metric type, name in the card).
 METRICS = {
-    "loss": ("loss", "Loss (nats per token), lower is better"),
+    "loss": ("loss", "Loss (nats), lower is better"),
     "perplexity": ("perplexity", "Perplexity, lower is better"),
     "bits_per_byte": ("bits_per_byte", "Bits per byte, lower is better"),
     "accuracy": ("accuracy", "Accuracy"),

@@ -74,7 +74,8 @@ def pull(name: str, weights: bool = True) -> Path:
     if not path.is_dir():
         if path.is_file():
             raise UserError(f"{name} is a file. A model is a folder with config.json and model.safetensors.")
-        if name.startswith((".", "/", "~")) or repo.count("/") > 1:
+        # A run that is not there any more, or misspelt, is no model of somebody named outputs
+        if name.startswith((".", "/", "~", "outputs/")) or repo.count("/") > 1:
             raise UserError(f"{name}: no such folder. {assets.how_written(name, 'model')}")
         path = _download(repo, revision, weights)
     refuse_unsafe(path, name)

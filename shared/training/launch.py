@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from shared import UserError
+from shared.metrics import check_caches
 from shared.training.arguments import parse
 from shared.training.hardware import check_precision, cores, gpus, hardware
 
@@ -170,7 +171,8 @@ def setup(training_args, run_args) -> None:
     """Logging, seed, precision and launch checks, and what the training arguments must be in every task.
 
     Raises:
-        UserError: a precision that this hardware does not have, a schedule or an optimizer that cannot be built.
+        UserError: a cache that cannot be written, a precision that this hardware does not have, a schedule or an optimizer
+            that cannot be built.
     """
     import datasets
     import torch
@@ -189,6 +191,7 @@ def setup(training_args, run_args) -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()  # loading takes a second here; training and evaluation have their own bars
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")  # called inside trl and peft
+    check_caches("datasets", "metrics", "modules")  # the last two are needed at the end, when all is trained
     check_schedule(training_args)
     check_optimizer(training_args)
     if not run_args.dry_run:  # a plan may be for another machine

@@ -200,6 +200,7 @@ def main(script_args, args, run_args) -> None:
         **helped,
         **{f"accuracy_{name}": change[name] for name in ("difference", "difference_ci95")},
         "test_rows": len(longer),
+        "test_tokens": int(sum(after["chosen_tokens"]) + sum(after["rejected_tokens"])),
     }
     line = " ".join([helped["line"], verdict_line(metrics)])
 

@@ -117,10 +117,11 @@ def load_model(source: Path | None, tokenizer, script_args, args):
         model.config.task_specific_params = {"summarization": {"prefix": prefix_of(model)}}
     model.generation_config.max_new_tokens = script_args.max_target_length
     model.generation_config.max_length = None
+    model.generation_config.num_return_sequences = 1  # here already: of a single beam generate() refuses more
     model.generation_config.num_beams = args.generation_num_beams or 1
     if model.generation_config.num_beams == 1:
         model.generation_config.early_stopping = model.generation_config.length_penalty = None  # they mean beams only
-    few = {"max_new_tokens": 2, "do_sample": False, "num_return_sequences": 1}
+    few = {"max_new_tokens": 2, "do_sample": False}
     check_settings(source, lambda: model.generate(tokenizer("a", return_tensors="pt")["input_ids"], **few))
     return model
 

@@ -202,6 +202,7 @@ def main(script_args, args, run_args) -> None:
         tokens = list(map(int, scores["tokens"]))
         perplexity = shared_metrics.load("perplexity").compute(predictions=scores["nll"], references=tokens)
         metrics |= {f"{name}_{key}": value for key, value in perplexity.items()}
+    metrics["test_tokens"] = sum(map(int, losses["test"]["tokens"]))
     baselines = {f"Lead-{n}": rouge[f"baseline_lead{n}"] for n in (1, 3)}
     helped = compare.did_it_help(rouge["base"], rouge["test"], "rougeL", baselines)
     line = helped["line"] + (f" {NO_SUMMARIZER}" if source is None else "")

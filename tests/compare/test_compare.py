@@ -1,5 +1,6 @@
 """`python -m shared.compare`: one table, the best marked only where numbers can be compared, two runs in detail."""
 
+import json
 import re
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def test_the_best_is_marked_on_the_same_rows_alone(tmp_path, capsys):
         make_run(tmp_path / "two", **same | {"test_perplexity": 11.0}),
         make_run(tmp_path / "other_rows", rows="b" * 64, **same | {"test_perplexity": 1.0}),
         make_run(
-            tmp_path / "other_tokenizer", tokenizer="{ }", **same | {"test_perplexity": 2.0, "test_bits_per_byte": 1.1}
+            tmp_path / "other_tokenizer",
+            tokenizer='{"model": 1}',
+            **same | {"test_perplexity": 2.0, "test_bits_per_byte": 1.1},
         ),
         make_run(
             tmp_path / "classes", task="classify_bert", test_accuracy=0.7, test_macro_f1=0.6, baseline_macro_f1=0.1
@@ -86,6 +89,71 @@ def test_two_runs_in_detail_and_a_report_that_can_be_mailed(tmp_path, capsys):
     three = make_run(tmp_path / "three", scores=[3.0] * 15, rows="c" * 64, test_perplexity=8.0)
     main([one, three])
     assert "no paired test: they were not scored on the same rows" in capsys.readouterr().out
+
+
+def test_a_paired_test_wants_what_was_scored_to_be_the_same_and_ten_rows(tmp_path, capsys):
+    def said(name, scores, **results) -> str:
+        """Of two runs, the second of which differs in `results`."""
+        make_run(tmp_path / name / "one", scores=scores, test_perplexity=9.0, rows=results.get("rows", "a" * 64))
+        make_run(tmp_path / name / "two", scores=[each - 1 for each in scores], test_perplexity=8.0, **results)
+        main([str(tmp_path / name / run) for run in ("one", "two")])
+        return re.search("- ((no )?paired test.*)", capsys.readouterr().out)[1]
+
+    assert said("few", [4.0] * 3).endswith("(95 %): not clear, fewer than 10 rows show nothing")
+    assert said("many", [4.0] * 10).endswith("(95 %): clear")
+    assert "is unknown, the runs are of an older version" in said("old", [4.0] * 12, rows=None)
+    assert "another tokenizer" in said("tokenizer", [4.0] * 12, tokenizer='{"model": 1}')
+    cut = '{"truncation": {"max_length": 8}, "padding": {"pad_id": 0}}'
+    assert said("cut", [4.0] * 12, tokenizer=cut).endswith("clear"), "the same tokenizer"
+
+
+def test_ranks_are_compared_among_as_many_passages(tmp_path, capsys):
+    runs = []
+    for i, (name, passages) in enumerate({"one": 90, "two": 90, "few": 9}.items()):
+        about = {"task": "rag_docs", "test_rows": 12, "documents": passages // 3, "passages": passages}
+        run = Path(make_run(tmp_path / name, test_mrr=0.5 + i / 10, test_recall_at_5=0.5 + i / 10, **about))
+        (run / "scores.json").write_text(json.dumps({"metric": "mrr", "score": [0.5 + i / 10] * 12, "weight": None}))
+        runs.append(str(run))
+    table = {row["Model"].split(" ")[0]: row for row in shown(capsys, *runs)}
+    for metric in ("MRR", "Recall at 5"):
+        assert [name for name, row in table.items() if "**" in row[metric]] == ["two"]
+    for pair, found in ((runs[:2], "paired test over 12 rows"), (runs[1:], "not as many passages were searched")):
+        main(pair)
+        assert found in capsys.readouterr().out
+
+
+def test_numbers_of_cut_rows_are_not_the_best(tmp_path, capsys):
+    """Of summaries and preferences scores.json holds other scores: how many tokens there were tells that rows were cut."""
+    runs = []
+    for name, tokens, perplexity in (("whole", 900, 9.0), ("longer", 900, 8.0), ("cut", 90, 2.0)):
+        about = {"test_perplexity": perplexity, "test_margin": 1 / perplexity, "test_rows": 12, "test_tokens": tokens}
+        run = Path(make_run(tmp_path / name, task="dpo_chat", **about))
+        scores = {"metric": "margin", "score": [1 / perplexity] * 12, "weight": None}
+        (run / "scores.json").write_text(json.dumps(scores))
+        runs.append(str(run))
+    table = {row["Model"].split(" ")[0]: row for row in shown(capsys, *runs)}
+    assert [name for name, row in table.items() if "**" in row["Perplexity"]] == ["longer"]
+    assert [name for name, row in table.items() if "**" in row["Margin"]] == ["longer"]
+    main(runs[1:])
+    assert "rows cut at another length" in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path, capsys):
+    for name, content in (
+        ("all_results.json", "[]"),
+        ("scores.json", "[1]"),
+        ("run.yaml", "a: ["),
+        ("samples.jsonl", '{"prompt": "cut'),
+        ("samples.jsonl", '{"prompt": "What?"}'),
+        ("preflight.json", ""),
+        ("tokenizer.json", "\udcff"),
+    ):
+        runs = [make_run(tmp_path / f"{name} {len(content)}" / each, test_perplexity=9.0) for each in ("one", "two")]
+        (Path(runs[1]) / name).write_bytes(content.encode("utf8", "surrogateescape"))
+        with pytest.raises(SystemExit) as ended:
+            main([*runs, "--html", str(tmp_path / "compare.html")])
+        assert ended.value.code == 2
+        assert re.fullmatch(rf"error: \S+.*two/{name}: is not readable \(.+\)\.\n", capsys.readouterr().err), name
 
 
 def test_samples_are_paired_by_temperature_and_stay_text(tmp_path, capsys):

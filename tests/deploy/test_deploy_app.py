@@ -183,6 +183,10 @@ def test_all_runs_in_one_table(open_page, tmp_path, monkeypatch):
     said = app.main.markdown[-1].value
     assert not app.exception and "paired test over 3 rows: short is better on 0%" in said
     assert not any(str(tmp_path) in str(each.value) for each in (*app.main.markdown, *app.main.caption))
+    (tmp_path / "short" / "scores.json").write_text("[")
+    app = open_page("runs")
+    assert app.dataframe[0].value["Model"].tolist() == ["long", "other"] and len(app.warning) == 1
+    assert "scores\\.json" in app.warning[0].value and str(tmp_path) not in app.warning[0].value.replace("\\", "")
     app = AppTest.from_file(APP, default_timeout=60)
     app.query_params["page"], app.query_params["model"] = "model", "other"
     app.run()

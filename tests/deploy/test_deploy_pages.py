@@ -166,7 +166,7 @@ def test_examples(open_page):
 def test_any_own_message_can_be_changed(open_page):
     app = open_page("chat")
     labelled(app.slider, "max_tokens").set_value(16)
-    for text in ("one", "two", "three"):
+    for text in ("one", " \n", "two", "three"):  # nothing is said by blanks
         app.chat_input[0].set_value(text).run()
     first = app.session_state.chat[1]["replies"][0]["text"]
     edits = [button for button in app.button if button.label == TEXTS["edit"][0]]

@@ -80,6 +80,22 @@ def test_unknown_metric_names_the_known():
         metrics.load("perplexty")
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name in ("metrics", "modules"):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"HF_{name.upper()}_CACHE", str(tmp_path / "file" / name))
+            with pytest.raises(
+                UserError, match=rf"cache not writable: .*file/{name} \(Not a directory\)\. Set HF_HOME to"
+            ):
+                metrics.load("perplexity")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may be root's, who may write anywhere
+    with pytest.raises(
+        UserError, match=r"\(Permission denied\)\. Set HF_HOME to a folder of yours, or HF_METRICS_CACHE"
+    ):
+        metrics.load("perplexity")
+
+
 def test_rows_without_tokens_change_nothing():
     with_them = metrics.bootstrap_ratio([2.0, 0.0, 30.0, 8.0], [1, 0, 10, 9])
     assert np.array_equal(with_them, metrics.bootstrap_ratio([2.0, 30.0, 8.0], [1, 10, 9]))

@@ -252,6 +252,7 @@ def test_code_beside_a_known_architecture_is_neither_downloaded_nor_run(hub, tmp
         ("openai-community/gpt2@nowhere", "write", "no revision 'nowhere'"),
         ("meta-llama/Llama-2-7b-hf", "other", "is gated: accept its terms"),
         ("./nothing", "write", "no such folder. A Hub model is written org/name"),
+        ("outputs/nothing", "write", "outputs/nothing: no such folder."),
         (
             "https://hub.example/openai-community/gpt2",
             "write",

@@ -203,6 +203,12 @@ def test_a_pipe_does_not_part_a_cell():
     assert ["".join(part.content for part in cell) for cell in cells][-2:] == ["a | b", "c | d"]
 
 
+def test_a_loss_is_not_said_to_be_of_a_token():
+    """That of qa_squad is a window's."""
+    content = model_card(**facts(metrics={"test_loss": 0.3, "test_f1": 90.0}))
+    assert "| Loss (nats), lower is better |" in content and "per token" not in content
+
+
 def test_quote_cuts_long_text():
     assert len(quote("word " * 1000)) < 600
     assert quote("word " * 1000).endswith("…\n```")

@@ -265,6 +265,7 @@ def test_a_run_prefers_what_was_chosen_and_is_served(finished):
     assert results["test_accuracy"] >= results["base_accuracy"] and results["margin_difference_ci95"][0] > 0
     for name in ("accuracy", "margin", "perplexity", "replies_that_end", "replies_that_loop"):
         assert {f"base_{name}", f"test_{name}"} <= results.keys()
+    assert results["test_tokens"] > 2 * results["test_rows"], "shared.compare tells by them that rows were cut"
     history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
     logged = [entry["loss"] for entry in history if "loss" in entry]
     assert logged[0] == pytest.approx(0.6931, abs=1e-3) and logged[-1] < logged[0] - 0.05

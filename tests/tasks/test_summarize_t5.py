@@ -461,6 +461,8 @@ def test_each_model_learns_and_reloads_to_the_same_summaries(small, tiny_bert, p
     assert results["test_rougeL_ci95"][0] <= results["test_rougeL"] <= results["test_rougeL_ci95"][1]
     for key in ("rouge1", "rouge2", "rougeLsum", "bleu", "summary_words", "novel_bigrams", "empty_outputs"):
         assert f"test_{key}" in results and f"base_{key}" in results and f"baseline_lead1_{key}" in results
+    rows = [json.loads(line) for line in (run / "test.jsonl").read_text().splitlines()]
+    assert results["test_tokens"] >= len(rows) == 15, "shared.compare tells by them that rows were cut"
     assert results["test_rows"] == 15 and results["test_bleu_signature"].startswith("nrefs:1|")
     card = (run / "README.md").read_text()
     assert "Did it help?" in card and "Lead-1" in card and "Lead-3" in card and str(tmp_path) not in card

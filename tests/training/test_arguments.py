@@ -207,6 +207,17 @@ def test_loaders_that_would_change_a_step_are_refused(options):
         setup(args, run_args)
 
 
+@pytest.mark.parametrize("name", ["datasets", "metrics", "modules"])
+def test_a_cache_that_cannot_be_written_is_told_before_training(name, tmp_path, monkeypatch):
+    """Metrics are measured at the end: a chat model was trained, and then nothing said how good it is."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(f"HF_{name.upper()}_CACHE", str(tmp_path / "file" / name))
+    script = train_script("classify_bert").ScriptArguments
+    _, args, run_args = parse(script, TRAINING, [f"--output_dir={tmp_path}"])
+    with pytest.raises(UserError, match=rf"cache not writable: .*/{name} .*Set HF_HOME"):
+        setup(args, run_args)
+
+
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 @pytest.mark.parametrize(
     ("metric", "given", "mode"), [("macro_f1", None, "max"), ("loss", None, None), ("accuracy", "min", "min")]
