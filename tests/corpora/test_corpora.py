@@ -1040,3 +1040,27 @@ def test_folders_that_links_lead_to_are_read_once(tmp_path):
     (elsewhere / "back").symlink_to(notes)
     names = [name for _, name in local_files(notes)]
     assert names == ["notes/a.md", "notes/linked/deep/d.md", "notes/own/b.md"]
+
+
+def test_pages_told_apart_by_their_query_alone_are_all_read(server, tmp_path):
+    """Each was one page with the others once: a parameter without `=`, or one called as trackers are elsewhere."""
+    queries = ["about", "12", "cid=1", "cid=2", "source=b", "gallery=3", "b=1&a=2", "u=a%26b", "x=a+b", "q="]
+    links = [f"/show?{query}".replace("&", "&amp;") for query in queries] + ["/m;v=1", "/a/../d"]
+    server.pages["/"] = html("start", 1, *links, "/show?utm_source=n&amp;12&amp;fbclid=3", "/show?PHPSESSID=9&amp;12")
+    paths = [f"/show?{query}" for query in queries] + ["/m;v=1", "/d"]
+    server.pages |= {path: html(path, 2 + number) for number, path in enumerate(paths)}
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", *paths} and not reasons
+
+
+def test_addresses_in_other_letters(server, tmp_path):
+    """A redirect writes them in UTF-8, a link as it likes."""
+    seen = "/tin-t%E1%BB%A9c?t%E1%BB%AB=100%25%20x"
+    server.pages["/"] = html("start", 1, "/moved", "/tin-tức?từ=100% x", "http://127.0.0.1:99999/", "http://[a/")
+    server.pages["/moved"] = lambda handler: answer(
+        handler, "", 302, Location="/tin-tức?từ=100% x".encode().decode("latin-1")
+    )
+    server.pages[seen] = html("news", 2)
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", seen} and not reasons and server.asked.count(seen) == 1
+    assert web._normal("http://CHỢ.vn:80/A") == "http://xn--ch-3bt.vn/A"
