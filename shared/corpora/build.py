@@ -285,7 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--delay", type=float, default=1.0, help="seconds between requests to a site (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count() or 1, help="that clean (default: one a core, %(default)s)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # not of the client, which would list each request to the Hub
     state = args.output.with_name(f"{args.output.name}.crawl")
     try:
         columns = table_columns(args.columns)

@@ -433,7 +433,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--partition", help="of Slurm")
     add("--time", help="of Slurm: the longest that a task may take, such as 24:00:00")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # not of the client, which would list each request to the Hub
     try:
         print(build_in_tasks(args), end="")
     except UserError as error:

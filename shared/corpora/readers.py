@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from shared import UserError
 from shared.data import files
 from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode
-from shared.data.load import PARQUET, hub_arguments
+from shared.data.load import PARQUET, gated, hub_arguments, without_media
 
 log = logging.getLogger("taskbook")
 
@@ -66,20 +66,26 @@ def _docs(name: str) -> Iterator[dict]:
 def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[dict]:
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     repo, _, revision = name.partition("@")
     try:
         found = HfApi().dataset_info(repo, revision=revision or None)
         rows = datasets.load_dataset(**hub_arguments(found.id, revision or None, config), split=split, streaming=True)
+        rows = without_media(datasets.IterableDatasetDict({split: rows}), name)[split]
         terms = getattr(found.card_data, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
         yield from _table(rows, name, columns, terms)
     except (datasets.exceptions.DatasetNotFoundError, HTTPError, OSError) as error:
         said = str(error).strip().splitlines() or [""]
+        if "gated" in said[0]:
+            raise UserError(gated(name)) from error
+        if isinstance(error, RevisionNotFoundError):
+            said = [f"it has no revision {revision}."]
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are
-        raise UserError(f"{name}: {error} See --dataset_config and --split.") from error
+        said = " ".join(str(error).split("\nExample")[0].split())
+        raise UserError(f"{name}: {said} See --dataset_config and --split.") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
@@ -155,6 +161,7 @@ def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iter
 
 def _reader(path: Path) -> Callable | None:
     name = path.name.lower().removesuffix(".gz")
+    name = re.sub(r"\.xml-p\d+p\d+(?=\.bz2$|$)", ".xml", name)  # a part of the dump of a large wiki
     return next((read for ending, read in READERS.items() if name.endswith(ending)), None)
 
 

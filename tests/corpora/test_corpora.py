@@ -727,12 +727,23 @@ def test_hub_datasets_are_streamed_with_their_licence(hub, tmp_path):
 
     missing = run_command("wikimedia/wikipedia", "--dataset_config", "xx", "--output", output, **hub.env)
     assert missing.returncode == 2 and "20231101.simple" in missing.stderr and "Traceback" not in missing.stderr
+    unnamed = run_command("HuggingFaceFW/fineweb-edu@v9", "--output", output, **hub.env)
+    assert unnamed.stderr.endswith("RevisionNotFoundError: it has no revision v9.\n")
+    unnamed = run_command("HuggingFaceFW/fineweb-edu", "--output", output, **hub.env)
+    assert unnamed.returncode == 2 and unnamed.stderr.count("\n") == 1 and "sample-10BT" in unnamed.stderr
     assert read(output) == rows  # what was there before stays
     unknown = run_command("no/such", "--output", output, **hub.env)
     assert unknown.returncode == 2 and "no/such: cannot be read from the Hub" in unknown.stderr
     offline = {**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"}
     refused = run_command("Skylion007/openwebtext", "--output", output, **offline)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+def test_parts_of_the_dump_of_a_large_wiki_are_read(tmp_path):
+    dump = f"<mediawiki><page><title>A</title><ns>0</ns><revision><text>{prose(1)}</text></revision></page></mediawiki>"
+    (tmp_path / "enwiki-20250101-pages-articles1.xml-p1p41242.bz2").write_bytes(bz2.compress(dump.encode()))
+    (tmp_path / "enwiki-20250101-pages-articles2.xml-p41243p151573").write_text(dump)
+    assert [row["title"] for row in documents(str(tmp_path))] == ["A", "A"]
 
 
 @pytest.mark.parametrize(
