@@ -41,6 +41,11 @@ from shared.data.near_duplicates import NearDuplicates, signature
 
 log = logging.getLogger("taskbook")
 TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
+# Blocks within what the extraction takes for one piece of text: it would join the words of one with those of the next
+JOINED = (
+    "//div[ancestor::li or ancestor::blockquote or ancestor::pre or ancestor::dt or ancestor::dd]"
+    "[not(.//div or .//p or .//ul or .//ol or .//table)]"
+)
 BATCH = 500_000  # characters sent to another process at once
 
 
@@ -50,14 +55,12 @@ def with_text(row: dict | str) -> dict | str:
         return row
     text, title, terms = row.get("text"), row.get("title"), row.get("license")
     if row.get("html"):
-        from trafilatura import bare_extraction
-
         html = row["html"]  # converted first: of TCVN3 the extraction would drop a letter, the soft hyphen
         if not html.isascii() and (old := _old(" ".join(TAGS.sub(" ", html).split())[:5000])):
             html = to_unicode(html, old)
         if "<html" not in html[:5000].lower():  # a part of a page: trafilatura takes it for none
             html = f"<html><body>{html}</body></html>"
-        page = bare_extraction(html, url=row["source"], with_metadata=True, include_comments=False)
+        page = _article(html, row["source"])
         if page is None or not page.text:
             return "no text in the page"
         text, title, terms = page.text, page.title, page.license
@@ -73,6 +76,23 @@ def with_text(row: dict | str) -> dict | str:
     if isinstance(text, str) and (old := _old(text[:2000])):
         text = to_unicode(text, old)
     return {"text": text, "source": str(row["source"]), "title": str(title or ""), "license": str(terms or "")}
+
+
+def _article(html: str, url: str):
+    """The text and what is said of it, as trafilatura finds them; None where it finds none."""
+    from trafilatura import bare_extraction, load_html
+
+    if (tree := load_html(html)) is None:
+        return None
+    for block in tree.xpath(JOINED):
+        if block.xpath("preceding-sibling::node()[normalize-space()]"):
+            block.addprevious(block.makeelement("br"))
+        if (block.tail or "").strip():
+            block.addnext(after := block.makeelement("br"))
+            after.tail, block.tail = block.tail or after.tail, None
+        block.drop_tag()
+    unseen = "//template[not(@shadowrootmode)]"
+    return bare_extraction(tree, url=url, with_metadata=True, include_comments=False, prune_xpath=unseen)
 
 
 def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict | str:

@@ -26,7 +26,7 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora.build import BATCH, build, main, ordered_map, prepare
+from shared.corpora.build import BATCH, build, main, ordered_map, prepare, with_text
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents, local_files
 from shared.corpora.wikitext import wiki_text
@@ -1075,3 +1075,13 @@ def test_addresses_in_other_letters(server, tmp_path):
     pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
     assert set(pages) == {"/", seen} and not reasons and server.asked.count(seen) == 1
     assert web._normal("http://CHỢ.vn:80/A") == "http://xn--ch-3bt.vn/A"
+
+
+def test_words_of_neighbouring_blocks_are_not_joined():
+    body = (
+        "<ul><li><div>one</div><div>two</div>three</li></ul><pre><div>line a</div><div>line b</div></pre>"
+        "<blockquote><div>four</div><div>five</div></blockquote><template><p>nobody sees it</p></template>"
+    )
+    page = html("Blocks", 1).replace("</article>", f"{body}<p>{prose(9)}</p></article>")
+    text = with_text({"html": page, "source": "http://a.example/"})["text"]
+    assert "one\ntwo\nthree\nline a\nline b\nfour\nfive\n" in text and "nobody" not in text
