@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files
-from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode
+from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode, whole_words
 from shared.data.load import PARQUET, gated, hub_arguments, without_media
 
 log = logging.getLogger("taskbook")
@@ -200,7 +200,7 @@ def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
     def texts(pages):
         nonlocal bare
         for page in pages:
-            text = page.extract_text()
+            text = whole_words(page.extract_text())
             bare += not text.strip() and _holds_pictures(page)
             yield text + "\n\n"
 

@@ -792,6 +792,21 @@ def test_an_encrypted_pdf_is_read_where_it_needs_no_password(algorithm, password
         assert " ".join(found[0]["text"].split()) == prose(1)
 
 
+def test_words_that_a_line_of_a_pdf_divides_are_whole(tmp_path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    lines = ["a well-known fact: infor-", "mation is a well-", "known Viet-", "Anh word, 10-", "20 of them, bờ-", "cõi"]
+    page = Figure()
+    for number, line in enumerate(lines):
+        page.text(0.1, 0.9 - 0.1 * number, line)
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        page.savefig(tmp_path / "a.pdf")
+    (row,) = documents(str(tmp_path / "a.pdf"))
+    text = "a well-known fact: information is a well-known Viet-\nAnh word, 10-\n20 of them, bờcõi"
+    assert row["text"].strip() == text
+
+
 def test_a_pdf_without_text_is_named(tmp_path, caplog):
     import numpy as np
     from matplotlib.figure import Figure
