@@ -164,7 +164,7 @@ class _Browser:
                 raise _PassedOver("robots.txt")
             status, headers, data = self._request(url)
             if status not in (301, 302, 303, 307, 308):
-                kind, _, parameters = headers.get("Content-Type", "text/html").partition(";")
+                kind, _, parameters = (headers.get("Content-Type") or "text/html").partition(";")
                 kind, charset = kind.strip().lower(), re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", parameters, re.I)
                 text = decode(data, charset and charset[1])
                 target = _refresh(text, url) if kind != "text/plain" else None
@@ -197,7 +197,7 @@ class _Browser:
                         return response.status, response.headers, b""
                     if response.status != 200:
                         raise _PassedOver(f"HTTP {response.status}")
-                    kind = response.headers.get("Content-Type", "text/html").split(";")[0].strip().lower()
+                    kind = (response.headers.get("Content-Type") or "text/html").split(";")[0].strip().lower()
                     # Of what type robots.txt is sent matters to nobody, its rules do
                     if kind not in ("text/html", "application/xhtml+xml", "text/plain") and not url.endswith(
                         "/robots.txt"
@@ -213,7 +213,8 @@ class _Browser:
     @staticmethod
     def _body(response) -> bytes:
         data, deadline = bytearray(), time.monotonic() + WHOLE
-        if int(response.headers.get("Content-Length") or 0) > LARGEST:
+        said = response.headers.get("Content-Length", "")
+        if said.isdecimal() and int(said) > LARGEST:  # some servers say nonsense
             raise _PassedOver(f"over {LARGEST:,} bytes")
         # Decompressed, since a small answer may unpack to gigabytes; read1, since read waits until the amount is there.
         while chunk := response.read1(1 << 14):

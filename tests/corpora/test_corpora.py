@@ -1100,3 +1100,10 @@ def test_words_of_neighbouring_blocks_are_not_joined():
     page = html("Blocks", 1).replace("</article>", f"{body}<p>{prose(9)}</p></article>")
     text = with_text({"html": page, "source": "http://a.example/"})["text"]
     assert "one\ntwo\nthree\nline a\nline b\nfour\nfive\n" in text and "nobody" not in text
+
+
+def test_headers_that_say_nothing_or_nonsense(server, tmp_path):
+    server.pages["/"] = lambda handler: answer(handler, html("A", 1, "/b"), Content_Length="many")
+    server.pages["/b"] = lambda handler: answer(handler, html("B", 2), Content_Type="")
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/b"} and not reasons
