@@ -256,6 +256,22 @@ def plot_lengths(lengths: Counter, path: Path) -> None:
     figure.savefig(path)
 
 
+def not_negative(value: str) -> int:
+    """A number of the command line."""
+    if int(value) < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
+    return int(value)
+
+
+def language_code(value: str) -> str:
+    """The code of a language that is told from others: of one that is not, no document would be kept."""
+    from py3langid import rank
+
+    if value.lower() not in (codes := sorted(code for code, _ in rank(""))):
+        raise argparse.ArgumentTypeError(f"{value}: no code of a language that is known: {' '.join(codes)}")
+    return value.lower()
+
+
 def source_options(program: str, description: str) -> argparse.ArgumentParser:
     """The options of this command and of `shared.corpora.cluster`."""
     parser = argparse.ArgumentParser(
@@ -271,8 +287,15 @@ def source_options(program: str, description: str) -> argparse.ArgumentParser:
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="in tables: text=body title=headline ...")
     add("--dataset_config", help="configuration of a Hub dataset, such as 20231101.vi")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    add("--min_words", type=int, default=50, help="drop shorter documents (default: %(default)s)")
-    add("--languages", nargs="+", default=[], metavar="CODE", help="keep these only, such as: en vi (default: all)")
+    add("--min_words", type=not_negative, default=50, help="drop shorter documents (default: %(default)s)")
+    add(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        type=language_code,
+        help="keep these only, such as: en vi (default: all)",
+    )
     return parser
 
 
@@ -282,6 +305,8 @@ def table_columns(arguments: list[str]) -> dict[str, str]:
     for name, _, column in pairs:
         if not column or name not in ("text", "source", "title", "license"):
             raise UserError(f"--columns {name}: expected text=, source=, title= or license= with the name of a column.")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--columns {' '.join(arguments)}: each name takes one column.")
     return {name: column for name, _, column in pairs}
 
 
@@ -299,9 +324,12 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--output", required=True, type=Path, help="file to write, .jsonl or .jsonl.gz")
     add(
-        "--depth", type=int, default=0, help="links to follow from a web page within its site (default: this page only)"
+        "--depth",
+        type=not_negative,
+        default=0,
+        help="links to follow from a web page within its site (default: this page only)",
     )
-    add("--max_pages", type=int, default=100, help="pages to request from a site (default: %(default)s)")
+    add("--max_pages", type=not_negative, default=100, help="pages to request from a site (default: %(default)s)")
     add("--delay", type=float, default=1.0, help="seconds between requests to a site (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count() or 1, help="that clean (default: one a core, %(default)s)")
     args = parser.parse_args(argv)
@@ -318,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
         def rows(source: str):
             if source.startswith(("http://", "https://")):
                 return crawl(source, state, depth=args.depth, max_pages=args.max_pages, delay=args.delay)
-            return documents(source, columns=columns, dataset_config=args.dataset_config, split=args.split)
+            options = {"columns": columns, "dataset_config": args.dataset_config, "split": args.split}
+            return documents(source, **options, leave_out=args.output)
 
         streams = [rows(source) for source in args.sources]  # before anything is read: names a source that is not there
         report = build(

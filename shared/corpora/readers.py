@@ -27,7 +27,14 @@ class NoColumn(UserError):
     """A table without the column of the text."""
 
 
-def documents(source: str, *, columns: dict | None = None, dataset_config: str | None = None, split: str = "train"):
+def documents(
+    source: str,
+    *,
+    columns: dict | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    leave_out: Path | None = None,
+):
     """Streams the documents of any source but the web, see `crawl`: dicts with `text`, `html` or `wikitext`; `source`, `title`,
     `license` where known; `line`, where in its file a text begins, where it stands there as it is. A str instead of a dict is
     the reason why a document is passed over.
@@ -35,6 +42,7 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
     Args:
         source: `docs:` name, local file or folder, or Hub dataset `[org/]name[@revision]`.
         columns: where `text`, `source`, `title` and `license` stand in tables, for example `{"text": "body"}`.
+        leave_out: file of a folder that is not read: what an earlier run wrote there of the others.
 
     Raises:
         UserError: no such source, an ending that is not read, a column that is missing, a Hub that cannot be reached.
@@ -43,7 +51,7 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
         return _docs(source)
     path = Path(source).expanduser()
     if path.exists():
-        return _local(path, columns or {})
+        return _local(path, columns or {}, leave_out)
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1 or _reader(path):
         raise UserError(
             f"{source}: no such file or folder. A Hub dataset is written org/name, a page https://..., "
@@ -95,8 +103,10 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
         ) from error
 
 
-def _local(path: Path, columns: dict) -> Iterator[dict | str]:
+def _local(path: Path, columns: dict, leave_out: Path | None) -> Iterator[dict | str]:
     for file, name in local_files(path):
+        if leave_out and path.is_dir() and file.resolve() == leave_out.resolve():
+            continue
         yield from read_file(file, name, columns, alone=path.is_file())
 
 

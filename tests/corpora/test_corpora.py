@@ -671,6 +671,40 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert characters > 4_000_000
 
 
+def test_a_corpus_in_the_folder_of_its_texts_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "az":
+        (tmp_path / f"{name}.txt").write_text(prose(ord(name)))
+    for _ in range(2):
+        main([".", "--output", "corpus.jsonl", "--processes", "1"])
+        assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["a.txt", "z.txt"]
+    (tmp_path / "a.txt").unlink()
+    main([".", "--output", "corpus.jsonl", "--processes", "1"])
+    assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["z.txt"]
+    main(["corpus.jsonl", "--output", "corpus.jsonl", "--processes", "1"])  # but cleaned anew where it is named
+    assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["z.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--languages", "xx", "xx: no code of a language that is known: ace af"),
+        ("--languages", "vietnamese", "vietnamese: no code"),
+        ("--depth", "-1", "-1: expected 0 or more"),
+    ],
+)
+def test_values_that_would_keep_nothing_are_refused(flag, value, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["README.md", "--output", str(tmp_path / "o.jsonl"), flag, value])
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_code_of_a_language_in_capitals(tmp_path):
+    (tmp_path / "a.txt").write_text(LONG_VIETNAMESE)
+    main([str(tmp_path / "a.txt"), "--output", str(tmp_path / "o.jsonl"), "--languages", "VI", "--processes", "1"])
+    assert len(read(tmp_path / "o.jsonl")) == 1
+
+
 def test_a_failure_leaves_the_old_output(tmp_path):
     output = tmp_path / "o.jsonl"
     build([{"text": prose(1), "source": "a"}], output)
@@ -753,6 +787,7 @@ def test_parts_of_the_dump_of_a_large_wiki_are_read(tmp_path):
         (["./org/name"], "no such file or folder"),
         (["docs:nothing"], "docs:nothing: unknown. Known: docs:prose"),
         (["README.md", "--columns", "body"], "--columns body: expected text="),
+        (["README.md", "--columns", "text=a", "text=b"], "each name takes one column"),
         (["Makefile"], "Makefile: cannot be read; expected .txt"),
     ],
 )
