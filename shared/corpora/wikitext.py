@@ -92,7 +92,8 @@ PREPARED = re.compile(
 
 
 def wiki_text(wikitext: str, media: Iterable[str] = ()) -> str:
-    """The prose of a page of a wiki: no templates but those that `_dressed` knows, no tables, references, media; a heading stays if text follows it.
+    """The prose of a page of a wiki: no templates but those that `_dressed` knows, no tables, references, media; a heading stays
+    if text follows it.
 
     Args:
         media: namespaces in the language of the wiki whose links show no text, files and categories, beside `MEDIA`.
