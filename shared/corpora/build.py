@@ -36,7 +36,15 @@ from shared.corpora.crawl import crawl
 from shared.corpora.readers import documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.charsets import old_vietnamese, to_unicode
-from shared.data.cleaning import CleaningReport, clean_rows, document_cleaner, languages, repetitive, words_between
+from shared.data.cleaning import (
+    CONTROL,
+    CleaningReport,
+    clean_rows,
+    document_cleaner,
+    languages,
+    repetitive,
+    words_between,
+)
 from shared.data.near_duplicates import NearDuplicates, signature
 
 log = logging.getLogger("taskbook")
@@ -58,6 +66,8 @@ def with_text(row: dict | str) -> dict | str:
         html = row["html"]  # converted first: of TCVN3 the extraction would drop a letter, the soft hyphen
         if not html.isascii() and (old := _old(" ".join(TAGS.sub(" ", html).split())[:5000])):
             html = to_unicode(html, old)
+        if len(CONTROL.findall(html)) > 0.05 * len(html):
+            return "bad: control characters"
         if "<html" not in html[:5000].lower():  # a part of a page: trafilatura takes it for none
             html = f"<html><body>{html}</body></html>"
         page = _article(html, row["source"])

@@ -161,6 +161,11 @@ def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iter
         if alone or columns:
             raise
         yield "table without a column text"
+    except UserError as error:  # one of many files, which is something else than its name says
+        if alone:
+            raise
+        log.warning("passed over: %s", error)
+        yield "bad: content of another kind"
     # A damaged file may hold good documents before the damage, and others follow it.
     except (OSError, EOFError, ValueError, zlib.error, ElementTree.ParseError) as error:
         if alone and isinstance(error.__cause__, UserError):
@@ -189,6 +194,11 @@ def _characters(file: Path) -> Iterator[str]:
 
 
 def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
+    if files.sniffed(file)[2]:  # in no encoding of texts: Latin letters may be made of any bytes
+        with files.open_bytes(file) as stream:
+            head = stream.read(files.SAMPLE)
+        if sum(byte < 9 or 13 < byte < 32 for byte in head) > 0.05 * len(head):
+            raise UserError(f"{file}: not a text but binary data. Save it as text, or leave it out.")
     line = 1
     for part in _parts(_characters(file), name, Path(name).name):
         yield part | {"line": line}

@@ -553,6 +553,30 @@ def test_a_folder_of_every_kind(tmp_path):
         assert all(isinstance(value, str) for value in row.values())
 
 
+def test_a_file_of_a_folder_that_is_not_what_its_name_says_is_passed_over(tmp_path, caplog):
+    noise = random.Random(1).randbytes(4000)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
+    for name, content in (
+        ("b.txt", b"PK\3\4"),
+        ("c.jsonl", b"BZh9"),
+        ("d.md", b""),
+        ("e.html", b"PK\3\4"),
+        ("f.txt", pointer),
+    ):
+        (tmp_path / name).write_bytes(content if content is pointer else content + noise)
+    for name in "ag":
+        (tmp_path / f"{name}.txt").write_text(prose(ord(name)))
+    rows, report = corpus(documents(str(tmp_path)), tmp_path / "o.jsonl")
+    assert [row["title"] for row in rows] == ["a.txt", "g.txt"] and report.bad == 5
+    assert report.dropped == {"content of another kind": 4, "control characters": 1}
+    assert (
+        "d.md: not a text but binary data" in caplog.text
+        and "f.txt: its content is a pointer of Git LFS" in caplog.text
+    )
+    with pytest.raises(UserError, match="binary data"):
+        list(documents(str(tmp_path / "d.md")))
+
+
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": prose(1), "headline": "One", "id": 7}))
     columns = {"text": "body", "title": "headline", "source": "id"}
