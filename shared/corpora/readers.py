@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 from shared import UserError
 from shared.data import files
 from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode, whole_words
-from shared.data.load import PARQUET, gated, hub_arguments, without_media
+from shared.data.load import PARQUET, gated, hub_arguments, load_data, without_media
 
 log = logging.getLogger("taskbook")
 
@@ -47,9 +47,17 @@ def documents(
     Raises:
         UserError: no such source, an ending that is not read, a column that is missing, a Hub that cannot be reached.
     """
+    path = Path(source).expanduser()
+    saved = not source.startswith("docs:") and any(
+        (path / name).exists() for name in ("dataset_dict.json", "state.json")
+    )
+    here = source.startswith("docs:") or path.exists()
+    if here and (dataset_config or split != "train" and not saved):
+        log.warning("%s: read whole: --split and --dataset_config choose from data sets of the Hub", source)
     if source.startswith("docs:"):
         return _docs(source)
-    path = Path(source).expanduser()
+    if saved:
+        return _saved(path, split, columns or {})
     if path.exists():
         return _local(path, columns or {}, leave_out)
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1 or _reader(path):
@@ -101,6 +109,19 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
             f"{name} is a script, and code from a data set is not run. Most such data sets have a copy in parquet: "
             f"{repo}@{PARQUET}"
         ) from error
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one that `datasets` saved."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(folder: Path, split: str, columns: dict) -> Iterator[dict | str]:
+    """The rows of a split of a folder that `datasets` saved."""
+    data = load_data(str(folder))
+    if split not in data:
+        raise UserError(f"{folder}: no split {split}: found {', '.join(data)}. Name one: --split ...")
+    yield from _table(data[split], folder.name, columns)
 
 
 def _local(path: Path, columns: dict, leave_out: Path | None) -> Iterator[dict | str]:

@@ -577,6 +577,27 @@ def test_a_file_of_a_folder_that_is_not_what_its_name_says_is_passed_over(tmp_pa
         list(documents(str(tmp_path / "d.md")))
 
 
+def test_a_folder_that_datasets_saved(tmp_path):
+    import datasets
+
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [prose(number)]}) for number, name in enumerate(("train", "dev"))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    splits["dev"].save_to_disk(tmp_path / "one")
+    assert [row["text"] for row in documents(str(tmp_path / "both"), split="dev")] == [prose(1)]
+    assert [row["source"] for row in documents(str(tmp_path / "one"))] == ["one#1"]
+    with pytest.raises(UserError, match="no split test: found train, dev"):
+        list(documents(str(tmp_path / "both"), split="test"))
+
+
+def test_a_split_of_files_is_said_to_be_none(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text(prose(1))
+    assert len(list(documents(str(tmp_path), split="test"))) == 1 and "read whole: --split" in caplog.text
+    caplog.clear()
+    assert len(list(documents(str(tmp_path)))) == 1 and not caplog.text
+
+
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": prose(1), "headline": "One", "id": 7}))
     columns = {"text": "body", "title": "headline", "source": "id"}
