@@ -22,13 +22,15 @@ def text_of_pdf(content: bytes) -> str:
     """
     from pypdf import PdfReader
 
+    from shared.data.charsets import whole_words
+
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     reader = PdfReader(io.BytesIO(content))
     if reader.is_encrypted and not reader.decrypt(""):
         raise PermissionError
     pages, length = [], 0
     for page in reader.pages:
-        pages.append(page.extract_text())
+        pages.append(whole_words(page.extract_text()))
         length += len(pages[-1])
         if length > LONGEST:
             break

@@ -36,11 +36,24 @@ from shared.corpora.crawl import crawl
 from shared.corpora.readers import documents
 from shared.corpora.wikitext import wiki_text
 from shared.data.charsets import old_vietnamese, to_unicode
-from shared.data.cleaning import CleaningReport, clean_rows, document_cleaner, languages, repetitive, words_between
+from shared.data.cleaning import (
+    CONTROL,
+    CleaningReport,
+    clean_rows,
+    document_cleaner,
+    languages,
+    repetitive,
+    words_between,
+)
 from shared.data.near_duplicates import NearDuplicates, signature
 
 log = logging.getLogger("taskbook")
 TAGS = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.I | re.S)
+# Blocks within what the extraction takes for one piece of text: it would join the words of one with those of the next
+JOINED = (
+    "//div[ancestor::li or ancestor::blockquote or ancestor::pre or ancestor::dt or ancestor::dd]"
+    "[not(.//div or .//p or .//ul or .//ol or .//table)]"
+)
 BATCH = 500_000  # characters sent to another process at once
 
 
@@ -50,14 +63,14 @@ def with_text(row: dict | str) -> dict | str:
         return row
     text, title, terms = row.get("text"), row.get("title"), row.get("license")
     if row.get("html"):
-        from trafilatura import bare_extraction
-
         html = row["html"]  # converted first: of TCVN3 the extraction would drop a letter, the soft hyphen
         if not html.isascii() and (old := _old(" ".join(TAGS.sub(" ", html).split())[:5000])):
             html = to_unicode(html, old)
+        if len(CONTROL.findall(html)) > 0.05 * len(html):
+            return "bad: control characters"
         if "<html" not in html[:5000].lower():  # a part of a page: trafilatura takes it for none
             html = f"<html><body>{html}</body></html>"
-        page = bare_extraction(html, url=row["source"], with_metadata=True, include_comments=False)
+        page = _article(html, row["source"])
         if page is None or not page.text:
             return "no text in the page"
         text, title, terms = page.text, page.title, page.license
@@ -73,6 +86,23 @@ def with_text(row: dict | str) -> dict | str:
     if isinstance(text, str) and (old := _old(text[:2000])):
         text = to_unicode(text, old)
     return {"text": text, "source": str(row["source"]), "title": str(title or ""), "license": str(terms or "")}
+
+
+def _article(html: str, url: str):
+    """The text and what is said of it, as trafilatura finds them; None where it finds none."""
+    from trafilatura import bare_extraction, load_html
+
+    if (tree := load_html(html)) is None:
+        return None
+    for block in tree.xpath(JOINED):
+        if block.xpath("preceding-sibling::node()[normalize-space()]"):
+            block.addprevious(block.makeelement("br"))
+        if (block.tail or "").strip():
+            block.addnext(after := block.makeelement("br"))
+            after.tail, block.tail = block.tail or after.tail, None
+        block.drop_tag()
+    unseen = "//template[not(@shadowrootmode)]"
+    return bare_extraction(tree, url=url, with_metadata=True, include_comments=False, prune_xpath=unseen)
 
 
 def clean_document(row: dict | str, fewest: int, codes: tuple[str, ...]) -> dict | str:
@@ -236,6 +266,22 @@ def plot_lengths(lengths: Counter, path: Path) -> None:
     figure.savefig(path)
 
 
+def not_negative(value: str) -> int:
+    """A number of the command line."""
+    if int(value) < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected 0 or more")
+    return int(value)
+
+
+def language_code(value: str) -> str:
+    """The code of a language that is told from others: of one that is not, no document would be kept."""
+    from py3langid import rank
+
+    if value.lower() not in (codes := sorted(code for code, _ in rank(""))):
+        raise argparse.ArgumentTypeError(f"{value}: no code of a language that is known: {' '.join(codes)}")
+    return value.lower()
+
+
 def source_options(program: str, description: str) -> argparse.ArgumentParser:
     """The options of this command and of `shared.corpora.cluster`."""
     parser = argparse.ArgumentParser(
@@ -251,8 +297,15 @@ def source_options(program: str, description: str) -> argparse.ArgumentParser:
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="in tables: text=body title=headline ...")
     add("--dataset_config", help="configuration of a Hub dataset, such as 20231101.vi")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    add("--min_words", type=int, default=50, help="drop shorter documents (default: %(default)s)")
-    add("--languages", nargs="+", default=[], metavar="CODE", help="keep these only, such as: en vi (default: all)")
+    add("--min_words", type=not_negative, default=50, help="drop shorter documents (default: %(default)s)")
+    add(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        type=language_code,
+        help="keep these only, such as: en vi (default: all)",
+    )
     return parser
 
 
@@ -262,6 +315,8 @@ def table_columns(arguments: list[str]) -> dict[str, str]:
     for name, _, column in pairs:
         if not column or name not in ("text", "source", "title", "license"):
             raise UserError(f"--columns {name}: expected text=, source=, title= or license= with the name of a column.")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--columns {' '.join(arguments)}: each name takes one column.")
     return {name: column for name, _, column in pairs}
 
 
@@ -279,13 +334,17 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--output", required=True, type=Path, help="file to write, .jsonl or .jsonl.gz")
     add(
-        "--depth", type=int, default=0, help="links to follow from a web page within its site (default: this page only)"
+        "--depth",
+        type=not_negative,
+        default=0,
+        help="links to follow from a web page within its site (default: this page only)",
     )
-    add("--max_pages", type=int, default=100, help="pages to request from a site (default: %(default)s)")
+    add("--max_pages", type=not_negative, default=100, help="pages to request from a site (default: %(default)s)")
     add("--delay", type=float, default=1.0, help="seconds between requests to a site (default: %(default)s)")
     add("--processes", type=int, default=os.cpu_count() or 1, help="that clean (default: one a core, %(default)s)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # not of the client, which would list each request to the Hub
     state = args.output.with_name(f"{args.output.name}.crawl")
     try:
         columns = table_columns(args.columns)
@@ -297,7 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         def rows(source: str):
             if source.startswith(("http://", "https://")):
                 return crawl(source, state, depth=args.depth, max_pages=args.max_pages, delay=args.delay)
-            return documents(source, columns=columns, dataset_config=args.dataset_config, split=args.split)
+            options = {"columns": columns, "dataset_config": args.dataset_config, "split": args.split}
+            return documents(source, **options, leave_out=args.output)
 
         streams = [rows(source) for source in args.sources]  # before anything is read: names a source that is not there
         report = build(

@@ -49,7 +49,7 @@ from shared.corpora.build import (
     summary,
     table_columns,
 )
-from shared.corpora.readers import documents, local_files, read_file
+from shared.corpora.readers import documents, is_saved, local_files, read_file
 from shared.data.cleaning import CleaningReport, clean_rows
 from shared.data.near_duplicates import NearDuplicates, signature
 
@@ -268,12 +268,12 @@ def plan_files(sources: list[str], tasks: int) -> list[list[tuple]]:
                 f"{source}: a site is asked slowly, by one machine: python -m shared.corpora. Then give its file."
             )
         path = Path(source).expanduser()
-        if path.exists():
+        if path.exists() and not is_saved(path):
             for file, name in local_files(path):
                 files.append((str(file.absolute()), name, file.stat().st_size, file.stat().st_mtime_ns))
         else:
             documents(source)  # names one that is not there
-            files.append((source, None, 0, 0))
+            files.append((str(path.absolute()) if path.exists() else source, None, 0, 0))
     if not files:
         raise UserError(f"{' '.join(sources)}: no file lies there.")
     groups, total, before = {}, sum(size + 1 for _, _, size, _ in files), 0
@@ -433,7 +433,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--partition", help="of Slurm")
     add("--time", help="of Slurm: the longest that a task may take, such as 24:00:00")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)  # not of the client, which would list each request to the Hub
     try:
         print(build_in_tasks(args), end="")
     except UserError as error:

@@ -9,9 +9,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urldefrag, urljoin, urlsplit
-
-from courlan import normalize_url
+from urllib.parse import quote, urldefrag, urljoin, urlsplit
 
 from shared import UserError
 from shared.corpora.readers import LARGEST, decode, log
@@ -22,6 +20,12 @@ TRIES, HOPS = 3, 5
 ANSWER, WHOLE = 20.0, 60.0  # seconds without a byte, seconds for a page
 LONGEST_WAIT = 120.0  # seconds, however long a server asks to wait
 LONGEST_DELAY = 60.0  # seconds between requests that a site may ask for; 100 pages take 100 minutes then
+# Parameters that say where a reader comes from and never which page it is: `cid` and `source` may do so, `?12` without `=` too
+TRACKERS = re.compile(
+    r"(?:utm|mtm|pk|hsa|itm|vero|oly)_\w+|(?:fbcl|gcl|dcl|ycl|twcl|ttcl|msclk|gbra|wbra)id|mc_[ce]id|igshid|_gl|_ga|(?:php|j)?session_?(?:id)?|phpsessid",
+    re.I,
+)
+UNSAFE = re.compile(r"%(?![0-9a-fA-F]{2})|[^!-~]|[\"<>\\^`{|}]")  # what browsers write as %20, and a % that begins none
 NO_FOLLOWING = {"nofollow", "none"}  # of robots, in a page or its X-Robots-Tag
 SOON = 30  # seconds after which a page may pass its reader on to another and still be no page of its own
 NOT_PAGES = re.compile(r"(image|video|audio|font)/|application/(pdf|zip|x-tar|x-7z|java-archive|octet-stream)")
@@ -37,14 +41,31 @@ def _site(url: str) -> str:
 
 
 def _normal(url: str, base: str = "") -> str | None:
-    """Absolute, percent-encoded, without fragment, default port and trackers; None for what is no page on the web."""
+    """Absolute, percent-encoded, without fragment, default port and trackers, else as it is; None for what is no page."""
     try:
-        url = normalize_url(urldefrag(urljoin(base, url.strip())).url)
+        parts = urlsplit(urldefrag(urljoin(base, url.strip())).url)
+        host = parts.netloc.lower() if parts.netloc.isascii() else parts.netloc.lower().encode("idna").decode()
+        port = parts.port
     except ValueError:
         return None
-    if not url.startswith(("http://", "https://")) or not urlsplit(url).netloc or len(url) > 2000:
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         return None
-    return url if urlsplit(url).path else f"{url}/"
+    if port == {"http": 80, "https": 443}[parts.scheme]:
+        host = host.removesuffix(f":{port}")
+    path = re.sub("(?<!:)/{2,}", "/", parts.path or "/")
+    path = urljoin("/", path) if "/." in path else path  # without `..`
+    query = "&".join(part for part in parts.query.split("&") if part and not TRACKERS.fullmatch(part.partition("=")[0]))
+    path, query = (UNSAFE.sub(lambda found: quote(found[0], safe=""), part) for part in (path, query))
+    url = f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "")
+    return url if len(url) <= 2000 else None
+
+
+def _characters(header: str) -> str:
+    """A header as browsers read it: `http.client` takes bytes of UTF-8 for Latin-1."""
+    try:
+        return header.encode("latin-1").decode("utf8")
+    except UnicodeError:
+        return header
 
 
 def _tree(html: str):
@@ -143,14 +164,14 @@ class _Browser:
                 raise _PassedOver("robots.txt")
             status, headers, data = self._request(url)
             if status not in (301, 302, 303, 307, 308):
-                kind, _, parameters = headers.get("Content-Type", "text/html").partition(";")
+                kind, _, parameters = (headers.get("Content-Type") or "text/html").partition(";")
                 kind, charset = kind.strip().lower(), re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", parameters, re.I)
                 text = decode(data, charset and charset[1])
                 target = _refresh(text, url) if kind != "text/plain" else None
                 if target is None or target in seen or _site(target) != self.site or len(seen) == HOPS:
                     return url, text, kind, not _words(headers.get("X-Robots-Tag")) & NO_FOLLOWING
             else:
-                target = _normal(headers.get("Location", ""), url)
+                target = _normal(_characters(headers.get("Location", "")), url)
             if not target or _site(target) != self.site:
                 raise _PassedOver("redirect off the site")
             url = target
@@ -176,7 +197,7 @@ class _Browser:
                         return response.status, response.headers, b""
                     if response.status != 200:
                         raise _PassedOver(f"HTTP {response.status}")
-                    kind = response.headers.get("Content-Type", "text/html").split(";")[0].strip().lower()
+                    kind = (response.headers.get("Content-Type") or "text/html").split(";")[0].strip().lower()
                     # Of what type robots.txt is sent matters to nobody, its rules do
                     if kind not in ("text/html", "application/xhtml+xml", "text/plain") and not url.endswith(
                         "/robots.txt"
@@ -192,7 +213,8 @@ class _Browser:
     @staticmethod
     def _body(response) -> bytes:
         data, deadline = bytearray(), time.monotonic() + WHOLE
-        if int(response.headers.get("Content-Length") or 0) > LARGEST:
+        said = response.headers.get("Content-Length", "")
+        if said.isdecimal() and int(said) > LARGEST:  # some servers say nonsense
             raise _PassedOver(f"over {LARGEST:,} bytes")
         # Decompressed, since a small answer may unpack to gigabytes; read1, since read waits until the amount is there.
         while chunk := response.read1(1 << 14):

@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files
-from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode
-from shared.data.load import PARQUET, hub_arguments
+from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode, whole_words
+from shared.data.load import PARQUET, gated, hub_arguments, load_data, without_media
 
 log = logging.getLogger("taskbook")
 
@@ -27,7 +27,14 @@ class NoColumn(UserError):
     """A table without the column of the text."""
 
 
-def documents(source: str, *, columns: dict | None = None, dataset_config: str | None = None, split: str = "train"):
+def documents(
+    source: str,
+    *,
+    columns: dict | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    leave_out: Path | None = None,
+):
     """Streams the documents of any source but the web, see `crawl`: dicts with `text`, `html` or `wikitext`; `source`, `title`,
     `license` where known; `line`, where in its file a text begins, where it stands there as it is. A str instead of a dict is
     the reason why a document is passed over.
@@ -35,15 +42,24 @@ def documents(source: str, *, columns: dict | None = None, dataset_config: str |
     Args:
         source: `docs:` name, local file or folder, or Hub dataset `[org/]name[@revision]`.
         columns: where `text`, `source`, `title` and `license` stand in tables, for example `{"text": "body"}`.
+        leave_out: file of a folder that is not read: what an earlier run wrote there of the others.
 
     Raises:
         UserError: no such source, an ending that is not read, a column that is missing, a Hub that cannot be reached.
     """
+    path = Path(source).expanduser()
+    saved = not source.startswith("docs:") and any(
+        (path / name).exists() for name in ("dataset_dict.json", "state.json")
+    )
+    here = source.startswith("docs:") or path.exists()
+    if here and (dataset_config or split != "train" and not saved):
+        log.warning("%s: read whole: --split and --dataset_config choose from data sets of the Hub", source)
     if source.startswith("docs:"):
         return _docs(source)
-    path = Path(source).expanduser()
+    if saved:
+        return _saved(path, split, columns or {})
     if path.exists():
-        return _local(path, columns or {})
+        return _local(path, columns or {}, leave_out)
     if source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1 or _reader(path):
         raise UserError(
             f"{source}: no such file or folder. A Hub dataset is written org/name, a page https://..., "
@@ -66,20 +82,26 @@ def _docs(name: str) -> Iterator[dict]:
 def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[dict]:
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
     repo, _, revision = name.partition("@")
     try:
         found = HfApi().dataset_info(repo, revision=revision or None)
         rows = datasets.load_dataset(**hub_arguments(found.id, revision or None, config), split=split, streaming=True)
+        rows = without_media(datasets.IterableDatasetDict({split: rows}), name)[split]
         terms = getattr(found.card_data, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
         yield from _table(rows, name, columns, terms)
     except (datasets.exceptions.DatasetNotFoundError, HTTPError, OSError) as error:
         said = str(error).strip().splitlines() or [""]
+        if "gated" in said[0]:
+            raise UserError(gated(name)) from error
+        if isinstance(error, RevisionNotFoundError):
+            said = [f"it has no revision {revision}."]
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
     except ValueError as error:  # no such configuration or split: the message lists those there are
-        raise UserError(f"{name}: {error} See --dataset_config and --split.") from error
+        said = " ".join(str(error).split("\nExample")[0].split())
+        raise UserError(f"{name}: {said} See --dataset_config and --split.") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
@@ -89,8 +111,23 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
         ) from error
 
 
-def _local(path: Path, columns: dict) -> Iterator[dict | str]:
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one that `datasets` saved."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(folder: Path, split: str, columns: dict) -> Iterator[dict | str]:
+    """The rows of a split of a folder that `datasets` saved."""
+    data = load_data(str(folder))
+    if split not in data:
+        raise UserError(f"{folder}: no split {split}: found {', '.join(data)}. Name one: --split ...")
+    yield from _table(data[split], folder.name, columns)
+
+
+def _local(path: Path, columns: dict, leave_out: Path | None) -> Iterator[dict | str]:
     for file, name in local_files(path):
+        if leave_out and path.is_dir() and file.resolve() == leave_out.resolve():
+            continue
         yield from read_file(file, name, columns, alone=path.is_file())
 
 
@@ -145,6 +182,11 @@ def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iter
         if alone or columns:
             raise
         yield "table without a column text"
+    except UserError as error:  # one of many files, which is something else than its name says
+        if alone:
+            raise
+        log.warning("passed over: %s", error)
+        yield "bad: content of another kind"
     # A damaged file may hold good documents before the damage, and others follow it.
     except (OSError, EOFError, ValueError, zlib.error, ElementTree.ParseError) as error:
         if alone and isinstance(error.__cause__, UserError):
@@ -155,6 +197,7 @@ def read_file(file: Path, name: str, columns: dict, alone: bool = False) -> Iter
 
 def _reader(path: Path) -> Callable | None:
     name = path.name.lower().removesuffix(".gz")
+    name = re.sub(r"\.xml-p\d+p\d+(?=\.bz2$|$)", ".xml", name)  # a part of the dump of a large wiki
     return next((read for ending, read in READERS.items() if name.endswith(ending)), None)
 
 
@@ -172,6 +215,11 @@ def _characters(file: Path) -> Iterator[str]:
 
 
 def _txt(file: Path, name: str, columns: dict) -> Iterator[dict]:
+    if files.sniffed(file)[2]:  # in no encoding of texts: Latin letters may be made of any bytes
+        with files.open_bytes(file) as stream:
+            head = stream.read(files.SAMPLE)
+        if sum(byte < 9 or 13 < byte < 32 for byte in head) > 0.05 * len(head):
+            raise UserError(f"{file}: not a text but binary data. Save it as text, or leave it out.")
     line = 1
     for part in _parts(_characters(file), name, Path(name).name):
         yield part | {"line": line}
@@ -193,7 +241,7 @@ def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
     def texts(pages):
         nonlocal bare
         for page in pages:
-            text = page.extract_text()
+            text = whole_words(page.extract_text())
             bare += not text.strip() and _holds_pictures(page)
             yield text + "\n\n"
 

@@ -1,5 +1,6 @@
 """The prose of a wiki page, as a reader sees it. Called by `build.prepare`, in the workers."""
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -64,6 +65,7 @@ LANGUAGE = re.compile(r"(?:[a-z]{2,3}(?:-[a-z]+)*|simple):\s*\S")  # of a link t
 SWITCH = re.compile(r"__[^\W\d_]+__")  # __NOTOC__ and its translations
 EMPTY_PARENTHESES = re.compile(r" ?[(（][\s,;:]*[)）]")  # what removed templates leave: "Hanoi ( ; )"
 FLAGS = re.compile(r"\s*(?:[A-Z-]|[a-z]{2,3}(?:-[a-z]+)*)\s*(?:;[\s\w;-]*)?\|")
+HIDDEN = re.compile(r"style\s*=.*display\s*:\s*none", re.I | re.S)
 QUOTES = re.compile("'{2,}")
 TAG = re.compile(
     r"</?(?:abbr|b|bdi|bdo|big|blockquote|br|caption|center|cite|code|col|dd|del|dfn|div|dl|dt|em|font|gallery|h[1-6]|hr|i|"
@@ -75,6 +77,12 @@ BROKEN = re.compile(
     r"\{\{+[^{}|\n]*\||\{\{+|\}\}+|\[\[+|\]\]+"
 )  # of templates and links without an end, or without a beginning
 TABLE_LINE = re.compile(r"^[ \t:]*(?:\{\||\|[-}+|]?|!).*\n?", re.M)
+# Templates that only dress a part of a sentence, by the argument that they show; without them it would have a hole
+DRESS = dict.fromkeys(
+    ("nowrap", "nobr", "small", "smaller", "big", "larger", "abbr", "sic", "smallcaps", "ill", "interlanguage link"), 1
+) | dict.fromkeys(("math", "mvar", "var", "mono", "em", "strong"), 1)
+DRESS |= dict.fromkeys(("quote", "blockquote", "cquote", "quotation", "nihongo", "vanchor"), 1) | {"lang": 2}
+MEASURES = {"convert", "cvt", "chuyển đổi"}
 # Left alone, dropped, or a choice between scripts or spellings: -{zh-hans:计算机; zh-hant:電腦}-
 PREPARED = re.compile(
     rf"(?P<verbatim><(?P<name>{'|'.join(VERBATIM)})\b[^<>]*(?<!/)>.*?</(?P=name)\s*>)|"
@@ -84,7 +92,8 @@ PREPARED = re.compile(
 
 
 def wiki_text(wikitext: str, media: Iterable[str] = ()) -> str:
-    """The prose of a page of a wiki: no templates, tables, references, media; a heading stays if text follows it.
+    """The prose of a page of a wiki: no templates but those that `_dressed` knows, no tables, references, media; a heading stays
+    if text follows it.
 
     Args:
         media: namespaces in the language of the wiki whose links show no text, files and categories, beside `MEDIA`.
@@ -165,7 +174,7 @@ def _seen(link, media: frozenset[str]) -> str:
 
 def _plain(nodes: Iterable, media: frozenset[str]) -> str:
     """What a reader sees of parsed wikitext. A walk of our own: strip_code shows references, file options and categories."""
-    from mwparserfromhell.nodes import ExternalLink, HTMLEntity, Tag, Text, Wikilink
+    from mwparserfromhell.nodes import ExternalLink, HTMLEntity, Tag, Template, Text, Wikilink
 
     shown = []
     for node in nodes:
@@ -173,6 +182,8 @@ def _plain(nodes: Iterable, media: frozenset[str]) -> str:
             shown.append(_without_leftovers(str(node)))
         elif isinstance(node, Wikilink):
             shown.append(_seen(node, media))
+        elif isinstance(node, Template):
+            shown.append(_dressed(node, media))
         elif isinstance(node, Tag):
             name = str(node.tag).strip().lower()
             if name == "br":
@@ -182,13 +193,31 @@ def _plain(nodes: Iterable, media: frozenset[str]) -> str:
             elif name in VERBATIM and node.contents is not None:
                 text = "".join(_verbatim(part) for part in node.contents.nodes)
                 shown.append(re.sub("</?nowiki>", "", text, flags=re.I) if name == "pre" else text)
-            elif name not in UNSEEN and node.contents is not None:
+            elif (
+                name not in UNSEEN
+                and node.contents is not None
+                and not any(map(HIDDEN.search, map(str, node.attributes)))
+            ):
                 shown.append(_plain(node.contents.nodes, media))
         elif isinstance(node, ExternalLink):
             shown.append(_plain(node.title.nodes, media) if node.title else "" if node.brackets else str(node.url))
         elif isinstance(node, HTMLEntity):
             shown.append(_verbatim(node))
     return "".join(shown)
+
+
+def _dressed(template, media: frozenset[str]) -> str:
+    """What a template shows within a sentence: a measure as it is given, what `DRESS` says; nothing of all others."""
+    name = _name(str(template.name))
+    if name.startswith("formatnum:"):
+        return _plain(template.name.nodes, media).partition(":")[2].strip()
+    if name in MEASURES:
+        given = [_plain(each.value.nodes, media).strip() for each in template.params if not each.showkey]
+        numbers = itertools.takewhile(lambda each: re.match(r"[\d.,+−-]+|(?:to|and|or|by|x|đến|và)\Z", each), given[:9])
+        return " ".join(given[: len(list(numbers)) + 1])
+    place = DRESS.get(name)
+    shown = next((key for key in (place, "text") if place and template.has(key)), None)
+    return _plain(template.get(shown).value.nodes, media).strip() if shown else ""
 
 
 def _verbatim(node) -> str:

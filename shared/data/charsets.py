@@ -148,3 +148,16 @@ def unix_name(encoding: str) -> str:
     name = codecs.lookup(encoding).name.upper().replace("_", "-")
     name = re.sub(r"^CP(125\d|874)$", r"WINDOWS-\1", name)
     return re.sub(r"^ISO8859", "ISO-8859", name).replace("MAC-ROMAN", "MACINTOSH")
+
+
+def whole_words(page: str) -> str:
+    """The text of a page of a PDF without the hyphens that divide a word at the end of a line; one that the word has elsewhere on
+    the page stays."""
+
+    def whole(found: re.Match) -> str:
+        if not found[2][0].islower():
+            return found[0]
+        compound = f"{found[1]}-{found[2]}"
+        return compound if compound in page else found[1] + found[2]
+
+    return re.sub(r"([^\W\d_]+)[-\u2010\xad] ?\n([^\W\d_]+)", whole, page)

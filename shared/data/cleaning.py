@@ -17,7 +17,7 @@ PLAIN = re.compile(r"[\t\n\x20-\x7e]*")  # nothing in it that ftfy could mend; n
 FENCE_OR_GAP = re.compile(
     r"(?P<fence>^[ \t]*(?P<marks>`{3,})[^`\n]*\n.*?(?:^[ \t]*(?P=marks)`*$|\Z))|\n{3,}", re.M | re.S
 )
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2060\ufeff]")
 FTFY = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False, explain=False
 )
@@ -35,7 +35,7 @@ def fix_unicode(text: str) -> str:
 
 
 def strip_control(text: str) -> str:
-    """Removes control and zero-width characters, except tab and newline; a page break becomes a newline.
+    """Removes control and zero-width characters and soft hyphens, not tab and newline; a page break becomes a newline.
 
     Joiners (U+200C, U+200D) stay: Persian spelling and emoji need them.
     """

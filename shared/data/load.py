@@ -1,12 +1,13 @@
 """Data by name: `org/name[@revision]`, a path, `pypi:name` or `docs:name`. Called by every task."""
 
 import contextlib
+import copy
 import json
 import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -165,6 +166,46 @@ def _joined(tables: list, folder: Path):
         return _from_list(rows, folder)
 
 
+def without_media(data, name: str):
+    """Splits without the columns of pictures, sounds or documents: no task reads them, and reading a row would decode them,
+    which is slow and wants packages that are not here.
+
+    Raises:
+        UserError: no other column is left.
+    """
+    for split, rows in data.items():
+        features = rows.features or {}
+        media = {column: feature for column, feature in features.items() if any(map(_is_media, _leaves(feature)))}
+        if media and len(media) == len(features):
+            raise UserError(
+                f"{name}: holds pictures, sounds or documents ({', '.join(media)}), and no text to learn from."
+            )
+        if media:
+            log.info("%s: columns of pictures, sounds or documents, not read: %s", name, ", ".join(media))
+        for column, feature in copy.deepcopy(media).items():
+            if hasattr(rows, "decode"):  # a stream would decode a column before it removes it
+                for each in filter(_is_media, _leaves(feature)):
+                    each.decode = False
+                rows = rows.cast_column(column, feature)
+            rows = data[split] = rows.remove_columns(column)
+    return data
+
+
+def _leaves(feature) -> Iterator:
+    """The types that a type of `datasets` is made of."""
+    if isinstance(feature, dict | list | tuple):
+        for part in feature.values() if isinstance(feature, dict) else feature:
+            yield from _leaves(part)
+    elif hasattr(feature, "feature"):
+        yield from _leaves(feature.feature)
+    else:
+        yield feature
+
+
+def _is_media(feature) -> bool:
+    return hasattr(feature, "decode") and type(feature).__name__ != "Json"
+
+
 def load_data(name: str, config: str | None = None, most: int | None = None):
     """Returns a `datasets.DatasetDict` with the splits that the source has (one named `train` where it has none).
 
@@ -175,6 +216,10 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
     Raises:
         UserError: no such file, an ending that is not read, or a Hub dataset that cannot be reached.
     """
+    return without_media(_load(name, config, most), name)
+
+
+def _load(name: str, config: str | None, most: int | None):
     import datasets
 
     datasets.disable_progress_bars()
@@ -196,13 +241,18 @@ def load_data(name: str, config: str | None = None, most: int | None = None):
         arguments = hub_arguments(*hub, config)
         if most is None:
             return datasets.load_dataset(**arguments)
-        streams = datasets.load_dataset(**arguments, streaming=True)
-        return datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_list(list(rows.shuffle(seed=0, buffer_size=1000).take(most)))
-                for split, rows in streams.items()
-            }
-        )
+        streams = without_media(datasets.load_dataset(**arguments, streaming=True), name)
+        return datasets.DatasetDict({split: _some(rows, most, name) for split, rows in streams.items()})
+
+
+def _some(stream, most: int, name: str):
+    """About so many rows of a stream as a table, with its types where it knows them (names of classes)."""
+    import datasets
+
+    rows = list(stream.shuffle(seed=0, buffer_size=1000).take(most))
+    return (
+        datasets.Dataset.from_list(rows, features=stream.features) if stream.features else _from_list(rows, Path(name))
+    )
 
 
 def load_stream(name: str, config: str | None = None):
@@ -221,7 +271,7 @@ def load_stream(name: str, config: str | None = None):
         data = load_data(name, config)  # lies on this disk as Arrow, and is mapped into memory, not read
         return datasets.IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in data.items()})
     with _refusals_of_the_hub(name):
-        return datasets.load_dataset(**hub_arguments(*hub, config), streaming=True)
+        return without_media(datasets.load_dataset(**hub_arguments(*hub, config), streaming=True), name)
 
 
 def _hub_name(name: str) -> tuple[str, str | None] | None:
@@ -244,6 +294,13 @@ def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
     return {"path": repo, "revision": revision, **where}
 
 
+def gated(name: str) -> str:
+    """What is said of a data set that this account may not read yet."""
+    return (
+        f"{name} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
+    )
+
+
 @contextlib.contextmanager
 def _refusals_of_the_hub(name: str):
     """What `datasets` raises for a name on the Hub, as one line."""
@@ -255,9 +312,7 @@ def _refusals_of_the_hub(name: str):
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, HFValidationError, HTTPError) as error:
         said = str(error).strip().splitlines() or [""]
         if "gated" in said[0]:
-            raise UserError(
-                f"{name} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
-            ) from error
+            raise UserError(gated(name)) from error
         here = "" if "/" in name else "no such file or folder, and "
         raise UserError(
             f"{name}: {here}not found on the Hub, or the Hub cannot be reached ({type(error).__name__}: {said[0][:150]})."

@@ -242,3 +242,10 @@ def test_mistakes_are_answered_in_one_line(corpus, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("few words")
     assert "No document is left" in said(tmp_path / "few.txt", "--output", tmp_path / "few")
     assert not (tmp_path / "few").exists()
+
+
+def test_a_folder_that_datasets_saved_is_one_task(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "rows")
+    assert cluster.plan_files([str(tmp_path / "rows")], 4) == [[(str(tmp_path / "rows"), None, 0, 0)]]

@@ -26,7 +26,7 @@ from checkout import ROOT
 
 from shared import UserError
 from shared.corpora import crawl as web
-from shared.corpora.build import BATCH, build, main, ordered_map, prepare
+from shared.corpora.build import BATCH, build, main, ordered_map, prepare, with_text
 from shared.corpora.crawl import crawl
 from shared.corpora.readers import decode, documents, local_files
 from shared.corpora.wikitext import wiki_text
@@ -553,6 +553,51 @@ def test_a_folder_of_every_kind(tmp_path):
         assert all(isinstance(value, str) for value in row.values())
 
 
+def test_a_file_of_a_folder_that_is_not_what_its_name_says_is_passed_over(tmp_path, caplog):
+    noise = random.Random(1).randbytes(4000)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
+    for name, content in (
+        ("b.txt", b"PK\3\4"),
+        ("c.jsonl", b"BZh9"),
+        ("d.md", b""),
+        ("e.html", b"PK\3\4"),
+        ("f.txt", pointer),
+    ):
+        (tmp_path / name).write_bytes(content if content is pointer else content + noise)
+    for name in "ag":
+        (tmp_path / f"{name}.txt").write_text(prose(ord(name)))
+    rows, report = corpus(documents(str(tmp_path)), tmp_path / "o.jsonl")
+    assert [row["title"] for row in rows] == ["a.txt", "g.txt"] and report.bad == 5
+    assert report.dropped == {"content of another kind": 4, "control characters": 1}
+    assert (
+        "d.md: not a text but binary data" in caplog.text
+        and "f.txt: its content is a pointer of Git LFS" in caplog.text
+    )
+    with pytest.raises(UserError, match="binary data"):
+        list(documents(str(tmp_path / "d.md")))
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    import datasets
+
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [prose(number)]}) for number, name in enumerate(("train", "dev"))
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    splits["dev"].save_to_disk(tmp_path / "one")
+    assert [row["text"] for row in documents(str(tmp_path / "both"), split="dev")] == [prose(1)]
+    assert [row["source"] for row in documents(str(tmp_path / "one"))] == ["one#1"]
+    with pytest.raises(UserError, match="no split test: found train, dev"):
+        list(documents(str(tmp_path / "both"), split="test"))
+
+
+def test_a_split_of_files_is_said_to_be_none(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text(prose(1))
+    assert len(list(documents(str(tmp_path), split="test"))) == 1 and "read whole: --split" in caplog.text
+    caplog.clear()
+    assert len(list(documents(str(tmp_path)))) == 1 and not caplog.text
+
+
 def test_columns_of_other_names(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": prose(1), "headline": "One", "id": 7}))
     columns = {"text": "body", "title": "headline", "source": "id"}
@@ -671,6 +716,40 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         assert characters > 4_000_000
 
 
+def test_a_corpus_in_the_folder_of_its_texts_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "az":
+        (tmp_path / f"{name}.txt").write_text(prose(ord(name)))
+    for _ in range(2):
+        main([".", "--output", "corpus.jsonl", "--processes", "1"])
+        assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["a.txt", "z.txt"]
+    (tmp_path / "a.txt").unlink()
+    main([".", "--output", "corpus.jsonl", "--processes", "1"])
+    assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["z.txt"]
+    main(["corpus.jsonl", "--output", "corpus.jsonl", "--processes", "1"])  # but cleaned anew where it is named
+    assert [row["title"] for row in read(tmp_path / "corpus.jsonl")] == ["z.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--languages", "xx", "xx: no code of a language that is known: ace af"),
+        ("--languages", "vietnamese", "vietnamese: no code"),
+        ("--depth", "-1", "-1: expected 0 or more"),
+    ],
+)
+def test_values_that_would_keep_nothing_are_refused(flag, value, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["README.md", "--output", str(tmp_path / "o.jsonl"), flag, value])
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_code_of_a_language_in_capitals(tmp_path):
+    (tmp_path / "a.txt").write_text(LONG_VIETNAMESE)
+    main([str(tmp_path / "a.txt"), "--output", str(tmp_path / "o.jsonl"), "--languages", "VI", "--processes", "1"])
+    assert len(read(tmp_path / "o.jsonl")) == 1
+
+
 def test_a_failure_leaves_the_old_output(tmp_path):
     output = tmp_path / "o.jsonl"
     build([{"text": prose(1), "source": "a"}], output)
@@ -727,12 +806,23 @@ def test_hub_datasets_are_streamed_with_their_licence(hub, tmp_path):
 
     missing = run_command("wikimedia/wikipedia", "--dataset_config", "xx", "--output", output, **hub.env)
     assert missing.returncode == 2 and "20231101.simple" in missing.stderr and "Traceback" not in missing.stderr
+    unnamed = run_command("HuggingFaceFW/fineweb-edu@v9", "--output", output, **hub.env)
+    assert unnamed.stderr.endswith("RevisionNotFoundError: it has no revision v9.\n")
+    unnamed = run_command("HuggingFaceFW/fineweb-edu", "--output", output, **hub.env)
+    assert unnamed.returncode == 2 and unnamed.stderr.count("\n") == 1 and "sample-10BT" in unnamed.stderr
     assert read(output) == rows  # what was there before stays
     unknown = run_command("no/such", "--output", output, **hub.env)
     assert unknown.returncode == 2 and "no/such: cannot be read from the Hub" in unknown.stderr
     offline = {**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"}
     refused = run_command("Skylion007/openwebtext", "--output", output, **offline)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+def test_parts_of_the_dump_of_a_large_wiki_are_read(tmp_path):
+    dump = f"<mediawiki><page><title>A</title><ns>0</ns><revision><text>{prose(1)}</text></revision></page></mediawiki>"
+    (tmp_path / "enwiki-20250101-pages-articles1.xml-p1p41242.bz2").write_bytes(bz2.compress(dump.encode()))
+    (tmp_path / "enwiki-20250101-pages-articles2.xml-p41243p151573").write_text(dump)
+    assert [row["title"] for row in documents(str(tmp_path))] == ["A", "A"]
 
 
 @pytest.mark.parametrize(
@@ -742,6 +832,7 @@ def test_hub_datasets_are_streamed_with_their_licence(hub, tmp_path):
         (["./org/name"], "no such file or folder"),
         (["docs:nothing"], "docs:nothing: unknown. Known: docs:prose"),
         (["README.md", "--columns", "body"], "--columns body: expected text="),
+        (["README.md", "--columns", "text=a", "text=b"], "each name takes one column"),
         (["Makefile"], "Makefile: cannot be read; expected .txt"),
     ],
 )
@@ -779,6 +870,21 @@ def test_an_encrypted_pdf_is_read_where_it_needs_no_password(algorithm, password
         assert found == ["PDF with a password"]
     else:
         assert " ".join(found[0]["text"].split()) == prose(1)
+
+
+def test_words_that_a_line_of_a_pdf_divides_are_whole(tmp_path):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    lines = ["a well-known fact: infor-", "mation is a well-", "known Viet-", "Anh word, 10-", "20 of them, bờ-", "cõi"]
+    page = Figure()
+    for number, line in enumerate(lines):
+        page.text(0.1, 0.9 - 0.1 * number, line)
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        page.savefig(tmp_path / "a.pdf")
+    (row,) = documents(str(tmp_path / "a.pdf"))
+    text = "a well-known fact: information is a well-known Viet-\nAnh word, 10-\n20 of them, bờcõi"
+    assert row["text"].strip() == text
 
 
 def test_a_pdf_without_text_is_named(tmp_path, caplog):
@@ -1040,3 +1146,44 @@ def test_folders_that_links_lead_to_are_read_once(tmp_path):
     (elsewhere / "back").symlink_to(notes)
     names = [name for _, name in local_files(notes)]
     assert names == ["notes/a.md", "notes/linked/deep/d.md", "notes/own/b.md"]
+
+
+def test_pages_told_apart_by_their_query_alone_are_all_read(server, tmp_path):
+    """Each was one page with the others once: a parameter without `=`, or one called as trackers are elsewhere."""
+    queries = ["about", "12", "cid=1", "cid=2", "source=b", "gallery=3", "b=1&a=2", "u=a%26b", "x=a+b", "q="]
+    links = [f"/show?{query}".replace("&", "&amp;") for query in queries] + ["/m;v=1", "/a/../d"]
+    server.pages["/"] = html("start", 1, *links, "/show?utm_source=n&amp;12&amp;fbclid=3", "/show?PHPSESSID=9&amp;12")
+    paths = [f"/show?{query}" for query in queries] + ["/m;v=1", "/d"]
+    server.pages |= {path: html(path, 2 + number) for number, path in enumerate(paths)}
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", *paths} and not reasons
+
+
+def test_addresses_in_other_letters(server, tmp_path):
+    """A redirect writes them in UTF-8, a link as it likes."""
+    seen = "/tin-t%E1%BB%A9c?t%E1%BB%AB=100%25%20x"
+    server.pages["/"] = html("start", 1, "/moved", "/tin-tức?từ=100% x", "http://127.0.0.1:99999/", "http://[a/")
+    server.pages["/moved"] = lambda handler: answer(
+        handler, "", 302, Location="/tin-tức?từ=100% x".encode().decode("latin-1")
+    )
+    server.pages[seen] = html("news", 2)
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", seen} and not reasons and server.asked.count(seen) == 1
+    assert web._normal("http://CHỢ.vn:80/A") == "http://xn--ch-3bt.vn/A"
+
+
+def test_words_of_neighbouring_blocks_are_not_joined():
+    body = (
+        "<ul><li><div>one</div><div>two</div>three</li></ul><pre><div>line a</div><div>line b</div></pre>"
+        "<blockquote><div>four</div><div>five</div></blockquote><template><p>nobody sees it</p></template>"
+    )
+    page = html("Blocks", 1).replace("</article>", f"{body}<p>{prose(9)}</p></article>")
+    text = with_text({"html": page, "source": "http://a.example/"})["text"]
+    assert "one\ntwo\nthree\nline a\nline b\nfour\nfive\n" in text and "nobody" not in text
+
+
+def test_headers_that_say_nothing_or_nonsense(server, tmp_path):
+    server.pages["/"] = lambda handler: answer(handler, html("A", 1, "/b"), Content_Length="many")
+    server.pages["/b"] = lambda handler: answer(handler, html("B", 2), Content_Type="")
+    pages, reasons = fetched(server.url + "/", tmp_path / "state", depth=1)
+    assert set(pages) == {"/", "/b"} and not reasons

@@ -55,6 +55,18 @@ VIETNAMESE = ("Tập tin", "Thể loại")  # as a dump of that wiki names them
         # Pages that are templates too
         ("x<includeonly>hidden</includeonly><noinclude>shown</noinclude><onlyinclude>!</onlyinclude>", "xshown!"),
         ("a<includeonly>never closed", "a"),
+        # Templates within a sentence
+        (
+            "It is {{convert|5|km|mi|abbr=on}}, {{Convert|2|to|3.5|m|ft}} or {{cvt|−4|-|7|C}} off.",
+            "It is 5 km, 2 to 3.5 m or −4 - 7 C off.",
+        ),
+        ("{{formatnum: 1200}} người, {{formatnum:7|R}} {{#if:a|b}}", "1200 người, 7"),
+        (
+            "{{lang|vi|chữ ''Nôm''}} {{Lang|fr|[[Paris|ville]]}} {{nowrap|a b}} {{ill|Ada|de|Ada X}}",
+            "chữ Nôm ville a b Ada",
+        ),
+        ("{{quote|text=said|author=x}} {{quote}} {{quote|q {{cite web|url=a}}|y}} {{lang|vi}} {{convert}}", "said  q"),
+        ("a<span style='display: none'>b</span><span class=x style=\"color:red\">c</span>", "ac"),
         # What is no markup
         ("<code>__init__</code> __NOTOC__ __KHÔNGMỤCLỤC__ __init__", "__init__   __init__"),
         (

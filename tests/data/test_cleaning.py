@@ -50,6 +50,7 @@ def test_fix_unicode(broken, fixed):
 
 def test_control_characters_go_and_tabs_newlines_joiners_stay():
     assert strip_control("a\x00b\x07c\x7f\ufeff\u200b\td\ne\x0cf") == "abc\td\ne\nf"
+    assert clean_text("Donau\u00addampf\u00adschiff nghi\u00c3\u00aam") == "Donaudampfschiff nghiêm"  # soft hyphens
     assert strip_control("👩\u200d🚀 می\u200cخواهم") == "👩\u200d🚀 می\u200cخواهم"
 
 

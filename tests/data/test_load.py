@@ -4,11 +4,13 @@ import json
 from types import SimpleNamespace
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import task_runs
 
 from shared import UserError
-from shared.data.load import load_data, load_splits
+from shared.data.load import _some, load_data, load_splits, without_media
 
 COPY = "Skylion007/openwebtext@refs/convert/parquet"
 WANTED = {  # name, configuration -> splits and their number of rows, or what the refusal says
@@ -21,6 +23,8 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
     ("HuggingFaceFW/fineweb-edu", None): ["sample-10BT", "--dataset_config"],
     ("HuggingFaceFW/fineweb-edu", "sample-10MT"): ["sample-10BT", "--dataset_config"],
     ("films", None): {"train": 2, "test": 1},  # as imdb and squad were called once, and are still found
+    ("alice/sounds", None): {"train": 2},  # without the package that decodes them
+    ("alice/sounds-alone", None): ["alice/sounds-alone: holds pictures, sounds or documents (audio), and no text"],
     ("nosuch", None): ["nosuch: no such file or folder, and not found on the Hub"],
     ("no/such", None): ["not found on the Hub"],
     ("no/such:train", None): ["no/such:train: not found on the Hub"],
@@ -46,6 +50,16 @@ print(json.dumps(found))
 """
 
 
+def write_sounds(path, columns):
+    """A table with a column of sounds, also within a list, as `datasets` writes one."""
+    texts = dict.fromkeys(columns, datasets.Value("string"))
+    features = datasets.Features({**texts, "audio": {"takes": datasets.List(datasets.Audio(16000))}})
+    sounds = [{"takes": [{"bytes": b"RIFF", "path": "a.wav"}]}] * 2
+    about = {b"huggingface": json.dumps({"info": {"features": features.to_dict()}}).encode()}
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "audio": sounds}).replace_schema_metadata(about), path)
+
+
 @pytest.fixture
 def found(hub, tmp_path):
     """What whole and streamed loading of each WANTED name gives, in one program, to a user who was not let in."""
@@ -56,9 +70,15 @@ def found(hub, tmp_path):
         (tmp_path / "films").mkdir(exist_ok=True)
         (tmp_path / "films" / f"{split}.jsonl").write_text('{"text": "a"}\n' * count)
     hub.upload("datasets/alice/films", tmp_path / "films")
+    for name, columns in (("sounds", {"text": ["a", "b"]}), ("sounds-alone", {})):
+        hub.create(f"datasets/alice/{name}")
+        write_sounds(tmp_path / name / "train.parquet", columns)
+        hub.upload(f"datasets/alice/{name}", tmp_path / name)
     (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(list(WANTED)))))
     done = task_runs.command(tmp_path / "program.py", **hub.env_for("other", home=tmp_path / "home"))
-    del hub.repos["datasets/alice/gated"], hub.repos["datasets/alice/films"], hub.moved["datasets/films"]
+    for name in ("gated", "films", "sounds", "sounds-alone"):
+        del hub.repos[f"datasets/alice/{name}"]
+    del hub.moved["datasets/films"]
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(WANTED, zip(answers[::2], answers[1::2], strict=True), strict=True))
@@ -175,3 +195,22 @@ def test_a_split_with_other_columns_says_so(tmp_path, caplog):
     assert splits["train"][0]["note"] == "c"
     assert "columns that test lacks, empty there: note" in caplog.text
     assert "columns of test alone, not read: id" in caplog.text
+
+
+def test_sounds_are_no_columns_of_a_task(tmp_path, caplog):
+    caplog.set_level("INFO", "taskbook")
+    write_sounds(tmp_path / "a" / "rows.parquet", {"text": ["a", "b"]})
+    rows = load_data(str(tmp_path / "a" / "rows.parquet"))["train"]
+    assert list(rows) == [{"text": "a"}, {"text": "b"}] and "sounds or documents, not read: audio" in caplog.text
+    words = datasets.Dataset.from_dict(
+        {"text": ["a"], "any": [{"b": 1}]}, datasets.Features(text=datasets.Value("string"), any=datasets.Json())
+    )
+    assert list(without_media(datasets.DatasetDict(train=words), "x")["train"]) == [{"text": "a", "any": {"b": 1}}]
+
+
+def test_some_rows_of_a_stream_keep_their_types_or_agree_on_one():
+    names = datasets.Features(label=datasets.ClassLabel(names=["bad", "good"]))
+    stream = datasets.Dataset.from_dict({"label": [1, 0]}, names).to_iterable_dataset()
+    assert _some(stream, 2, "x").features["label"].names == ["bad", "good"]
+    mixed = datasets.IterableDataset.from_generator(lambda: iter([{"stars": 1}, {"stars": "two"}]))
+    assert sorted(_some(mixed, 2, "x")["stars"]) == ["1", "two"]
