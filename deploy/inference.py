@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -185,16 +186,20 @@ class Engine:
         lengths = [len(self._encode(text)) for text in texts]
         for tokens in lengths:
             self._fits(tokens)
-        try:
-            pooling = settings_of(self.model.folder, self.model.config)["pooling"]
-        except UserError as error:  # it names the folder
-            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
+        pooling = self._pooling
 
         def run(jobs):
             vectors = self.model.embed(list(jobs[0].item), all_cancelled(jobs), pooling)
             jobs[0].emit({"vectors": vectors, "tokens": sum(lengths)})
 
         return self.workers.submit(Task(emit, run, item=tuple(texts)))
+
+    @cached_property
+    def _pooling(self) -> str:
+        try:
+            return settings_of(self.model.folder, self.model.config)["pooling"]
+        except UserError as error:  # it names the folder
+            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
 
     def _encode(self, text: str) -> list[int]:
         return self._deadline.run(self._text.encode, text)

@@ -48,9 +48,7 @@ def documents(
         UserError: no such source, an ending that is not read, a column that is missing, a Hub that cannot be reached.
     """
     path = Path(source).expanduser()
-    saved = not source.startswith("docs:") and any(
-        (path / name).exists() for name in ("dataset_dict.json", "state.json")
-    )
+    saved = not source.startswith("docs:") and is_saved(path)
     here = source.startswith("docs:") or path.exists()
     if here and (dataset_config or split != "train" and not saved):
         log.warning("%s: read whole: --split and --dataset_config choose from data sets of the Hub", source)

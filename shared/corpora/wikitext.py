@@ -78,10 +78,10 @@ BROKEN = re.compile(
 )  # of templates and links without an end, or without a beginning
 TABLE_LINE = re.compile(r"^[ \t:]*(?:\{\||\|[-}+|]?|!).*\n?", re.M)
 # Templates that only dress a part of a sentence, by the argument that they show; without them it would have a hole
-DRESS = dict.fromkeys(
-    ("nowrap", "nobr", "small", "smaller", "big", "larger", "abbr", "sic", "smallcaps", "ill", "interlanguage link"), 1
-) | dict.fromkeys(("math", "mvar", "var", "mono", "em", "strong"), 1)
-DRESS |= dict.fromkeys(("quote", "blockquote", "cquote", "quotation", "nihongo", "vanchor"), 1) | {"lang": 2}
+FIRST = ("nowrap", "nobr", "small", "smaller", "big", "larger", "abbr", "sic", "smallcaps", "ill")
+FIRST += ("interlanguage link", "math", "mvar", "var", "mono", "em", "strong")
+FIRST += ("quote", "blockquote", "cquote", "quotation", "nihongo", "vanchor")
+DRESS = dict.fromkeys(FIRST, 1) | {"lang": 2}
 MEASURES = {"convert", "cvt", "chuyển đổi"}
 # Left alone, dropped, or a choice between scripts or spellings: -{zh-hans:计算机; zh-hant:電腦}-
 PREPARED = re.compile(

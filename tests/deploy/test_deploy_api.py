@@ -545,6 +545,7 @@ def test_embeddings_are_those_of_sentence_transformers_or_refused(tiny_bert, tmp
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     assert abs(found["vectors"] - expected).max() < 1e-5
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    engine = inference.Engine(str(folder))  # as it was when it was loaded, like its weights
     with pytest.raises(UserError, match="^encoder: its vectors are made of the tokens by lasttoken"):
         next(inference.stream(lambda emit: engine.embed(texts, emit)))
 
