@@ -14,9 +14,9 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from shared import UserError
-from shared.data import files
+from shared.data import files, hub_data
 from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode, whole_words
-from shared.data.load import PARQUET, gated, hub_arguments, load_data, without_media
+from shared.data.load import load_data, without_media
 
 log = logging.getLogger("taskbook")
 
@@ -85,27 +85,28 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
     repo, _, revision = name.partition("@")
     try:
         found = HfApi().dataset_info(repo, revision=revision or None)
-        rows = datasets.load_dataset(**hub_arguments(found.id, revision or None, config), split=split, streaming=True)
-        rows = without_media(datasets.IterableDatasetDict({split: rows}), name)[split]
+        data = hub_data.read(found.id, revision or None, config, stream=True)
+        if split not in data:
+            raise UserError(f"{name}: no split {split}: found {', '.join(data)}. Name one: --split ...")
         terms = getattr(found.card_data, "license", None) or ""
         terms = terms if isinstance(terms, str) else ", ".join(terms)
-        yield from _table(rows, name, columns, terms)
+        yield from _table(without_media(data, name)[split], name, columns, terms)
     except (datasets.exceptions.DatasetNotFoundError, HTTPError, OSError) as error:
         said = str(error).strip().splitlines() or [""]
         if "gated" in said[0]:
-            raise UserError(gated(name)) from error
+            raise UserError(hub_data.gated(name)) from error
         if isinstance(error, RevisionNotFoundError):
             said = [f"it has no revision {revision}."]
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
-    except ValueError as error:  # no such configuration or split: the message lists those there are
+    except ValueError as error:  # no such configuration: the message lists those there are
         said = " ".join(str(error).split("\nExample")[0].split())
-        raise UserError(f"{name}: {said} See --dataset_config and --split.") from error
+        raise UserError(f"{name}: {said} See --dataset_config.") from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise UserError(
             f"{name} is a script, and code from a data set is not run. Most such data sets have a copy in parquet: "
-            f"{repo}@{PARQUET}"
+            f"{repo}@{hub_data.PARQUET}"
         ) from error
 
 

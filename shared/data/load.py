@@ -1,6 +1,5 @@
 """Data by name: `org/name[@revision]`, a path, `pypi:name` or `docs:name`. Called by every task."""
 
-import contextlib
 import copy
 import json
 import logging
@@ -12,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from shared import UserError
-from shared.data import assets, docs
+from shared.data import assets, docs, hub_data
 from shared.data.files import READERS, describe, kind_of, read_json, read_rows
 
 log = logging.getLogger("taskbook")
@@ -22,7 +21,6 @@ CALLED |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluatio
 # A file's name up to its first dot: `train`, `test-00000-of-00002`
 SPLIT = re.compile(rf"({'|'.join(CALLED)})(?:[-_.]?(\d+)(?:-of-(\d+))?)?", re.I)
 DOCUMENTS = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".xml")
-PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
 
 
 def load_splits(run_args, read: Callable[[str, str | None], dict] | None = None) -> dict:
@@ -237,11 +235,11 @@ def _load(name: str, config: str | None, most: int | None):
         return _read_file(path)
     if not (hub := _hub_name(name)):
         raise UserError(f"{name}: no such file. {assets.how_written(name, 'dataset')}")
-    with _refusals_of_the_hub(name):
-        arguments = hub_arguments(*hub, config)
+    with hub_data.refusals(name):
+        found = hub_data.read(*hub, config, stream=most is not None)
         if most is None:
-            return datasets.load_dataset(**arguments)
-        streams = without_media(datasets.load_dataset(**arguments, streaming=True), name)
+            return found
+        streams = without_media(found, name)
         return datasets.DatasetDict({split: _some(rows, most, name) for split, rows in streams.items()})
 
 
@@ -270,8 +268,8 @@ def load_stream(name: str, config: str | None = None):
     if path.exists() or not hub:
         data = load_data(name, config)  # lies on this disk as Arrow, and is mapped into memory, not read
         return datasets.IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in data.items()})
-    with _refusals_of_the_hub(name):
-        return without_media(datasets.load_dataset(**hub_arguments(*hub, config), streaming=True), name)
+    with hub_data.refusals(name):
+        return without_media(hub_data.read(*hub, config, stream=True), name)
 
 
 def _hub_name(name: str) -> tuple[str, str | None] | None:
@@ -279,56 +277,6 @@ def _hub_name(name: str) -> tuple[str, str | None] | None:
     repo, _, revision = name.partition("@")
     is_path = name.startswith((".", "/", "~", "pypi:", "docs:")) or kind_of(Path(name)) in READERS
     return None if is_path or repo.count("/") > 1 else (repo, revision or None)
-
-
-def hub_arguments(repo: str, revision: str | None, config: str | None) -> dict:
-    """For `datasets.load_dataset`. The Hub's own parquet copy has a folder for each configuration, and no card that says so.
-
-    The Hub still knows names from before there were owners (`imdb`, `squad`), and whose they are now; `datasets` does not.
-    """
-    if "/" not in repo:
-        from huggingface_hub import HfApi
-
-        repo = HfApi().dataset_info(repo, revision=revision).id
-    where = {"data_dir": config} if revision == PARQUET else {"name": config}
-    return {"path": repo, "revision": revision, **where}
-
-
-def gated(name: str) -> str:
-    """What is said of a data set that this account may not read yet."""
-    return (
-        f"{name} is gated: accept its terms on its page on the Hub, then log in with `hf auth login` (or set HF_TOKEN)."
-    )
-
-
-@contextlib.contextmanager
-def _refusals_of_the_hub(name: str):
-    """What `datasets` raises for a name on the Hub, as one line."""
-    import datasets
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    try:
-        yield
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError, HFValidationError, HTTPError) as error:
-        said = str(error).strip().splitlines() or [""]
-        if "gated" in said[0]:
-            raise UserError(gated(name)) from error
-        here = "" if "/" in name else "no such file or folder, and "
-        raise UserError(
-            f"{name}: {here}not found on the Hub, or the Hub cannot be reached ({type(error).__name__}: {said[0][:150]})."
-        ) from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise UserError(
-            f"{name} is a script ({str(error).split()[-1]}), and code from a data set is not run. Most such data sets have a "
-            f"copy in parquet: --dataset {name.partition('@')[0]}@{PARQUET}"
-        ) from error
-    except ValueError as error:
-        if "onfig" not in str(error):
-            raise
-        said = " ".join(str(error).split("\nExample")[0].split())
-        raise UserError(f"{name}: {said} Name one: --dataset_config ...") from error
 
 
 def _splits(path: Path) -> dict | None:
