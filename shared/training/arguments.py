@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import yaml
 
 from shared import UserError
-from shared.training.hardware import gpus, precision_flags
+from shared.training.hardware import device_type, gpus, precision_flags
 
 
 @dataclass
@@ -163,7 +163,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     flags = [part for key, value in entries.items() for part in _as_flags(key, value)]
 
     # Not only what Trainer computes: precision, plan, evaluation and replies, too
-    if _on_cpu({**entries, **dict(_typed_pairs(argv))}):
+    asked = {**entries, **dict(_typed_pairs(argv))}
+    if _is_on(asked, "use_cpu") or os.environ.get("ACCELERATE_USE_CPU", "no").lower() in YES:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "LOCAL_RANK" in os.environ and not gpus():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # or each process would believe that it is alone
@@ -176,6 +177,8 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
         UserError(f"{message} (from {config} and the command line; see --help)")
     )
     precision = precision_flags({"bf16", "fp16"} & {*entries, *typed}, gpus())
+    if _is_on(asked, "bf16") and device_type() == "cpu":
+        precision += ["--use_cpu", "true"]  # without it upstream wants a GPU for it
     if "output_dir" not in {*entries, *typed}:
         flags += ["--output_dir", f"outputs/{script.parent.name}"]
     try:
@@ -244,11 +247,12 @@ def _check_numbers(script_args, training_args, run_args) -> None:
         raise UserError("--num_train_epochs 0: nothing would be trained. Give more; --dry_run shows the plan alone.")
 
 
-def _on_cpu(options: dict) -> bool:
-    """Whether a run shall leave a GPU alone: `--use_cpu`, or `accelerate launch --cpu`."""
-    asked = {name.replace("-", "_"): value for name, value in options.items()}.get("use_cpu", False)
-    yes = ("", "true", "yes", "1", "t", "y")  # a flag without a value is one, too
-    return str(asked).lower() in yes or os.environ.get("ACCELERATE_USE_CPU", "no").lower() in yes
+YES = ("", "true", "yes", "1", "t", "y")  # a flag without a value is one, too
+
+
+def _is_on(options: dict, name: str) -> bool:
+    """Whether a flag was given and means yes."""
+    return str({key.replace("-", "_"): value for key, value in options.items()}.get(name, False)).lower() in YES
 
 
 def _set_aside(entries: dict, typed: dict[str, str], classes: tuple[type, ...]) -> list[str]:

@@ -26,6 +26,15 @@ def choose_precision(gpus: list[tuple[int, int]]) -> str:
     return "bf16" if oldest >= (8, 0) else "fp16" if oldest >= (7, 0) else "fp32"
 
 
+def multiplies_bf16() -> bool | None:
+    """Whether this CPU has instructions for bf16 (AVX-512 BF16, AMX, those of Arm), with which it trains faster than in fp32;
+    None where PyTorch does not tell."""
+    import torch
+
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has for name, has in found.items() if name.endswith("bf16")) if found else None
+
+
 def precision_flags(named: set[str], gpus: list[tuple[int, int]]) -> list[str]:
     """Flags of the precision, to stand before all others.
 

@@ -83,6 +83,21 @@ def test_what_is_said_wins(monkeypatch, task, card, argv, expected):
     assert {"fp16", "bf16"} & set(run_args.resolved) == {name for name in ("fp16", "bf16") if name in "".join(argv)}
 
 
+@pytest.mark.parametrize(("asked", "can"), [(True, True), (True, False), (False, True), (False, False), (True, None)])
+def test_bf16_on_a_cpu_is_a_flag_and_said_where_it_pays(tmp_path, caplog, monkeypatch, asked, can):
+    """transformers wanted --use_cpu beside it, and said nothing of a CPU that emulates it."""
+    caplog.set_level("INFO", "taskbook")
+    monkeypatch.setattr("shared.training.arguments.gpus", lambda: [])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {} if can is None else {"avx2": True, "amx_bf16": can})
+    script = train_script("summarize_t5").ScriptArguments
+    _, args, run_args = parse(script, SEQ2SEQ, [f"--output_dir={tmp_path}", *(["--bf16", "true"] if asked else [])])
+    assert args.bf16 == asked and "use_cpu" not in run_args.resolved  # which would leave another machine's GPU alone
+    setup(args, run_args)
+    assert ("--bf16 true" in caplog.text) == (can is True and not asked)
+    assert ("only emulates bf16" in caplog.text) == (can is False and asked)
+
+
 def test_a_recipe_for_a_t4_is_run_in_fp32_by_one_word():
     config = ROOT / "tasks" / "summarize_t5" / "configs" / "t4.yaml"
     script = train_script("summarize_t5").ScriptArguments
