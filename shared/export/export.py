@@ -248,6 +248,9 @@ def table(found: dict, task: str, test_data: str) -> str:
 def card(result: dict) -> str:
     """README.md of an export."""
     model = result["model"]
+    gpu = [each for each, numbers in result["artifacts"].items() if numbers.get("device", "cpu") != "cpu"]
+    where = f"{', '.join(gpu)} on a GPU, else on CPU" if gpu else "on CPU"
+    precision = "in the precision of its files" if "original" in gpu else "fp32"
     return "\n".join(
         [
             "---",
@@ -259,8 +262,8 @@ def card(result: dict) -> str:
             "",
             f"# {model.split(':')[-1].split('/')[-1]}, exported",
             "",
-            f"Made by `python -m shared.export {model}` of LM Taskbook; scored on {result['test_data']}, on CPU. Original is the "
-            "model in PyTorch, fp32.",
+            f"Made by `python -m shared.export {model}` of LM Taskbook; scored on {result['test_data']}, {where}. Original is "
+            f"the model in PyTorch, {precision}.",
             "",
             table(result["artifacts"], result["task"], result["test_data"]),
             "",

@@ -41,12 +41,12 @@ def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prom
         settle: as in `shared.export.score.score`.
 
     Returns:
-        What `score` gives, `load_seconds`, `latency_ms` and `per_second` by batch size, `peak_memory_gb`, `outputs`, `input_ids`
-        and `stop_ids` of the golden prompts.
+        What `score` gives, `device`, `load_seconds`, `latency_ms` and `per_second` by batch size, `peak_memory_gb`, `outputs`,
+        `input_ids` and `stop_ids` of the golden prompts.
     """
     begun = time.perf_counter()
     model = load(folder, task=task) if artifact is None else Model(Path(folder), artifact, task)
-    found = {"load_seconds": round(time.perf_counter() - begun, 2)}
+    found = {"load_seconds": round(time.perf_counter() - begun, 2), "device": model.device.type}
     found |= score(model, rows, settle)
     use(model, prompts[:1])  # the first call allocates
     found["input_ids"], found["stop_ids"] = [model.prompt_ids(p) for p in prompts], list(model.stop_ids)

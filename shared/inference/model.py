@@ -129,6 +129,7 @@ class Model:
                 f"({type(error).__name__}: {reason})."
             ) from error
         self.config, self.generation = self._runner.config, self._runner.generation
+        self.device = getattr(self._runner, "device", torch.device("cpu"))
         # T5's positions are relative; it was trained on 512 tokens
         self.context = longest_input(self.config, self.tokenizer) or 512
         self.context -= getattr(self._runner, "virtual", 0)

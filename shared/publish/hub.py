@@ -185,6 +185,10 @@ def refuse_unsafe(folder: Path, name: str) -> None:
     if "AutoTokenizer" in str(config.get("auto_map")):
         raise UserError(f"{name}: config.json asks for a tokenizer with code of its own, which is not run.")
     kind = config.get("model_type")
+    if config and kind is None and "auto_map" not in config and "adapter_config.json" not in names:
+        raise UserError(
+            f"{name}: config.json names no `model_type`, without which transformers does not know what it is."
+        )
     if kind is not None or "auto_map" in config:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 

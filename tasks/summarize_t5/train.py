@@ -103,7 +103,8 @@ def validation_metrics(prediction, tokenizer) -> dict:
 
     texts = []
     for ids in (prediction.predictions, prediction.label_ids):
-        texts.append(tokenizer.batch_decode((ids * (ids >= 0)).tolist(), skip_special_tokens=True))
+        ids[ids < 0] = tokenizer.pad_token_id  # how Trainer fills up rows
+        texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
     found = metrics.load("rouge").compute(predictions=texts[0], references=texts[1])
     return {name: value for name, value in found.items() if not name.endswith("_ci95")}
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from deploy.inference import Engine, Sampling, stream
 from shared import UserError
 from shared.export import graphs, litert_file, quantize, score
-from shared.export.export import export, main
+from shared.export.export import card, export, main
 from shared.export.formats import FORMATS, impossible, write
 from shared.export.measure import in_a_process, start_measuring
 from shared.inference.model import Model, load, task_of
@@ -321,6 +321,18 @@ def test_an_export_travels_over_the_hub(exports, hub, tmp_path):
     } <= files
     assert "gguf/Modelfile" in files
     assert not [name for name in files if "/." in name or name.startswith(".") and name != ".gitattributes"]
+
+
+def test_a_card_says_what_was_computed_where(exports):
+    result = json.loads((exports("gpt2") / "export.json").read_text())
+    assert {numbers["device"] for numbers in result["artifacts"].values()} == {"cpu"} or torch.cuda.is_available()
+    for numbers in result["artifacts"].values():
+        numbers["device"] = "cpu"
+    assert "on CPU. Original is the model in PyTorch, fp32." in card(result)
+    result["artifacts"]["original"]["device"] = "cuda"
+    assert "original on a GPU, else on CPU. Original is the model in PyTorch, in the precision of its files." in card(
+        result
+    )
 
 
 def test_the_snippets_of_readme_and_card(exports, tmp_path, monkeypatch):

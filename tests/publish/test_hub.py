@@ -317,11 +317,12 @@ def test_a_weight_map_that_leaves_the_folder_is_refused(tmp_path, part):
     [
         ({"model_type": "mine", "auto_map": {"AutoModel": "m.M"}}, "needs code of its own"),
         ({"auto_map": {"AutoModel": "m.M"}}, "needs code of its own"),
+        ({"hidden_size": 8}, "config.json names no `model_type`"),
         ({"model_type": "gpt2", "_attn_implementation": "someone/kernel"}, "attention kernel"),
         ({"model_type": "gpt2", "text_config": {"attn_implementation": "a/b@main:f"}}, "attention kernel"),
     ],
 )
-def test_a_configuration_that_needs_code_is_refused(tmp_path, config, words):
+def test_a_configuration_that_needs_code_or_names_nothing_is_refused(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=words):
         our_hub.pull(str(tmp_path))

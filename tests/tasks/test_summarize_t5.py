@@ -17,6 +17,7 @@ import seq2seq_models
 import task_runs
 import torch
 from checkout import ROOT, train_script
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
@@ -24,6 +25,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
+    EvalPrediction,
     GenerationConfig,
     LEDConfig,
     LEDForConditionalGeneration,
@@ -47,6 +49,16 @@ ROWS = [
     }
     for i in range(150)
 ]
+
+
+def test_padding_is_no_word_of_the_validation():
+    """The first token of a vocabulary was read where rows of several lengths are filled up."""
+    tokenizer = Tokenizer(models.WordLevel({"word": 0, "other": 1, "[PAD]": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    ids = np.array([[1, 0, 1], [1, -100, -100]])
+    found = summarize_t5.validation_metrics(EvalPrediction(np.array([[1, 0, 1], [1, 2, 2]]), ids), tokenizer)
+    assert found["rouge1"] == 100
 
 
 @pytest.fixture(scope="module")
