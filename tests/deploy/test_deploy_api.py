@@ -332,7 +332,9 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
         ({"logprobs": True}, 422, "logprobs"),
         ({"tools": [{"type": "function"}]}, 422, "tools: not offered by this server; leave it out"),
         ({"response_format": {"type": "json_object"}}, 422, "response_format: "),
-        ({"nonsense": 1}, 422, "nonsense"),
+        ({"nonsense": 1}, 422, "nonsense: not known to this server; leave it out"),
+        ({"messages": [CHAT[0] | {"name": "Bo"}]}, 422, "messages.0.name: not known to this server; leave it out"),
+        ({"logprobs": 0}, 422, "logprobs: not offered"),  # of completions: the probability of each token
         ({"stop": ["a"] * 5}, 422, "stop"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 422, "messages.0.role"),
