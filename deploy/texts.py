@@ -139,6 +139,10 @@ TEXTS = {
         "{}: the PDF holds pictures of pages and no text. Run text recognition (OCR) on it first.",
         "{}: tệp PDF chỉ có ảnh chụp trang giấy, không có chữ. Hãy chạy nhận dạng chữ (OCR) trước.",
     ),
+    "file_part_scanned": (
+        "{}: pages that are pictures without text, left out: {:,}. Run text recognition (OCR) on it to read them, too.",
+        "{}: số trang chỉ có ảnh, không có chữ và đã bị bỏ qua: {:,}. Hãy chạy nhận dạng chữ (OCR) để đọc cả những trang đó.",
+    ),
     "file_damaged": ("{}: the PDF is damaged and cannot be read.", "{}: tệp PDF bị hỏng, không đọc được."),
     "file_slow": (
         "{}: reading the PDF took too long. Open a part of it, or save its text.",
