@@ -184,7 +184,8 @@ def test_an_answer_is_the_same_in_letters_apart_from_their_accents(tmp_path):
     tokenizer.train_from_iterator([context, question], trainer)
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
-    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    kept = {"do_lower_case": False, "strip_accents": False}
+    BertTokenizerFast(tokenizer_object=tokenizer, **kept).save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     BertForQuestionAnswering(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
