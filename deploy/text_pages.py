@@ -166,5 +166,8 @@ def classify_page(engine: Engine) -> None:
             labels = next(results)
         with st.container(border=True):
             for each in labels:
-                share = min(max(each["score"], 0.0), 1.0)  # of a regression the score is no share
-                st.progress(share, f"**{literally(str(each['label']))}**  {each['score']:.1%}")
+                label, score = f"**{literally(str(each['label']))}**", each["score"]
+                if engine.model.config.problem_type == "regression":  # a value, no share
+                    st.markdown(f"{label}  " + literally(f"{score:.4g}"))
+                else:
+                    st.progress(min(score, 1.0), f"{label}  {score:.1%}")

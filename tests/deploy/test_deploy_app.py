@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import streamlit
+import torch
 from checkout import ROOT
 from finished_run import make_run
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploy.choices import names_for
 from deploy.texts import PAGES, TEXTS, as_markdown, literally
@@ -122,6 +124,23 @@ def test_the_pages_for_texts(open_page):
     labelled(app.text_input, "sentence").set_value("No blank")
     labelled(app.button, "guess").click().run()
     assert "MASK" in app.error[0].value
+
+
+def test_the_score_of_a_regression_is_a_value(tiny_served, tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(tiny_served["text-classification"])
+    config.num_labels, config.problem_type = 1, "regression"
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.classifier.bias.data = torch.tensor([-3.5])
+    model.classifier.weight.data.zero_()
+    model.save_pretrained(tmp_path / "stars")
+    AutoTokenizer.from_pretrained(tiny_served["text-classification"]).save_pretrained(tmp_path / "stars")
+    monkeypatch.setenv("TASKBOOK_MODELS", str(tmp_path / "stars"))
+    app = AppTest.from_file(APP, default_timeout=60)
+    app.query_params["page"] = "classify"
+    app.run()
+    labelled(app.button, "sort").click().run()
+    assert app.main.markdown[-1].value == f"**{literally('LABEL_0')}**  {literally('-3.5')}"
+    assert not app.exception and not app.get("progress")
 
 
 def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch):
