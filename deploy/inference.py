@@ -30,7 +30,7 @@ from shared.inference.positions import check_summary
 from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
-from shared.retrieval.encoder import settings_of
+from shared.retrieval.encoder import default_prompt, settings_of
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -200,14 +200,14 @@ class Engine:
         return self.workers.submit(Task(emit, run, (id(self), "classify"), (text, top_k)))
 
     def embed(self, texts: list[str], emit: Callable) -> Job:
-        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled as
-        sentence-transformers' files say, where there are any."""
+        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled and
+        begun as sentence-transformers' files say, where there are any."""
         self._needs("feature-extraction", "fill-mask")
-        texts = list(map(as_learnt, texts))
+        pooling, prompt = self._as_embedded
+        texts = [prompt + as_learnt(text) for text in texts]
         lengths = [len(self._encode(text)) for text in texts]
         for tokens in lengths:
             self._fits(tokens)
-        pooling = self._pooling
 
         def run(jobs):
             vectors = self.model.embed(list(jobs[0].item), all_cancelled(jobs), pooling)
@@ -216,11 +216,13 @@ class Engine:
         return self.workers.submit(Task(emit, run, item=tuple(texts)))
 
     @cached_property
-    def _pooling(self) -> str:
+    def _as_embedded(self) -> tuple[str, str]:
+        """How a text's vector is made of its tokens, and what stands before the text."""
+        folder = self.model.folder
         try:
-            return settings_of(self.model.folder, self.model.config)["pooling"]
+            return settings_of(folder, self.model.config)["pooling"], default_prompt(folder)
         except UserError as error:  # it names the folder
-            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
+            raise UserError(str(error).replace(str(folder), self.name)) from None
 
     def _encode(self, text: str) -> list[int]:
         return self._deadline.run(self._text.encode, text)

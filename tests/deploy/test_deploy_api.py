@@ -598,6 +598,13 @@ def test_embeddings_are_those_of_sentence_transformers_or_refused(tiny_bert, tmp
     (found,) = inference.stream(lambda emit: engine.embed(texts, emit))
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     assert abs(found["vectors"] - expected).max() < 1e-5
+    about = json.loads((folder / "config_sentence_transformers.json").read_text())
+    about |= {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(about))
+    engine = inference.Engine(str(folder))
+    (begun,) = inference.stream(lambda emit: engine.embed(texts, emit))
+    again = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert abs(begun["vectors"] - again).max() < 1e-5 < abs(again - expected).max()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
     engine = inference.Engine(str(folder))  # as it was when it was loaded, like its weights
     with pytest.raises(UserError, match="^encoder: its vectors are made of the tokens by lasttoken"):
