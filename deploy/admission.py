@@ -141,7 +141,7 @@ class AdmissionMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        service, refused = self.service, self._refuses(scope, scope["headers"])
+        service, refused = self.service, self._refuses(scope, scope["headers"]) or compressed(scope["headers"])
         answer = error_response(refused) if refused else self.app
         if not refused and scope["method"] == "POST" and scope["path"] in WORK:
             try:
@@ -255,6 +255,14 @@ class AdmissionMiddleware:
         return Refused(403, "without TASKBOOK_API_KEY this server answers only on this machine, as localhost.")
 
 
+def compressed(headers) -> Refused | None:
+    """What to say of a body that would have to be unpacked, to nobody knows how many bytes."""
+    coding = dict(headers).get(b"content-encoding", b"").decode("latin1").strip()
+    if coding.lower() in ("", "identity"):
+        return None
+    return Refused(415, f"a body in Content-Encoding {coding[:50]} is not read: send it as it is.")
+
+
 def replayed(body: bytes, receive):
     """As `receive`, for an application that has yet to read the body."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -295,6 +303,7 @@ ERRORS = {
     404: "no such model or documents",
     408: "the body did not come in time",
     413: "body too large",
+    415: "the body is compressed",
     422: "a value that is not allowed",
     503: "full, or stopping; Retry-After says when to come back",
     504: "a deadline passed",

@@ -104,7 +104,7 @@ def read_all(files: list, problems: list[str], bar) -> Iterator[dict]:
     room = LONGEST
     for number, file in enumerate(files):
         try:
-            text = read_upload(file.name, file.getvalue())
+            text = read_upload(file.name, file.getvalue(), problems)
             if len(text) > room:
                 raise UserError(t("files_long", file.name, LONGEST))
             room -= len(text)

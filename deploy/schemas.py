@@ -32,7 +32,8 @@ def only(*values):
     """A field that may be there, with one of these values, which ask for nothing."""
 
     def check(value):
-        if value not in values:
+        # 0 and 0.0 ask for the same, but completions' `logprobs` 0 for the token's own probability and false for none
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values):
             raise ValueError("not offered by this server; leave it out")
         return value
 
@@ -350,7 +351,8 @@ def parse(schema: type[Strict], raw: bytes) -> Strict:
         raise NotJSON(f"{name} is no JSON.")
 
     try:
-        data = json.loads(raw.decode("utf8"), object_pairs_hook=bounded, parse_constant=constant)
+        # Windows' programs write a byte order mark
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=bounded, parse_constant=constant)
     except NotJSON:
         raise
     except (ValueError, RecursionError) as error:  # the error may quote the body
@@ -367,8 +369,10 @@ def parse(schema: type[Strict], raw: bytes) -> Strict:
 
 def one_line(errors: list[dict]) -> str:
     """The first of pydantic's errors, without values, which may be as long as the body."""
+    unknown = "not known to this server; leave it out"
     lines = [
-        f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, each['loc'])) or 'body'}: "
+        + (unknown if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, "))
         for each in errors[:5]
     ]
     return "; ".join(line.translate(SURROGATES)[:300] for line in lines)

@@ -55,12 +55,13 @@ def text_box(page: str) -> str:
             st.button(example.title, icon=":material/article:", type="tertiary", on_click=take, args=(page, example))
     seen, problem = st.session_state.get(f"{page}: file read", (None, None))
     if file and file.file_id != seen:
-        problem = None
+        problems = []
         try:
             with st.spinner(""):
-                st.session_state[key] = read_upload(file.name, file.getvalue())
+                st.session_state[key] = read_upload(file.name, file.getvalue(), problems)
         except UserError as error:
-            problem = str(error)
+            problems.append(str(error))
+        problem = "\n".join(problems)
         st.session_state[f"{page}: file read"] = (file.file_id, problem)
     if file and problem:
         st.error(literally(problem), icon=":material/error:")
@@ -165,5 +166,8 @@ def classify_page(engine: Engine) -> None:
             labels = next(results)
         with st.container(border=True):
             for each in labels:
-                share = min(max(each["score"], 0.0), 1.0)  # of a regression the score is no share
-                st.progress(share, f"**{literally(str(each['label']))}**  {each['score']:.1%}")
+                label, score = f"**{literally(str(each['label']))}**", each["score"]
+                if engine.model.config.problem_type == "regression":  # a value, no share
+                    st.markdown(f"{label}  " + literally(f"{score:.4g}"))
+                else:
+                    st.progress(min(score, 1.0), f"{label}  {score:.1%}")

@@ -139,6 +139,10 @@ TEXTS = {
         "{}: the PDF holds pictures of pages and no text. Run text recognition (OCR) on it first.",
         "{}: tệp PDF chỉ có ảnh chụp trang giấy, không có chữ. Hãy chạy nhận dạng chữ (OCR) trước.",
     ),
+    "file_part_scanned": (
+        "{}: pages that are pictures without text, left out: {:,}. Run text recognition (OCR) on it to read them, too.",
+        "{}: số trang chỉ có ảnh, không có chữ và đã bị bỏ qua: {:,}. Hãy chạy nhận dạng chữ (OCR) để đọc cả những trang đó.",
+    ),
     "file_damaged": ("{}: the PDF is damaged and cannot be read.", "{}: tệp PDF bị hỏng, không đọc được."),
     "file_slow": (
         "{}: reading the PDF took too long. Open a part of it, or save its text.",
@@ -227,6 +231,74 @@ TEXTS = {
         "Thư mục này chỉ có mô hình, không có kết quả huấn luyện.",
     ),
 }
+
+# Of what a run wrote down in English: its verdict (shared/publish/compare.py), the names of its metrics and baselines
+SENTENCES_OF_RUNS = {
+    r"test (\w+) (\S+) -> (\S+)": r"\1 trên tập kiểm tra \2 -> \3",
+    r"95 % interval of the difference in (\w+) (\S+) to ([^\s)]+)": r"khoảng tin cậy 95 % của mức thay đổi \1: từ \2 đến \3",
+    r"better on (\S+) % of (\S+) rows": r"tốt hơn ở \1 % trong số \2 dòng",
+    r"among the first (\d+)(?: passages)?": r"nằm trong \1 đoạn đầu",
+}
+WORDS_OF_RUNS = {
+    "yes": "có",
+    "no": "không",
+    "not clearly": "chưa rõ",
+    "not clearly better than": "chưa rõ có tốt hơn",
+    "better than": "tốt hơn",
+    "worse than": "kém hơn",
+    "and": "và",
+    "The interval includes zero.": "Khoảng này chứa số 0.",
+    "Fewer than 10 rows show nothing.": "Ít hơn 10 dòng thì chưa kết luận được gì.",
+    "Both models score the same in every row: nothing was learned, or the adapter is not active.": (
+        "Hai mô hình có điểm bằng nhau ở mọi dòng: mô hình chưa học được gì, hoặc adapter không hoạt động."
+    ),
+    "untrained": "mô hình chưa huấn luyện",
+    "linear classifier": "bộ phân loại tuyến tính",
+    "most frequent token": "token hay gặp nhất",
+    "most frequent label": "nhãn hay gặp nhất",
+    "most frequent answer": "câu trả lời hay gặp nhất",
+    "random passages": "đoạn ngẫu nhiên",
+    "random": "ngẫu nhiên",
+    "silent": "không trả lời",
+    "position": "vị trí hay gặp nhất",
+    "longer reply": "câu trả lời dài hơn",
+    "full trigram": "trigram của toàn bộ văn bản",
+    "loss (nats)": "mất mát (loss, nat)",
+    "bits per byte": "số bit mỗi byte",
+    "accuracy": "độ chính xác",
+    "accuracy of the five most likely": "độ chính xác khi xét năm dự đoán đầu",
+    "exact match": "trùng khớp hoàn toàn",
+    "of questions with an answer": "của các câu hỏi có đáp án",
+    "of questions without an answer": "của các câu hỏi không có đáp án",
+    "at the best threshold for these rows": "ở ngưỡng tốt nhất cho các dòng này",
+    "mean reciprocal rank": "nghịch đảo thứ hạng trung bình (MRR)",
+    "right passage": "đoạn đúng",
+    "right passage first": "đoạn đúng đứng đầu",
+    "right document": "tài liệu đúng",
+    "right document first": "tài liệu đúng đứng đầu",
+    "together with BM25": "kết hợp với BM25",
+    "margin": "khoảng cách điểm",
+    "margin of chosen over rejected replies (nats per token)": (
+        "khoảng cách điểm giữa câu trả lời được chọn và bị loại (nat mỗi token)"
+    ),
+    "recall at 5": "độ phủ (recall) ở 5 đoạn đầu",
+}
+
+
+def of_run(text: str) -> str:
+    """What a run wrote down, in the language of the session; a name that nobody foresaw stays as it is."""
+    if st.session_state.get("language") != "vi":
+        return text
+    for pattern, words in SENTENCES_OF_RUNS.items():
+        text = re.sub(pattern, words, text)
+    known = {english.lower(): words for english, words in WORDS_OF_RUNS.items()}
+
+    def translated(found: re.Match) -> str:
+        words = known[found[0].lower()]
+        return words[0].upper() + words[1:] if found[0][0].isupper() else words
+
+    longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", translated, text, flags=re.IGNORECASE)
 
 
 def t(key: str, *values) -> str:

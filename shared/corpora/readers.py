@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from shared import UserError
 from shared.data import files, hub_data
-from shared.data.charsets import MARKS, likely_encoding, old_vietnamese, to_unicode, whole_words
+from shared.data.charsets import MARKS, holds_pictures, likely_encoding, old_vietnamese, to_unicode, whole_words
 from shared.data.load import load_data, without_media
 
 log = logging.getLogger("taskbook")
@@ -241,7 +241,7 @@ def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
         nonlocal bare
         for page in pages:
             text = whole_words(page.extract_text())
-            bare += not text.strip() and _holds_pictures(page)
+            bare += not text.strip() and holds_pictures(page)
             yield text + "\n\n"
 
     with files.open_bytes(file) as stream:
@@ -262,14 +262,6 @@ def _pdf(file: Path, name: str, columns: dict) -> Iterator[dict | str]:
                 yield "scanned PDF, pictures without text (needs OCR)" if bare else "PDF without text"
         except Exception as error:  # on damaged files pypdf raises nearly everything
             raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _holds_pictures(page) -> bool:
-    try:
-        parts = page["/Resources"]["/XObject"].values()
-    except KeyError:
-        return False
-    return any(part.get_object().get("/Subtype") in ("/Image", "/Form") for part in parts)
 
 
 def _jsonl(file: Path, name: str, columns: dict) -> Iterator[dict | str]:

@@ -161,3 +161,12 @@ def whole_words(page: str) -> str:
         return compound if compound in page else found[1] + found[2]
 
     return re.sub(r"([^\W\d_]+)[-\u2010\xad] ?\n([^\W\d_]+)", whole, page)
+
+
+def holds_pictures(page) -> bool:
+    """Whether a page of a PDF, pypdf's, shows a picture: without text it may be a scanned one."""
+    try:
+        parts = page["/Resources"]["/XObject"].values()
+    except KeyError:
+        return False
+    return any(part.get_object().get("/Subtype") in ("/Image", "/Form") for part in parts)

@@ -104,6 +104,12 @@ def settings_of(folder: Path, config) -> dict:
     return found | ({"max_length": min(found["max_length"], longest)} if longest else {})
 
 
+def default_prompt(folder: Path) -> str:
+    """What sentence-transformers' `encode` puts before each text where nobody says whether it is a question or a passage."""
+    about = _read(folder / "config_sentence_transformers.json")
+    return (about.get("prompts") or {}).get(about.get("default_prompt_name")) or ""
+
+
 # sentence-transformers' names, before its version 6 a yes or no for each, since then one or several
 BEFORE = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
 BEFORE |= {"pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_lasttoken": "lasttoken"}

@@ -21,12 +21,23 @@ import httpx2 as httpx
 import openai
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from checkout import ROOT
 from hypothesis import HealthCheck, given, settings, strategies
 from schemathesis import GenerationMode
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertTokenizerFast,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from deploy import inference
 from deploy.admission import AdmissionMiddleware, Limits
@@ -152,6 +163,45 @@ def test_letters_written_apart_from_their_accents_are_the_tokens_that_were_learn
     assert counts[0] == counts[1] and counts[2] == counts[3] == len(plain.encode(written)) != len(plain.encode(apart))
 
 
+def test_a_stop_text_written_apart_from_its_accents_is_found(tiny):
+    engine = inference.Engine(str(tiny / "llama"))
+    engine.model.batch = lambda: Dictated(engine._text.encode("Xin chào bạn"))
+    for form, word in (("NFD", "chào"), ("NFC", "chào"), ("NFD", "bạn"), ("NFD", "không")):
+        sampling = Sampling(max_tokens=20, stop=(unicodedata.normalize(form, word),))
+        pieces = list(inference.stream(lambda emit, s=sampling: engine.complete(["A"], s, emit)))
+        assert "".join(piece.text for piece in pieces[:-1]) == "Xin chào bạn".partition(word)[0]
+
+
+def test_an_answer_is_the_same_in_letters_apart_from_their_accents(tmp_path):
+    """Of a tokenizer that keeps accents, as multilingual BERT's; its place is that in the text as it came."""
+    context = "Phiên chợ nổi họp từ lúc trời còn tối.\nBà Hạnh bán bún ở đầu chợ, gần cây cầu gỗ cũ."
+    question = "Ai bán bún ở đầu chợ?"
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
+    tokenizer.train_from_iterator([context, question], trainer)
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    kept = {"do_lower_case": False, "strip_accents": False}
+    BertTokenizerFast(tokenizer_object=tokenizer, **kept).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForQuestionAnswering(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path)
+    engine = inference.Engine(str(tmp_path))
+    for begin in range(0, 60, 10):
+        found = []
+        for form, newline in (("NFC", "\n"), ("NFD", "\n"), ("NFD", "\r\n")):
+            asked, text = (unicodedata.normalize(form, each) for each in (question, context[begin:]))
+            text = text.replace("\n", newline)
+            found += inference.stream(lambda emit, q=asked, c=text: engine.answer(q, c, emit))
+            assert text[found[-1]["start"] : found[-1]["end"]] == found[-1]["answer"] != ""
+        numbered = inference.stream(lambda emit, q=asked, c=text: engine.answer_from(q, [c], emit))
+        assert next(numbered) == found[-1] | {"number": 1}
+        assert len({inference.as_learnt(each["answer"]) for each in found}) == len({e["score"] for e in found}) == 1
+
+
 def test_a_continuation_keeps_the_blank_before_its_first_word(tiny, tmp_path):
     """Llama 2's decoder drops the first blank of a text; what is continued is no beginning. Characters go on in bytes."""
     specials = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -193,6 +243,8 @@ class Dictated:
     def step(self):
         for row in self.rows:
             for token in self.tokens:
+                if row.left():
+                    break
                 row.written.append(token)
                 row.on_token(token)
         ended, self.rows = self.rows, []
@@ -332,7 +384,9 @@ def test_answers_summaries_and_blanks(server, tiny_bert):
         ({"logprobs": True}, 422, "logprobs"),
         ({"tools": [{"type": "function"}]}, 422, "tools: not offered by this server; leave it out"),
         ({"response_format": {"type": "json_object"}}, 422, "response_format: "),
-        ({"nonsense": 1}, 422, "nonsense"),
+        ({"nonsense": 1}, 422, "nonsense: not known to this server; leave it out"),
+        ({"messages": [CHAT[0] | {"name": "Bo"}]}, 422, "messages.0.name: not known to this server; leave it out"),
+        ({"logprobs": 0}, 422, "logprobs: not offered"),  # of completions: the probability of each token
         ({"stop": ["a"] * 5}, 422, "stop"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, 422, "messages.0.role"),
@@ -544,6 +598,13 @@ def test_embeddings_are_those_of_sentence_transformers_or_refused(tiny_bert, tmp
     (found,) = inference.stream(lambda emit: engine.embed(texts, emit))
     expected = SentenceTransformer(str(folder), device="cpu").encode(texts)
     assert abs(found["vectors"] - expected).max() < 1e-5
+    about = json.loads((folder / "config_sentence_transformers.json").read_text())
+    about |= {"prompts": {"query": "query: ", "document": ""}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(about))
+    engine = inference.Engine(str(folder))
+    (begun,) = inference.stream(lambda emit: engine.embed(texts, emit))
+    again = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    assert abs(begun["vectors"] - again).max() < 1e-5 < abs(again - expected).max()
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
     engine = inference.Engine(str(folder))  # as it was when it was loaded, like its weights
     with pytest.raises(UserError, match="^encoder: its vectors are made of the tokens by lasttoken"):

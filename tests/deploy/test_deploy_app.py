@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import streamlit
+import torch
 from checkout import ROOT
 from finished_run import make_run
 from playwright.sync_api import expect, sync_playwright
 from streamlit.testing.v1 import AppTest
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploy.choices import names_for
 from deploy.texts import PAGES, TEXTS, as_markdown, literally
+from shared.publish.card import METRICS
+from shared.publish.compare import did_it_help
 from shared.publish.results import plot_loss, write_json
 
 APP = str(ROOT / "deploy" / "app.py")
@@ -124,6 +128,23 @@ def test_the_pages_for_texts(open_page):
     assert "MASK" in app.error[0].value
 
 
+def test_the_score_of_a_regression_is_a_value(tiny_served, tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(tiny_served["text-classification"])
+    config.num_labels, config.problem_type = 1, "regression"
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.classifier.bias.data = torch.tensor([-3.5])
+    model.classifier.weight.data.zero_()
+    model.save_pretrained(tmp_path / "stars")
+    AutoTokenizer.from_pretrained(tiny_served["text-classification"]).save_pretrained(tmp_path / "stars")
+    monkeypatch.setenv("TASKBOOK_MODELS", str(tmp_path / "stars"))
+    app = AppTest.from_file(APP, default_timeout=60)
+    app.query_params["page"] = "classify"
+    app.run()
+    labelled(app.button, "sort").click().run()
+    assert app.main.markdown[-1].value == f"**{literally('LABEL_0')}**  {literally('-3.5')}"
+    assert not app.exception and not app.get("progress")
+
+
 def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch):
     numbers = {"megabytes": 12.0, "latency_ms": {"1": {"p50": 3.5}}, "per_second": {"1": 40.0}}
     (tiny_served["text-generation"] / "export.json").write_text(json.dumps({"artifacts": {"onnx": numbers}}))
@@ -157,6 +178,46 @@ def test_the_model_page_and_names(open_page, tiny_served, tmp_path, monkeypatch)
     app.run()
     assert len(app.error) == 1 and not app.exception, "a folder without weights is one line"
     assert str(tmp_path) not in app.error[0].value.replace("\\", "")
+
+
+def test_what_a_run_wrote_is_said_in_vietnamese(tiny_bert, tmp_path, monkeypatch):
+    """Verdict, metrics, baselines, columns: of their English words none is left, names such as BM25 and Lead-1 are."""
+    before, after, half = ([score + i % 3 for i in range(20)] for score in (3.0, 2.0, 2.5))
+    names = ("most frequent token", "Lead-1", "BM25 and untrained")
+    baselines = dict(zip(names, ([1.0] * 20, before, half), strict=True))
+    verdicts = [did_it_help({"f1": before}, {"f1": after}, "f1", {k: {"f1": v} for k, v in baselines.items()})["line"]]
+    verdicts += [
+        did_it_help({"f1": a}, {"f1": b}, "f1")["line"] for a, b in ((before, before), (after[:3], before[:3]))
+    ]
+    scores = {
+        f"{system}_{name}": 1.5 for system in ("test", "base", "baseline_most_frequent_token") for name in METRICS
+    }
+    shutil.copytree(tiny_bert, tmp_path / "run")
+    monkeypatch.setenv("TASKBOOK_MODELS", str(tmp_path / "run"))
+    said = ""
+    for verdict in verdicts:
+        write_json(tmp_path / "run" / "all_results.json", {"line": verdict, "test_rows": 20, **scores})
+        app = AppTest.from_file(APP, default_timeout=60)
+        app.query_params["page"] = "model"
+        app.run()
+        app.segmented_control[0].set_value("vi").run()
+        assert not app.exception
+        said += " ".join(each.value for each in (*app.success, *app.warning)) + "\n"
+    assert "kém hơn mô hình chưa huấn luyện và Lead" in said
+    table = app.table[0].value
+    said += " ".join([*table.columns, *table.iloc[:, 0]])
+    app = AppTest.from_file(APP, default_timeout=60)
+    app.query_params["page"] = "runs"
+    app.run()
+    app.segmented_control[0].set_value("vi").run()
+    said += " ".join(app.dataframe[0].value.columns)
+    left = set(re.findall(r"[a-z]+", " ".join(name for _, name in METRICS.values()).lower())) | {
+        "better",
+        "worse",
+        "rows",
+    }
+    left -= {"f", "l", "lsum", "rouge", "bleu", "macro", "bm", "perplexity", "token", "loss", "byte", "recall"}
+    assert not left & set(re.findall(r"\w+", said.lower().replace("\\", "")))
 
 
 def test_all_runs_in_one_table(open_page, tmp_path, monkeypatch):

@@ -313,7 +313,7 @@ def test_a_file_that_does_not_fit_takes_no_room(monkeypatch):
 
 
 def test_own_files_have_lines_and_a_pdf_has_none(monkeypatch):
-    monkeypatch.setattr(documents_page, "read_upload", lambda name, content: content.decode())
+    monkeypatch.setattr(documents_page, "read_upload", lambda name, content, problems: content.decode())
     opened = [SimpleNamespace(name=name, getvalue=lambda: b"A text.") for name in ("a.txt", "b.PDF")]
     rows = documents_page.read_all(opened, [], SimpleNamespace(progress=lambda *_: None))
     assert [row["line"] for row in rows] == [1, 0]

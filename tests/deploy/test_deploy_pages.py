@@ -12,6 +12,7 @@ import pytest
 import streamlit
 from checkout import ROOT
 from packaging.requirements import Requirement
+from PIL import Image
 from pypdf import PdfReader, PdfWriter
 from streamlit.testing.v1 import AppTest
 from test_deploy_app import APP, labelled
@@ -19,7 +20,7 @@ from test_deploy_app import APP, labelled
 from deploy import uploads
 from deploy.choices import load, refuse_foreign, shown_name, task_of
 from deploy.example_texts import EXAMPLES
-from deploy.texts import TEXTS
+from deploy.texts import TEXTS, literally
 from deploy.uploads import read_upload
 from shared import UserError
 
@@ -87,6 +88,28 @@ def test_a_file_that_cannot_be_read_is_one_line(name, content, key):
     assert str(caught.value).startswith(name + said(key)) and "\n" not in str(caught.value)
 
 
+def half_scanned() -> bytes:
+    """A page of text, and two that are pictures."""
+    pages, found = io.BytesIO(), io.BytesIO()
+    Image.new("L", (40, 40), 99).save(pages, "PDF", save_all=True, append_images=[Image.new("L", (40, 40), 9)])
+    writer = PdfWriter(PdfReader(io.BytesIO(pdf("Nine hives"))))
+    writer.append(PdfReader(pages))
+    writer.write(found)
+    return found.getvalue()
+
+
+def test_pages_without_text_are_named(open_page):
+    problems = []
+    assert read_upload("half.pdf", half_scanned(), problems) == "Nine hives"
+    assert problems == ["half.pdf" + TEXTS["file_part_scanned"][0].format("", 2)]
+    read_upload("whole.pdf", pdf("Nine hives"), problems)
+    assert len(problems) == 1
+    app = open_page("summarize", "vi")
+    app.file_uploader[0].set_value(("half.pdf", half_scanned(), "application/pdf")).run()
+    assert labelled(app.text_area, "text", "vi").value == "Nine hives"
+    assert [each.value for each in app.error] == [literally("half.pdf" + TEXTS["file_part_scanned"][1].format("", 2))]
+
+
 def test_a_pdf_that_takes_for_ever_is_given_up(monkeypatch):
     monkeypatch.setattr(uploads, "SECONDS", 0.001)
     with pytest.raises(UserError, match="took too long"):
@@ -117,7 +140,7 @@ def test_requirements_of_serving_are_enough_for_files():
         f"sys.modules.update(dict.fromkeys(set({absent!r}) - {{'shared'}}))\n"
         "import deploy.uploads\n"
         "from deploy.pdf_text import text_of_pdf\n"
-        f"print(text_of_pdf({pdf('Nine hives', password='')!r}))"
+        f"print(text_of_pdf({pdf('Nine hives', password='')!r})[0])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "Nine hives", done.stderr[-2000:]

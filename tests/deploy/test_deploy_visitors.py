@@ -1,7 +1,9 @@
 """Nothing that one visitor does keeps the others out: bounds on bodies, headers, texts and prompts; folders that are refused."""
 
+import codecs
 import contextlib
 import functools
+import gzip
 import json
 import shutil
 import socket
@@ -57,6 +59,17 @@ def test_what_is_no_json_is_one_line(raw, server):
         parse(ChatBody, raw)
     answer = server.http.post("/v1/chat/completions", content=raw[:5000] or b" ")
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
+
+
+def test_a_byte_order_mark_is_no_text_and_a_compressed_body_is_refused_as_such(server):
+    body = {"model": "llama", "messages": CHAT, "max_tokens": 4, "seed": 1}
+    raw, post = json.dumps(body).encode(), server.http.post
+    plain, marked = (post("/v1/chat/completions", content=each).json() for each in (raw, codecs.BOM_UTF8 + raw))
+    assert marked["choices"] == plain["choices"]
+    answer = post("/v1/chat/completions", content=gzip.compress(raw), headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 415 and "Content-Encoding gzip" in answer.json()["error"]["message"], answer.text
+    same = post("/v1/chat/completions", content=raw, headers={"Content-Encoding": "identity"})
+    assert same.json()["choices"] == plain["choices"]
 
 
 def test_ids_of_any_number_end_at_the_first_error():
