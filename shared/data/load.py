@@ -248,9 +248,12 @@ def _some(stream, most: int, name: str):
     import datasets
 
     rows = list(stream.shuffle(seed=0, buffer_size=1000).take(most))
-    return (
-        datasets.Dataset.from_list(rows, features=stream.features) if stream.features else _from_list(rows, Path(name))
-    )
+    if not stream.features:
+        return _from_list(rows, Path(name))
+    columns = {
+        column: [row[column] for row in rows] for column in stream.features
+    }  # `from_list` loses those without rows
+    return datasets.Dataset.from_dict(columns, features=stream.features)
 
 
 def load_stream(name: str, config: str | None = None):
