@@ -113,6 +113,15 @@ TALK = turns("Hi?", "Hello.", "Cold?")
         ),
         ({"input": "Cold?", "chosen": "Yes.", "rejected": "No."}, ["prompt=input"], turns("Cold?")),
         (
+            {
+                "conversations": [{"from": "human", "value": "Cold?"}],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            [],
+            turns("Cold?"),
+        ),
+        (
             {"prompt": "Cold?", "input": "odd", "chosen": turns("Cold?", "Yes."), "rejected": turns("Cold?", "No.")},
             [],
             turns("Cold?"),
