@@ -328,7 +328,8 @@ def _read_file(path: Path):
         return datasets.DatasetDict(train=_from_list(list(read_rows(path)), path))
     # The cache is by name, size and time, and by what reads: another version may read other rows
     state = path.stat()
-    reader = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("charsets.py", "files.py")))
+    code = ("charsets.py", "files.py", "json_tables.py")
+    reader = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in code))
     kwargs = {"path": str(path), "state": (state.st_size, state.st_mtime_ns, reader)}
     try:
         return datasets.DatasetDict(train=datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=kwargs))
