@@ -354,7 +354,8 @@ def _workbook(path: Path):
     try:
         with open_bytes(path) as file:
             yield load_workbook(file, read_only=True, data_only=True)
-    except (BadZipFile, KeyError, IndexError, ValueError, SyntaxError) as error:
+    # the last two of styles and charts that other programs write
+    except (BadZipFile, KeyError, IndexError, ValueError, SyntaxError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an Excel workbook (.xlsx): {error}. Save it as .csv in UTF-8.") from error
 
 

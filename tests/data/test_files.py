@@ -145,6 +145,17 @@ def test_excel(tmp_path):
     ]
 
 
+def test_a_workbook_whose_styles_openpyxl_cannot_read(tmp_path):
+    """Of several programs; openpyxl raises a TypeError."""
+    book = openpyxl.Workbook()
+    book.active.append(["text", "label"])
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as old, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"<fill><patternFill/></fill>", b"<fill></fill>"))
+    assert "not an Excel workbook" in refused(tmp_path / "a.xlsx")
+
+
 def test_what_excel_hides_or_merges_and_formulas_without_a_value(tmp_path):
     """pandas and openpyxl write `=> hello` as a formula that nobody computed: the cell would be empty."""
     book = openpyxl.Workbook()
