@@ -1,6 +1,7 @@
 """Data sets of the Hub, by name. Called by load.py and by shared/corpora."""
 
 import contextlib
+import logging
 
 from shared import UserError
 
@@ -27,6 +28,7 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
     import datasets
     from datasets.packaged_modules.csv.csv import Csv
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs it raises, too
     if "/" not in repo:
         from huggingface_hub import HfApi
 

@@ -131,9 +131,9 @@ def _read_folder(folder: Path):
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
         return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
-    if below := [each for each in sorted(folder.iterdir()) if each.is_dir() and _split_files(each)]:
+    if below := [each for each in sorted(folder.rglob("*")) if each.is_dir() and "train" in _split_files(each)]:
         raise UserError(
-            f"{folder}: files named after splits lie one folder below: --dataset {' or '.join(map(str, below))}"
+            f"{folder}: files named after splits lie in a folder below: --dataset {' or '.join(map(str, below[:5]))}"
         )
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:

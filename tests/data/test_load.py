@@ -159,7 +159,11 @@ def test_a_clone_of_a_data_set_names_the_folder_of_its_files(tmp_path):
     (tmp_path / "README.md").write_text("about")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train-00000-of-00001.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match="one folder below: --dataset .*data$"):
+    with pytest.raises(UserError, match="in a folder below: --dataset .*data$"):
+        load_data(str(tmp_path))
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)  # as the Hub's cache lays it
+    (tmp_path / "data").rename(tmp_path / "snapshots" / "abc" / "data")
+    with pytest.raises(UserError, match="in a folder below: --dataset .*abc/data$"):
         load_data(str(tmp_path))
 
 
