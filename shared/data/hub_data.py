@@ -27,6 +27,7 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
     """
     import datasets
     from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.text.text import Text
 
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it logs it raises, too
     if "/" not in repo:
@@ -37,7 +38,8 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
     where |= {"path": repo, "revision": revision}
     builder = datasets.load_dataset_builder(**where)
     if not isinstance(builder, Csv):
-        return _read(builder, stream)
+        found = _read(builder, stream)
+        return found.filter(_not_blank) if isinstance(builder, Text) else found
     data = {}
     for options, splits in _as_written(builder, where):
         builder = datasets.load_dataset_builder(**where, **options)
@@ -47,6 +49,11 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
             builder.config.data_files = datasets.data_files.DataFilesDict(kept)
         data |= _read(builder, stream)
     return (datasets.IterableDatasetDict if stream else datasets.DatasetDict)(data)
+
+
+def _not_blank(row: dict) -> bool:
+    """As of a .txt of this machine, where blank lines are no rows."""
+    return bool(row["text"].strip())
 
 
 def _read(builder, stream: bool):

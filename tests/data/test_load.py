@@ -27,6 +27,7 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
     ("alice/tables", "typed"): {"train": 2},
     ("alice/tables", "semicolons"): {"train": 2},
     ("alice/tables", "unlabelled"): {"train": 1, "test": 1},
+    ("alice/lines", None): {"train": 2},
     ("alice/tables", "latin"): ["alice/tables: `datasets` cannot read its files (UnicodeDecodeError", "name the file"],
     ("alice/sounds", None): {"train": 2},  # without the package that decodes them
     ("alice/sounds-alone", None): ["alice/sounds-alone: holds pictures, sounds or documents (audio), and no text"],
@@ -123,9 +124,13 @@ def found(hub, tmp_path):
         (tmp_path / "tables").mkdir(exist_ok=True)
         (tmp_path / "tables" / name).write_bytes(text.encode("latin-1"))
     hub.upload("datasets/alice/tables", tmp_path / "tables")
+    hub.create("datasets/alice/lines")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.txt").write_text("a\n\n  \nb\n")
+    hub.upload("datasets/alice/lines", tmp_path / "lines")
     (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(list(WANTED)))))
     done = task_runs.command(tmp_path / "program.py", **hub.env_for("other", home=tmp_path / "home"))
-    for name in ("gated", "films", "tables", "sounds", "sounds-alone"):
+    for name in ("gated", "films", "tables", "lines", "sounds", "sounds-alone"):
         del hub.repos[f"datasets/alice/{name}"]
     del hub.moved["datasets/films"]
     assert done.returncode == 0, done.stderr
