@@ -91,7 +91,8 @@ def find_in(context: str, text: str, start=None) -> tuple[int, int] | None:
 
 def number_text(number: float) -> str:
     """`1700` for 1700 and 1700.0: pandas makes floats of whole numbers where a cell of the column is empty."""
-    return f"{number:.0f}" if float(number).is_integer() else str(number)
+    whole = isinstance(number, float) and number.is_integer()
+    return f"{number:.0f}" if whole else str(number)  # of an int the former would round what is beyond 2**53
 
 
 def parse_answers(text: str):
