@@ -296,7 +296,9 @@ def source_options(program: str, description: str) -> argparse.ArgumentParser:
     )
     add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="in tables: text=body title=headline ...")
     add("--dataset_config", help="configuration of a Hub dataset, such as 20231101.vi")
-    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add(
+        "--split", default="train", help="split of a data set of the Hub, or saved by `datasets` (default: %(default)s)"
+    )
     add("--min_words", type=not_negative, default=50, help="drop shorter documents (default: %(default)s)")
     add(
         "--languages",

@@ -98,9 +98,8 @@ def _hub(name: str, config: str | None, split: str, columns: dict) -> Iterator[d
         if isinstance(error, RevisionNotFoundError):
             said = [f"it has no revision {revision}."]
         raise UserError(f"{name}: cannot be read from the Hub: {type(error).__name__}: {said[0]}") from error
-    except ValueError as error:  # no such configuration: the message lists those there are
-        said = " ".join(str(error).split("\nExample")[0].split())
-        raise UserError(f"{name}: {said} See --dataset_config.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise hub_data.unreadable(name, error) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise

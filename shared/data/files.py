@@ -22,6 +22,7 @@ from pathlib import Path
 
 from shared import UserError
 from shared.data.charsets import SAMPLE, encoding_of, likely_encoding, old_vietnamese, to_unicode, unix_name
+from shared.data.json_tables import rows_of
 
 log = logging.getLogger("taskbook")
 
@@ -38,6 +39,10 @@ OTHER_KINDS = {  # by their first bytes, and what to do with them
     b"\x28\xb5\x2f\xfd": "zstandard: unpack it",
 }
 OBJECT = re.compile(r'\ufeff?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:.*\}\s*$')
+UNCOMPUTED = re.compile(  # a cell with a formula alone; text may be an empty result
+    rb'<c r="([A-Z]+\d+)"(?![^>]*t="str")[^>]*><f(?:[^>]*/>|[^>]*>[^<]*</f>)(?:<v ?/>|<v></v>|</c>)'
+)
+MERGED = re.compile(rb'<mergeCell ref="([A-Z]+\d+:[A-Z]+\d+)"')
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -161,8 +166,10 @@ def describe(path: Path) -> str:
                 said.append(f"cells between {_separator(path, next(file, ''))[0]!r}")
         if kind == ".xlsx":
             with _workbook(path) as book:
-                sheets = book.sheetnames
-            said += [f"sheet {sheets[0]!r}, the first of {len(sheets)}"] if len(sheets) > 1 else []
+                sheets = _visible(book)
+                merged = _found_in(sheets[0], MERGED)
+            said += [f"sheet {sheets[0].title!r}, the first of {len(sheets)}"] if len(sheets) > 1 else []
+            said += [f"of merged cells such as {merged} the first is filled, the others are empty"] if merged else []
         encoding, old, _ = sniffed(path)
     if kind != ".parquet" and (old or kind != ".xlsx"):
         name = encoding.upper().replace("-SIG", " with a mark")
@@ -270,7 +277,7 @@ def _json(path: Path) -> Iterator[dict]:
         yield from _json_lines(path)
         return
     if isinstance(content, dict):
-        content = _rows_of(content)
+        content = rows_of(content)
     content = [content] if isinstance(content, dict) else content
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}.")
@@ -278,38 +285,6 @@ def _json(path: Path) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object {{...}}, found {type(row).__name__}.")
         yield _each_text(row, _whole)
-
-
-def _rows_of(content: dict):
-    """The rows of an object that holds a table: `{"data": [...]}`, or as pandas writes one (orient columns, index, split)."""
-    values = list(content.values())
-    for name in ("data", "rows", "examples", "records"):
-        rest = [value for key, value in content.items() if key != name]
-        rows = content.get(name)
-        if (
-            isinstance(rows, list)
-            and rows
-            and isinstance(rows[0], dict)
-            and not any(isinstance(v, list | dict) for v in rest)
-        ):
-            return rows
-    tables = [value for value in values if isinstance(value, list)]
-    if len(tables) == 1 and len(tables[0]) > 1 and all(isinstance(row, dict) for row in tables[0]):
-        return tables[0]  # under a name of its own
-    if set(content) == {"columns", "index", "data"}:
-        return [dict(zip(content["columns"], row, strict=False)) for row in content["data"]]
-    if all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
-        if len(values) == 1 and all(isinstance(row, dict) for row in values[0]):
-            return values[0]
-        if not any(isinstance(cell, dict) for cell in values[0]):
-            return [dict(zip(content, cells, strict=True)) for cells in zip(*values, strict=True)]
-    if values and all(isinstance(value, dict) and value for value in values):
-        if all(key.isdecimal() for key in content):
-            return values
-        numbers = values[0].keys()
-        if all(key.isdecimal() for key in numbers) and all(value.keys() == numbers for value in values):
-            return [{name: content[name][number] for name in content} for number in numbers]
-    return content
 
 
 def _table(path: Path, guess: bool = False) -> Iterator[dict]:
@@ -379,17 +354,38 @@ def _workbook(path: Path):
     try:
         with open_bytes(path) as file:
             yield load_workbook(file, read_only=True, data_only=True)
-    except (BadZipFile, KeyError, IndexError, ValueError, SyntaxError) as error:
+    # the last two of styles and charts that other programs write
+    except (BadZipFile, KeyError, IndexError, ValueError, SyntaxError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not an Excel workbook (.xlsx): {error}. Save it as .csv in UTF-8.") from error
+
+
+def _visible(book) -> list:
+    return [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
+
+
+def _found_in(sheet, pattern: re.Pattern) -> str | None:
+    """The first group of the first match in the XML of a sheet, where openpyxl does not say what it skips."""
+    tail = b""
+    with sheet.parent._archive.open(sheet._worksheet_path) as part:
+        while piece := part.read(1 << 20):
+            if found := pattern.search(tail + piece):
+                return found[1].decode()
+            tail = (tail + piece)[-10_000:]
 
 
 def _excel(path: Path) -> Iterator[dict]:
     from openpyxl.utils.escape import unescape
 
-    with _workbook(path) as sheets:
-        # What a file says of its size may be wrong, and rows beyond it were lost
-        sheets.worksheets[0].reset_dimensions()
-        rows = sheets.worksheets[0].iter_rows(values_only=True)
+    with _workbook(path) as book:
+        sheet = _visible(book)[0]
+        # Excel computes formulas when it saves; pandas and openpyxl do not, and take each text that begins with = for one
+        if cell := _found_in(sheet, UNCOMPUTED):
+            raise UserError(
+                f"{path}: cell {cell} of sheet {sheet.title!r} holds a formula without its value. Save the file in Excel or "
+                "LibreOffice, or, if it is a text that begins with =, as .csv."
+            )
+        sheet.reset_dimensions()  # what a file says of its size may be wrong, and rows beyond it were lost
+        rows = sheet.iter_rows(values_only=True)
         header = [_on_one_line(str(cell)) if cell is not None else "" for cell in next(rows, ())]
         if not any(header):
             raise UserError(f"{path}: no header in the first row of its first sheet.")

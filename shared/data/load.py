@@ -131,9 +131,9 @@ def _read_folder(folder: Path):
     if files := _split_files(folder):
         parts = {split: [_read_file(path)["train"] for path in paths] for split, paths in files.items()}
         return datasets.DatasetDict({split: _joined(tables, folder) for split, tables in parts.items()})
-    if below := [each for each in sorted(folder.iterdir()) if each.is_dir() and _split_files(each)]:
+    if below := [each for each in sorted(folder.rglob("*")) if each.is_dir() and "train" in _split_files(each)]:
         raise UserError(
-            f"{folder}: files named after splits lie one folder below: --dataset {' or '.join(map(str, below))}"
+            f"{folder}: files named after splits lie in a folder below: --dataset {' or '.join(map(str, below[:5]))}"
         )
     documents = sum(path.suffix.lower() in DOCUMENTS for path in folder.rglob("*"))
     if documents:
@@ -248,9 +248,12 @@ def _some(stream, most: int, name: str):
     import datasets
 
     rows = list(stream.shuffle(seed=0, buffer_size=1000).take(most))
-    return (
-        datasets.Dataset.from_list(rows, features=stream.features) if stream.features else _from_list(rows, Path(name))
-    )
+    if not stream.features:
+        return _from_list(rows, Path(name))
+    columns = {
+        column: [row[column] for row in rows] for column in stream.features
+    }  # `from_list` loses those without rows
+    return datasets.Dataset.from_dict(columns, features=stream.features)
 
 
 def load_stream(name: str, config: str | None = None):
@@ -325,7 +328,8 @@ def _read_file(path: Path):
         return datasets.DatasetDict(train=_from_list(list(read_rows(path)), path))
     # The cache is by name, size and time, and by what reads: another version may read other rows
     state = path.stat()
-    reader = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("charsets.py", "files.py")))
+    code = ("charsets.py", "files.py", "json_tables.py")
+    reader = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in code))
     kwargs = {"path": str(path), "state": (state.st_size, state.st_mtime_ns, reader)}
     try:
         return datasets.DatasetDict(train=datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=kwargs))

@@ -36,7 +36,7 @@ FORMATS = {
     "mapping": ("mapping",),  # ChatGPT's own export
 }
 SYSTEM, HISTORY, TOOLS = ("system", "system_prompt"), ("history",), ("tools", "functions")
-LABEL = "label"  # KTO's: false where a reply was not wanted
+LABEL, TAG = "label", "kto_tag"  # KTO's: false where a reply was not wanted; LLaMA-Factory's name for it
 CONTEXT = ("input", "context")  # a text that the instruction is about: Alpaca's and Dolly's names
 ALWAYS = ("system", "developer", "tool", "function", "observation")  # mean the same whatever the others are called
 ALSO = (*SYSTEM, *HISTORY, *TOOLS, *CONTEXT, LABEL)  # read beside a format
@@ -158,6 +158,8 @@ class Reader:
 
     def __init__(self, source, columns: list[str], mapping: list[str], people: bool = False, roles: dict | None = None):
         self.formats, self.places = find_format(source, columns, mapping)
+        if TAG in columns and self.places.get(LABEL, LABEL) == LABEL:
+            self.places[LABEL] = TAG
         self.people, self.roles, self.speakers = people, roles or {}, Counter()
         self.unwanted, self.filled = {"false"}, False
         # A context and a history are read beside a prompt alone, not beside whole conversations

@@ -66,6 +66,9 @@ class Reader:
             for name, other in ALSO_NAMED.items():
                 if other in columns and name not in columns and not asked & {name, other}:
                     mapping = [*mapping, f"{name}={other}"]
+            alone = "prompt" not in {*columns, *asked} and len(_turns(row.get("chosen")) or []) == 1
+            if alone and "conversations" in columns:  # LLaMA-Factory's: the turns before the reply
+                mapping = [*mapping, "prompt=conversations"]
             self.places = find_columns(source, columns, mapping, needed, optional, row, inside=True)
         except UserError as error:
             if any(name in columns for name in CONVERSATION) and not asked:

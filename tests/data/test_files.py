@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,45 @@ def test_excel(tmp_path):
         {"text": "hai", "label": "3"},
         {"text": "ba", "label": None},
     ]
+
+
+def test_a_workbook_whose_styles_openpyxl_cannot_read(tmp_path):
+    """Of several programs; openpyxl raises a TypeError."""
+    book = openpyxl.Workbook()
+    book.active.append(["text", "label"])
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as old, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"<fill><patternFill/></fill>", b"<fill></fill>"))
+    assert "not an Excel workbook" in refused(tmp_path / "a.xlsx")
+
+
+def test_what_excel_hides_or_merges_and_formulas_without_a_value(tmp_path):
+    """pandas and openpyxl write `=> hello` as a formula that nobody computed: the cell would be empty."""
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["lists", "of choices"]):
+        book.active.append(row)
+    book.active.sheet_state = "hidden"
+    sheet = book.create_sheet("Data")
+    for row in ([*ROWS[0]], *([*row.values()] for row in ROWS)):
+        sheet.append(row)
+    book.save(tmp_path / "hidden.xlsx")
+    assert rows_of(tmp_path / "hidden.xlsx") == ROWS and "sheet" not in describe(tmp_path / "hidden.xlsx")
+    sheet.merge_cells("C2:C3")
+    book.save(tmp_path / "merged.xlsx")
+    assert "of merged cells such as C2:C3 the first is filled" in describe(tmp_path / "merged.xlsx")
+    sheet["A3"] = "=> hello"
+    book.save(tmp_path / "formula.xlsx")
+    assert "cell A3 of sheet 'Data' holds a formula without its value" in refused(tmp_path / "formula.xlsx")
+    for value, text in ((b"<v>7</v>", "7"), (b"<v></v>", None)):  # computed, as Excel writes it; an empty text
+        kind = b"" if text else b' t="str"'
+        with zipfile.ZipFile(tmp_path / "formula.xlsx") as old, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new:
+            for name in old.namelist():
+                part = re.sub(
+                    rb'"A3"><f>(.*?)</f><v ?/?>(</v>)?', rb'"A3"%s><f>\1</f>%s' % (kind, value), old.read(name)
+                )
+                new.writestr(name, part)
+        assert [row["text"] for row in rows_of(tmp_path / "a.xlsx")] == ["vé một", text]
 
 
 @pytest.mark.parametrize(("name", "split"), [("test", "test"), ("valid", "validation"), ("Dev", "validation")])

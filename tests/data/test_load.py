@@ -25,6 +25,10 @@ WANTED = {  # name, configuration -> splits and their number of rows, or what th
     ("films", None): {"train": 2, "test": 1},  # as imdb and squad were called once, and are still found
     ("alice/tables", "plain"): {"train": 3},
     ("alice/tables", "typed"): {"train": 2},
+    ("alice/tables", "semicolons"): {"train": 2},
+    ("alice/tables", "unlabelled"): {"train": 1, "test": 1},
+    ("alice/lines", None): {"train": 2},
+    ("alice/tables", "latin"): ["alice/tables: `datasets` cannot read its files (UnicodeDecodeError", "name the file"],
     ("alice/sounds", None): {"train": 2},  # without the package that decodes them
     ("alice/sounds-alone", None): ["alice/sounds-alone: holds pictures, sounds or documents (audio), and no text"],
     ("nosuch", None): ["nosuch: no such file or folder, and not found on the Hub"],
@@ -60,16 +64,24 @@ TABLES = {
 configs:
 - {config_name: plain, data_files: plain.csv}
 - {config_name: typed, data_files: typed.csv}
+- {config_name: semicolons, data_files: semicolons.csv}
+- {config_name: latin, data_files: latin.csv}
+- config_name: unlabelled
+  data_files: [{split: test, path: questions.csv}, {split: train, path: answers.csv}]
 dataset_info:
 - config_name: typed
   features:
-  - {name: text, dtype: string}
+  - {name: text, dtype: large_string}
   - {name: stars, dtype: float32}
   - {name: label, dtype: {class_label: {names: {"0": NA, "1": good}}}}
 ---
 """,
     "plain.csv": 'text,label,left\nNone,007,\n"two\nlines",NA,\n,null,\n',
     "typed.csv": "text,stars,label\nnull,NA,NA\n,1.5,good\n",
+    "semicolons.csv": "text;label\na, b, c;007\nd;NA\n",
+    "questions.csv": "text\na\n",
+    "answers.csv": "text, label\nb, 01\n",
+    "latin.csv": "text,label\n\xe9t\xe9,1\n",
 }
 CELLS = {  # what is in them
     "plain": [
@@ -78,6 +90,8 @@ CELLS = {  # what is in them
         {"text": None, "label": "null", "left": None},
     ],
     "typed": [{"text": "null", "stars": None, "label": 0}, {"text": None, "stars": 1.5, "label": 1}],
+    "semicolons": [{"text": "a, b, c", "label": "007"}, {"text": "d", "label": "NA"}],
+    "unlabelled": [{"text": "b", "label": "01"}],
 }
 
 
@@ -108,11 +122,15 @@ def found(hub, tmp_path):
     hub.create("datasets/alice/tables")
     for name, text in TABLES.items():
         (tmp_path / "tables").mkdir(exist_ok=True)
-        (tmp_path / "tables" / name).write_text(text)
+        (tmp_path / "tables" / name).write_bytes(text.encode("latin-1"))
     hub.upload("datasets/alice/tables", tmp_path / "tables")
+    hub.create("datasets/alice/lines")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.txt").write_text("a\n\n  \nb\n")
+    hub.upload("datasets/alice/lines", tmp_path / "lines")
     (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(list(WANTED)))))
     done = task_runs.command(tmp_path / "program.py", **hub.env_for("other", home=tmp_path / "home"))
-    for name in ("gated", "films", "tables", "sounds", "sounds-alone"):
+    for name in ("gated", "films", "tables", "lines", "sounds", "sounds-alone"):
         del hub.repos[f"datasets/alice/{name}"]
     del hub.moved["datasets/films"]
     assert done.returncode == 0, done.stderr
@@ -123,7 +141,7 @@ def found(hub, tmp_path):
 def test_names_of_the_hub_load_or_say_why_not(found):
     for wanted, answers in found.items():
         for answer in answers:
-            if wanted[0] == "alice/tables":  # cells are what they are in a file of one's own
+            if wanted[1] in CELLS:  # cells are what they are in a file of one's own
                 assert answer.pop("rows") == CELLS[wanted[1]], wanted
             if isinstance(WANTED[wanted], dict):
                 assert answer == WANTED[wanted], wanted
@@ -146,7 +164,11 @@ def test_a_clone_of_a_data_set_names_the_folder_of_its_files(tmp_path):
     (tmp_path / "README.md").write_text("about")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train-00000-of-00001.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match="one folder below: --dataset .*data$"):
+    with pytest.raises(UserError, match="in a folder below: --dataset .*data$"):
+        load_data(str(tmp_path))
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)  # as the Hub's cache lays it
+    (tmp_path / "data").rename(tmp_path / "snapshots" / "abc" / "data")
+    with pytest.raises(UserError, match="in a folder below: --dataset .*abc/data$"):
         load_data(str(tmp_path))
 
 

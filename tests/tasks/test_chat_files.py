@@ -480,6 +480,14 @@ def test_replies_that_were_not_wanted_are_not_trained(tmp_path):
         kept, report, *_ = read(write(path, written))
         assert report.dropped == {"label false: a reply that was not wanted": ROWS / 2}
         assert [row["messages"] for row in kept] == [plain(i) for i in range(0, ROWS, 2)]
+    tagged = [row | {"label": i % 3, "kto_tag": row["label"]} for i, row in enumerate(rows)]  # LLaMA-Factory's
+    assert read(write(tmp_path / "tagged.jsonl", tagged))[0] == kept
+
+
+def test_large_whole_numbers_keep_their_digits(tmp_path):
+    rows = [{"prompt": ASKED.format(i), "completion": 10**22 + i} for i in range(ROWS)]
+    kept, *_ = read(write(tmp_path / "rows.jsonl", rows))
+    assert {row["messages"][1]["content"] for row in kept} == {str(10**22 + i) for i in range(ROWS)}
 
 
 def open_talks(path):

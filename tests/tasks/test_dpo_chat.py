@@ -113,6 +113,15 @@ TALK = turns("Hi?", "Hello.", "Cold?")
         ),
         ({"input": "Cold?", "chosen": "Yes.", "rejected": "No."}, ["prompt=input"], turns("Cold?")),
         (
+            {
+                "conversations": [{"from": "human", "value": "Cold?"}],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            [],
+            turns("Cold?"),
+        ),
+        (
             {"prompt": "Cold?", "input": "odd", "chosen": turns("Cold?", "Yes."), "rejected": turns("Cold?", "No.")},
             [],
             turns("Cold?"),
@@ -130,6 +139,8 @@ def test_whole_numbers_beside_empty_cells_are_whole():
     assert found == {"prompt": turns("2"), "chosen": "1700", "rejected": "1.5"}
     empty = row | {"rejected": float("nan")}
     assert preferences.Reader("rows", row, list(row), [])(empty) == "bad: no rejected reply"
+    product = row | {"chosen": 123456789 * 987654321}  # beyond what a float holds
+    assert preferences.Reader("rows", row, list(row), [])(product)["chosen"] == "121932631112635269"
 
 
 def test_empty_lines_in_a_fence_of_code_stay():

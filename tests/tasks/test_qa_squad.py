@@ -151,6 +151,13 @@ def test_official_files_are_read(files, tmp_path):
     packed = tmp_path / "v1.json.gz"
     packed.write_bytes(gzip.compress((files / "v1.json").read_bytes()))
     assert squad_features.read_official(str(packed)) == squad_features.read_official(str(files / "v1.json"))
+    asked = {"question": "q", "answers": [{"text": "y"}]}  # as tools write it: no id, no place
+    no = asked | {"id": 3, "is_impossible": True}
+    (tmp_path / "tool.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "y", "qas": [asked, no]}]}]}))
+    found = squad_features.read_official(str(tmp_path / "tool.json"))
+    assert [(row["id"], row["answers"]["text"]) for row in found] == [("", ["y"]), ("3", [])]
+    places = {name: name for name in found[0]}
+    assert squad_features.to_question(found[0], places)["answers"] == {"text": ["y"], "answer_start": [0]}
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(map(json.dumps, rows)))
     assert squad_features.read_official(str(lines)) is None and squad_features.read_official("rajpurkar/squad") is None
