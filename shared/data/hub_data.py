@@ -6,17 +6,8 @@ import logging
 from shared import UserError
 
 PARQUET = "refs/convert/parquet"  # the revision where the Hub keeps its copy of a data set
-MISSING = [
-    "",
-    "NA",
-    "N/A",
-    "#N/A",
-    "NaN",
-    "nan",
-    "None",
-    "null",
-    "NULL",
-]  # a number in a table, such as pandas writes them
+# What a number that is missing may be written as, by pandas and others
+MISSING = ["", "NA", "N/A", "#N/A", "NaN", "nan", "None", "null", "NULL"]
 
 
 def read(repo: str, revision: str | None, config: str | None, stream: bool = False):

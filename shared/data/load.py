@@ -250,9 +250,8 @@ def _some(stream, most: int, name: str):
     rows = list(stream.shuffle(seed=0, buffer_size=1000).take(most))
     if not stream.features:
         return _from_list(rows, Path(name))
-    columns = {
-        column: [row[column] for row in rows] for column in stream.features
-    }  # `from_list` loses those without rows
+    # `from_list` loses columns without rows
+    columns = {column: [row[column] for row in rows] for column in stream.features}
     return datasets.Dataset.from_dict(columns, features=stream.features)
 
 
