@@ -36,6 +36,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from accelerate import PartialState
 from shared import UserError
 from shared.publish.results import file_digest
+from shared.training.best import best_checkpoint, go_on_with_best
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.launch import write_failed
@@ -169,15 +170,7 @@ class CompleteCheckpoints(TrainerCallback):
             self.limit, args.save_total_limit = args.save_total_limit, None
         self.saved_step = state.global_step
         output_dir = Path(args.output_dir)
-        # The state names where it was written: the folder may have been moved since, or come from the Hub
-        if state.best_model_checkpoint:
-            best = output_dir / Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
-            if args.load_best_model_at_end and not best.is_dir():
-                log.warning(
-                    "%s, the best so far, is gone: unless a later one is better, --load_best_model_at_end takes the last one",
-                    best,
-                )
+        go_on_with_best(args, state)
         if not state.is_world_process_zero:
             return
         for checkpoint in _checkpoints(output_dir):
@@ -205,7 +198,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         name = args.metric_for_best_model
-        if name and state.global_step == 0 and metrics and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        if name and metrics and f"eval_{name.removeprefix('eval_')}" not in metrics:
             measured = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, int | float)]
             kept = [key for key in measured if not key.endswith(("_per_second", "runtime", "epoch"))]
             raise UserError(f"--metric_for_best_model {name}: an evaluation here measures {', '.join(kept)}.")
@@ -224,6 +217,8 @@ class CompleteCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
         PartialState().wait_for_everyone()  # each process writes its own random state
+        if args.metric_for_best_model:
+            state.best_model_checkpoint = best_checkpoint(args, state)
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if self.uploads:
