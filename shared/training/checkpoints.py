@@ -40,6 +40,7 @@ from shared.training.best import best_checkpoint, go_on_with_best
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.launch import write_failed
+from shared.training.noise import add_noise
 from shared.training.out_of_memory import train_within_memory
 from shared.training.processes import on_main_process, without_repeats
 from shared.training.sharding import shard
@@ -289,6 +290,7 @@ def train(trainer, checkpoint: Path | None):
     trainer.args.eval_on_start = checkpoint is None and asked  # the curve of a loss begins where training does
     if trainer.is_fsdp_enabled:
         shard(trainer, trainer.model)
+    noise = add_noise(trainer)
     try:
         output = train_within_memory(trainer, checkpoint)
         trainer.optimizer.state.clear()  # what is evaluated and compared next takes their place
@@ -310,6 +312,8 @@ def train(trainer, checkpoint: Path | None):
     finally:
         if finished:
             del trainer.get_batch_samples
+        for hook in noise:
+            hook.remove()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, StopOnSignal):
                 callback.restore()

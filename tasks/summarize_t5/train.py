@@ -164,7 +164,8 @@ def main(script_args, args, run_args) -> None:
     digest = hashlib.sha256()
     for row in tokenized["train"]:
         digest.update(repr((row["input_ids"], row["labels"])).encode())
-    identity = run_identity(args, run_args, rows=digest.hexdigest())
+    made = {} if source else {"scratch_width": str(script_args.scratch_width)}
+    identity = run_identity(args, run_args, rows=digest.hexdigest(), **made)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None)
