@@ -512,7 +512,13 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     assert signal.getsignal(signal.SIGTERM) != before
     handler = SimpleNamespace(callbacks=[stopper])
     trainer = SimpleNamespace(
-        args=args, state=state, train=fail, training_step=None, evaluate=None, is_fsdp_enabled=False
+        args=args,
+        state=state,
+        train=fail,
+        training_step=None,
+        evaluate=None,
+        is_fsdp_enabled=False,
+        neftune_noise_alpha=None,
     )
     trainer.is_world_process_zero, trainer.callback_handler = lambda: True, handler
     with pytest.raises(expected) as caught:
