@@ -171,8 +171,17 @@ def parse(script_class: type, training: str, argv: list[str] | None = None) -> t
     module, class_name = training.split(":")
     training_class = getattr(importlib.import_module(module), class_name)
     from transformers import HfArgumentParser
+    from transformers.hf_argparser import string_to_bool
 
     parser = HfArgumentParser((script_class, training_class, RunArguments), prog=script.name)
+
+    def counted(text: str) -> str | bool:
+        return text if text in ("all", "non_padding") else string_to_bool(text)
+
+    # Of a text or a bool it reads the bool only, and no dict
+    read_as = {"include_num_input_tokens_seen": counted, "liger_kernel_config": json.loads}
+    for action in parser._actions:
+        action.type = read_as.get(action.dest, action.type)
     parser.error = lambda message: (_ for _ in ()).throw(
         UserError(f"{message} (from {config} and the command line; see --help)")
     )

@@ -36,9 +36,11 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from accelerate import PartialState
 from shared import UserError
 from shared.publish.results import file_digest
+from shared.training.best import best_checkpoint, go_on_with_best
 from shared.training.hub_checkpoints import Uploads, make_portable
 from shared.training.identity import MANIFEST, check_identity
 from shared.training.launch import write_failed
+from shared.training.noise import add_noise
 from shared.training.out_of_memory import train_within_memory
 from shared.training.processes import on_main_process, without_repeats
 from shared.training.sharding import shard
@@ -169,15 +171,7 @@ class CompleteCheckpoints(TrainerCallback):
             self.limit, args.save_total_limit = args.save_total_limit, None
         self.saved_step = state.global_step
         output_dir = Path(args.output_dir)
-        # The state names where it was written: the folder may have been moved since, or come from the Hub
-        if state.best_model_checkpoint:
-            best = output_dir / Path(state.best_model_checkpoint).name
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
-            if args.load_best_model_at_end and not best.is_dir():
-                log.warning(
-                    "%s, the best so far, is gone: unless a later one is better, --load_best_model_at_end takes the last one",
-                    best,
-                )
+        go_on_with_best(args, state)
         if not state.is_world_process_zero:
             return
         for checkpoint in _checkpoints(output_dir):
@@ -205,7 +199,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         name = args.metric_for_best_model
-        if name and state.global_step == 0 and metrics and f"eval_{name.removeprefix('eval_')}" not in metrics:
+        if name and metrics and f"eval_{name.removeprefix('eval_')}" not in metrics:
             measured = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, int | float)]
             kept = [key for key in measured if not key.endswith(("_per_second", "runtime", "epoch"))]
             raise UserError(f"--metric_for_best_model {name}: an evaluation here measures {', '.join(kept)}.")
@@ -224,6 +218,8 @@ class CompleteCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
         PartialState().wait_for_everyone()  # each process writes its own random state
+        if args.metric_for_best_model:
+            state.best_model_checkpoint = best_checkpoint(args, state)
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if self.uploads:
@@ -294,6 +290,7 @@ def train(trainer, checkpoint: Path | None):
     trainer.args.eval_on_start = checkpoint is None and asked  # the curve of a loss begins where training does
     if trainer.is_fsdp_enabled:
         shard(trainer, trainer.model)
+    noise = add_noise(trainer)
     try:
         output = train_within_memory(trainer, checkpoint)
         trainer.optimizer.state.clear()  # what is evaluated and compared next takes their place
@@ -315,6 +312,8 @@ def train(trainer, checkpoint: Path | None):
     finally:
         if finished:
             del trainer.get_batch_samples
+        for hook in noise:
+            hook.remove()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, StopOnSignal):
                 callback.restore()

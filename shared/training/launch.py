@@ -151,14 +151,17 @@ def check_optimizer(training_args) -> None:
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         if "You need to pass a" not in str(error):  # a model: GaLore and the like look for their layers in it, later
             raise UserError(f"--optim {name}: {str(error).splitlines()[0]}") from error
-    if pairs:
-        from transformers.trainer_optimizer import (
-            _OPTIMIZER_HANDLERS,
-        )  # nothing else knows which options each one reads
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS  # nothing else knows which options each one reads
 
-        source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
-        if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
-            raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
+    source = inspect.getsource(_OPTIMIZER_HANDLERS[name])
+    if unread := [option for option, _ in pairs if f'"{option}"' not in source]:
+        raise UserError(f"--optim_args {given}: --optim {name} reads no {', '.join(unread)}. Leave it out.")
+    if "weight_decay" in dict(pairs):
+        raise UserError(f"--optim_args {given}: the groups of weights have their own decay. It is --weight_decay.")
+    usual = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    adam = [option for option, value in usual.items() if getattr(training_args, option) != value]
+    if adam and "adam_" not in source:
+        log.warning("--optim %s does not read %s", name, " and ".join(f"--{option}" for option in adam))
     if training_args.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
         raise UserError(f"--optim_target_modules: --optim {name} does not read it. Leave it out.")
     if hasattr(kind, "train"):  # schedule-free ones

@@ -53,14 +53,16 @@ def finite(loss: torch.Tensor, where: Callable[[], str] = str) -> torch.Tensor:
     return loss
 
 
-def log_evaluation(trainer, rows: dict[str, list[float]], prefix: str) -> dict:
+def log_evaluation(trainer, rows: dict[str, list[float]], prefix: str, **more: float) -> dict:
     """Loss and perplexity over all tokens of a split, logged as `Trainer.evaluate` does; it takes the mean of batch means.
 
     Args:
         rows: `nll` in nats and `tokens` of each row.
+        more: other measures, by their names without the prefix.
     """
     loss = sum(rows["nll"]) / sum(rows["tokens"])
-    metrics = {f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(loss)}
+    more = {f"{prefix}_{name}": value for name, value in more.items()}
+    metrics = {f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(loss)} | more
     trainer.log(dict(metrics))
     trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
     return metrics

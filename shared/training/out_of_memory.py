@@ -123,8 +123,6 @@ def _save_last_step(trainer, loss: torch.Tensor) -> Path | None:
     args, state, control = trainer.args, trainer.state, trainer.control
     trainer.model.zero_grad()
     clear_device_cache(garbage_collection=True)
-    if trainer.neftune_noise_alpha is not None:
-        trainer.neftune_hook_handle.remove()  # or the next `train` would add the noise twice
     path = None
     if state.global_step > trainer._initial_global_step:
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}"

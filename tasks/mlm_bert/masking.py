@@ -47,6 +47,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
             words = torch.as_tensor(example["words"])
             offsets = torch.stack([words, words], dim=-1)[None]
         masked, labels = self.torch_mask_tokens(ids[None], special[None], offsets)
+        self.generator = None  # a worker that is not forked (macOS) would not get it
         return masked[0], labels[0]
 
     def torch_call(self, examples):

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -21,7 +22,7 @@ from warm_start import bart_from_bert
 from shared import UserError
 from shared.inference.positions import check_settings
 from shared.publish import vocabulary
-from shared.training.losses import finite
+from shared.training.losses import finite, log_evaluation
 from shared.training.scoring import score_rows
 from shared.training.sharding import refuse_sharded
 
@@ -163,6 +164,25 @@ def token_loss(outputs, labels, num_items_in_batch=None, label_smoothing: float 
     logits = outputs["logits"].float().flatten(0, 1)
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
     return finite(total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch))
+
+
+class SummaryTrainer(Seq2SeqTrainer):
+    """`Seq2SeqTrainer` that evaluates the validation split as the test split is, whatever the size of its batches. Upstream takes
+    the mean of the batches' means, and leaves defaults of its own in the generation settings of a model that writes.
+
+    Args:
+        validate: finds other measures of the model by name, or None.
+    """
+
+    def __init__(self, *args, validate=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.validate = validate
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss over all tokens of the validation split's summaries, and what `validate` finds."""
+        rows = score_summaries(self.model, eval_dataset or self.eval_dataset, self.data_collator, self.args)
+        more = self.validate(self.model) if self.validate else {}
+        return log_evaluation(self, rows, metric_key_prefix, **more)
 
 
 def score_summaries(model, rows, collator, args) -> dict[str, list[float]]:

@@ -97,24 +97,21 @@ def compute_metrics(outputs: list[str], documents: list[str], references: list[l
     return found, rows
 
 
-def validation_metrics(prediction, tokenizer) -> dict:
-    """ROUGE of the validation split during training, for `--predict_with_generate` and `--metric_for_best_model rougeL`."""
-    from shared import metrics
-
-    texts = []
-    for ids in (prediction.predictions, prediction.label_ids):
-        ids[ids < 0] = tokenizer.pad_token_id  # how Trainer fills up rows
-        texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
-    found = metrics.load("rouge").compute(predictions=texts[0], references=texts[1])
-    return {name: value for name, value in found.items() if not name.endswith("_ci95")}
-
-
 def main(script_args, args, run_args) -> None:
     """The whole task, from data to card."""
     # Setup
     from articles import allow_such_summaries, lead, preflight, show, tokenize
-    from seq2seq_models import load_model, load_tokenizer, prefix_of, score_summaries, summarize, token_loss, usage
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
+    from seq2seq_models import (
+        SummaryTrainer,
+        load_model,
+        load_tokenizer,
+        prefix_of,
+        score_summaries,
+        summarize,
+        token_loss,
+        usage,
+    )
+    from transformers import DataCollatorForSeq2Seq
     from transformers.trainer_utils import set_seed
 
     from shared import metrics as shared_metrics
@@ -164,12 +161,21 @@ def main(script_args, args, run_args) -> None:
     digest = hashlib.sha256()
     for row in tokenized["train"]:
         digest.update(repr((row["input_ids"], row["labels"])).encode())
-    identity = run_identity(args, run_args, rows=digest.hexdigest())
+    made = {} if source else {"scratch_width": str(script_args.scratch_width)}
+    identity = run_identity(args, run_args, rows=digest.hexdigest(), **made)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None)
     set_seed(args.seed)
-    trainer = Seq2SeqTrainer(
+
+    def validate(model) -> dict:
+        """ROUGE of the validation split, for `--metric_for_best_model rougeL`."""
+        rows = splits["validation"]
+        written = summarize(model, tokenizer, list(rows["document"]), script_args, args, "summaries, validation")
+        found = shared_metrics.load("rouge").compute(predictions=written, references=list(rows["summaries"]))
+        return {name: value for name, value in found.items() if not name.endswith("_ci95")}
+
+    trainer = SummaryTrainer(
         model=model,
         args=args,
         data_collator=collator,
@@ -177,8 +183,8 @@ def main(script_args, args, run_args) -> None:
         eval_dataset=tokenized["validation"],
         processing_class=tokenizer,
         compute_loss_func=partial(token_loss, label_smoothing=args.label_smoothing_factor),
-        compute_metrics=partial(validation_metrics, tokenizer=tokenizer) if args.predict_with_generate else None,
         callbacks=[CompleteCheckpoints(identity), stopper],
+        validate=validate if args.predict_with_generate else None,
     )
     train(trainer, checkpoint)
     stopper.exit_if_stopped()

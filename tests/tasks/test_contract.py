@@ -338,6 +338,18 @@ def test_a_resume_knows_its_rows_and_their_targets_and_not_their_path(task, iden
 
 
 @pytest.mark.parametrize(
+    ("task", "options", "change", "name"),
+    [
+        ("chat_sft", {"method": "lora"}, {"load_in_4bit": "true"}, "method"),
+        ("summarize_t5", {"model_name_or_path": "", "scratch_width": 64}, {"scratch_width": 128}, "scratch width"),
+    ],
+)
+def test_a_resume_knows_what_else_its_model_is_made_of(task, options, change, name, identity_of):
+    before, after = identity_of(task, **options), identity_of(task, **options | change)
+    assert {key for key in after if before.get(key) != after[key]} == {name}
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"adam_beta1": 0.8},

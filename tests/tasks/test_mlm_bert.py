@@ -335,9 +335,11 @@ def test_a_run_repeats_from_its_own_configuration(bert, documents, tmp_path):
 
 def test_workers_that_mask_change_nothing(bert, documents, tmp_path):
     options = {"max_steps": 20, "train_sampling_strategy": "group_by_length"}  # more than one epoch
-    for workers in (0, 2):
-        run_main(flags(bert, documents, tmp_path / str(workers), dataloader_num_workers=workers, **options))
-    assert task_runs.losses(tmp_path / "0") == task_runs.losses(tmp_path / "2")
+    spawned = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}  # as on a Mac
+    for name, workers in (("none", {}), ("forked", {"dataloader_num_workers": 2}), ("spawned", spawned)):
+        run_main(flags(bert, documents, tmp_path / name, **workers, **options))
+    assert task_runs.losses(tmp_path / "none") == task_runs.losses(tmp_path / "forked")
+    assert task_runs.losses(tmp_path / "none") == task_runs.losses(tmp_path / "spawned")
 
 
 def test_kill_and_repeat_ends_with_the_same_weights(bert, documents, tmp_path):

@@ -153,6 +153,16 @@ def test_an_option_that_would_change_nothing_is_refused_or_used():
 
 
 @pytest.mark.parametrize(
+    ("given", "read"), [("all", "all"), ("non_padding", "non_padding"), ("false", "no"), ("", "all")]
+)
+def test_tokens_seen_are_counted_as_help_says(given, read):
+    option = ["--include_num_input_tokens_seen", *given.split()]
+    script = train_script("qa_squad").ScriptArguments
+    _, args, _ = parse(script, TRAINING, [*option, "--liger_kernel_config", '{"rope": true}'])
+    assert args.include_num_input_tokens_seen == read and args.liger_kernel_config == {"rope": True}
+
+
+@pytest.mark.parametrize(
     ("metric", "more", "higher"),
     [
         ("perplexity", [], False),
@@ -241,6 +251,7 @@ def test_a_schedule_that_looks_at_a_metric_knows_which_way_it_is_better(schedule
         ({"optim": "adamw_torch_npu_fused"}, "--optim adamw_torch_npu_fused: .*failed to import"),
         ({"optim_target_modules": "all-linear"}, "--optim_target_modules: --optim adamw_torch_fused does not read it"),
         ({"optim": "schedule_free_adamw"}, "--optim schedule_free_adamw: "),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "--optim_args weight_decay=0.1: .*It is --weight_decay"),
     ],
 )
 def test_an_optimizer_that_is_not_there_or_reads_not_what_is_given_is_one_line(options, line, tmp_path):
@@ -261,6 +272,14 @@ def test_an_optimizer_that_is_not_there_or_reads_not_what_is_given_is_one_line(o
 )
 def test_an_optimizer_with_what_it_reads_is_taken(name, given, tmp_path):
     check_optimizer(TrainingArguments(tmp_path, use_cpu=True, optim=name, optim_args=given))
+
+
+def test_what_another_optimizer_does_not_read_is_said(tmp_path, caplog):
+    check_optimizer(TrainingArguments(tmp_path, use_cpu=True, optim="sgd", adam_beta2=0.95))
+    assert caplog.messages == ["--optim sgd does not read --adam_beta2"]
+    check_optimizer(TrainingArguments(tmp_path, use_cpu=True, optim="adamw_torch", adam_beta2=0.95))
+    check_optimizer(TrainingArguments(tmp_path, use_cpu=True, optim="sgd"))
+    assert len(caplog.messages) == 1
 
 
 def test_the_command_of_a_card_can_be_pasted(tmp_path):

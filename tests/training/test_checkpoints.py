@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -379,9 +380,10 @@ def test_another_run_is_not_continued(tmp_path):
 
 def begin(output_dir: Path, step: int, limit: int | None, best: str | None = None):
     args = SimpleNamespace(output_dir=str(output_dir), save_total_limit=limit, world_size=1, seed=0, hub_strategy="end")
-    args.load_best_model_at_end = best is not None
+    args.load_best_model_at_end, args.greater_is_better = best is not None, False
+    args.metric_for_best_model = "loss" if best else None
     state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=best, epoch=0)
-    state.log_history = []
+    state.log_history = [] if best is None else [{"step": int(best.split("-")[-1]), "eval_loss": 1.0}]
     callback = checkpoints.CompleteCheckpoints(IDENTITY)
     callback.on_train_begin(args, state, None)
     return callback, args, state
@@ -404,7 +406,8 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     (tmp_path / "checkpoint-12" / "manifest.json").unlink()
     callback, args, state = begin(tmp_path, 100, 2)
     assert args.save_total_limit is None  # upstream must not delete before the manifest is written
-    state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    args.metric_for_best_model, args.greater_is_better = "loss", False
+    state.log_history = [{"step": 3, "eval_loss": 1.0}, {"step": 9, "eval_loss": 2.0}, {"step": 8, "eval_loss": 0.5}]
     callback.on_save(args, state, None)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-9", "checkpoint-100"}
     callback.on_train_end(args, state, None)
@@ -417,7 +420,58 @@ def test_the_best_checkpoint_is_found_where_its_folder_was_moved_to(tmp_path, ca
     _, _, state = begin(tmp_path, 6, None, best="/machine/that/is/gone/checkpoint-3")
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-3") and not caplog.text
     _, _, state = begin(tmp_path, 6, None, best="/machine/that/is/gone/checkpoint-2")
-    assert state.best_model_checkpoint is None and "checkpoint-2, the best so far, is gone" in caplog.text
+    assert state.best_model_checkpoint is None and "checkpoint-2, the best so far, is not there" in caplog.text
+
+
+class Judged(transformers.Trainer):
+    """Its evaluations find what is written here, by step."""
+
+    LOSS = {0: 9, 2: 1, 4: 3, 6: 2, 8: 4}
+    SCORE = {0: 0, 2: 5, 4: 6, 6: 8, 8: 7}
+
+    def evaluate(self, *args, **kwargs):
+        step = self.state.global_step
+        found = {"eval_loss": float(self.LOSS[step]), "eval_score": float(self.SCORE[step])}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def judged(folder: Path, resume: str, **options) -> Judged:
+    """A run that evaluates every two steps and saves every four."""
+    settings = {"max_steps": 8, "save_steps": 4, "eval_steps": 2, "eval_strategy": "steps", "report_to": []} | options
+    args = transformers.TrainingArguments(str(folder), load_best_model_at_end=True, use_cpu=True, **settings)
+    shape = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=64, n_positions=16)
+    rows = [{"input_ids": row} for row in torch.randint(0, 64, (22, 4)).tolist()]
+    callbacks = [checkpoints.CompleteCheckpoints(IDENTITY)]
+    model = transformers.GPT2LMHeadModel(shape)
+    trainer = Judged(model, args, train_dataset=rows, eval_dataset=rows, data_collator=collate, callbacks=callbacks)
+    checkpoints.train(trainer, checkpoints.find_checkpoint(folder, resume, IDENTITY))
+    return trainer
+
+
+def test_the_best_of_those_that_were_saved_is_loaded_by_the_metric_that_is_asked_for_now(tmp_path):
+    """Step 2 has the lowest loss of all and no checkpoint; a metric may change when a run goes on, and its folder may move."""
+    first = judged(tmp_path / "run", "never")
+    assert Path(first.state.best_model_checkpoint).name == "checkpoint-4"
+    weights = {
+        step: safetensors.torch.load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        for step in (4, 8)
+    }
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for metric, higher, step in (("loss", False, 4), ("eval_score", True, 8), ("score", False, 4), ("loss", True, 8)):
+        options = {"metric_for_best_model": metric, "greater_is_better": higher}
+        again = judged(tmp_path / "moved", "auto", **options)
+        assert Path(again.state.best_model_checkpoint) == tmp_path / "moved" / f"checkpoint-{step}", (metric, higher)
+        assert torch.equal(again.model.transformer.wte.weight, weights[step]["transformer.wte.weight"])
+    on = judged(tmp_path / "moved", str(tmp_path / "moved" / "checkpoint-4"), metric_for_best_model="score")
+    assert on.state.best_metric == 8 and Path(on.state.best_model_checkpoint).name == "checkpoint-8"
+
+
+def test_a_metric_that_a_resumed_run_does_not_measure_is_one_line(tmp_path):
+    judged(tmp_path, "never")
+    with pytest.raises(UserError, match="--metric_for_best_model f1: an evaluation here measures loss, score"):
+        judged(tmp_path, str(tmp_path / "checkpoint-4"), metric_for_best_model="f1")
 
 
 def test_a_checkpoint_is_not_written_twice(tmp_path):
@@ -458,7 +512,13 @@ def test_only_a_full_disk_is_reported_as_one(tmp_path, error, expected):
     assert signal.getsignal(signal.SIGTERM) != before
     handler = SimpleNamespace(callbacks=[stopper])
     trainer = SimpleNamespace(
-        args=args, state=state, train=fail, training_step=None, evaluate=None, is_fsdp_enabled=False
+        args=args,
+        state=state,
+        train=fail,
+        training_step=None,
+        evaluate=None,
+        is_fsdp_enabled=False,
+        neftune_noise_alpha=None,
     )
     trainer.is_world_process_zero, trainer.callback_handler = lambda: True, handler
     with pytest.raises(expected) as caught:
