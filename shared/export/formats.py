@@ -10,6 +10,7 @@ from pathlib import Path
 from shared import UserError
 
 FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "litert", "onnx", "onnx-int8", "int4")
+GRAPHS = ("onnx", "onnx-int8", "int4")  # are rounded from one
 HELP = {
     "merged": "safetensors in fp32, adapters merged in",
     "fp16": "safetensors of half the size",
@@ -62,7 +63,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), reason)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         reason = f"{config.model_type} has attention code of its own, which is not that of ONNX Runtime or LiteRT"
-        found |= dict.fromkeys(("litert", "onnx", "onnx-int8", "int4"), reason)
+        found |= dict.fromkeys(("litert", *GRAPHS), reason)
     return found
 
 
