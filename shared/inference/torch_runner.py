@@ -338,8 +338,30 @@ def whole(auto, folder: Path, options: dict):
 
 
 def _from_gguf(folder: Path, auto):
-    """The model of a GGUF file in plain fp32 layers."""
-    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False)
+    """The model of a GGUF file in plain fp32 layers. transformers (5.24) looks there neither for the width of Qwen 3's heads nor
+    for GPT-2's sizes nor for biases, which it would leave out without a word.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    config, file = (
+        AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False),
+        GGUFReader(folder / GGUF),
+    )
+    tensors, kind = {tensor.name for tensor in file.tensors}, file.get_field("general.architecture").contents()
+    sizes = {"attention.key_length": "head_dim"}
+    if config.model_type == "gpt2":
+        sizes = {"context_length": "n_positions", "feed_forward_length": "n_inner"}
+    for field, own in sizes.items():
+        if (found := file.get_field(f"{kind}.{field}")) is not None:
+            setattr(config, own, int(found.contents()))
+    config.attention_bias, config.mlp_bias = (f"blk.0.{part}.bias" in tensors for part in ("attn_output", "ffn_gate"))
+    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    model, loaded = auto.from_pretrained(folder, gguf_file=GGUF, config=config, **options)
+    if unread := sorted(loaded["unexpected_keys"]):
+        raise UserError(
+            f"{folder / GGUF}: {len(unread)} of its tensors are not read by transformers, {unread[0]} for one."
+        )
     model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
     return model
 
