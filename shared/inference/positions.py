@@ -10,6 +10,7 @@ import torch
 from shared import UserError
 from shared.publish.vocabulary import check_vocabulary
 
+MIXES = ("fnet", "convbert", "funnel", "mobilebert", "nystromformer", "xlnet", "yoso")
 log = logging.getLogger("taskbook")
 
 
@@ -24,6 +25,8 @@ def longest_input(config, tokenizer) -> int | None:
 
     # Of one that sees pictures too (Gemma 3) the part for text has it
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # LED numbers what it reads and what it writes apart
+    positions = getattr(config, "max_encoder_position_embeddings", None) or positions
     limits = [getattr(config, "max_position_embeddings", positions), tokenizer.model_max_length]
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         with torch.device("meta"):  # shapes only: no memory, no weights
@@ -35,11 +38,11 @@ def longest_input(config, tokenizer) -> int | None:
 
 
 def mixes_padding(config) -> bool:
-    """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions and means over all
-    places, the last place read for the whole row; or a class that looks for the end of a row and knows no padding.
+    """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions, neighbours, means
+    over all places, the last place read for the whole row; or a class that looks for the end of a row and knows no padding.
     """
     no_padding = getattr(config.get_text_config(), "pad_token_id", None) is None
-    return no_padding or config.model_type in ("fnet", "convbert", "funnel", "xlnet")
+    return no_padding or config.model_type in MIXES
 
 
 def switches_at(config) -> int | None:

@@ -29,6 +29,7 @@ from shared.export.export import card, export, main
 from shared.export.formats import FORMATS, impossible, write
 from shared.export.measure import in_a_process, start_measuring
 from shared.inference.model import Model, load, task_of
+from shared.inference.positions import longest_input
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
 
@@ -718,7 +719,9 @@ def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, arti
     assert model.summarize(contexts, 12) == alone and rows == [1] * 8, "these weights would write the same together"
 
 
-@pytest.mark.parametrize("kind", ["FNet", "ConvBert", "XLNet", "GPT2", "GPT2 without padding"])
+@pytest.mark.parametrize(
+    "kind", ["FNet", "ConvBert", "MobileBert", "Nystromformer", "XLNet", "GPT2", "GPT2 without padding"]
+)
 def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
     """Next to the model alone: padding would flow into the row, or be taken for its end; a decoder gives its cache, too."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "gpt2" if "GPT2" in kind else tiny_bert)
@@ -728,12 +731,17 @@ def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
         sizes["pad_token_id"] = None if "without" in kind else 5  # not the tokenizer's
     else:
         sizes |= {"intermediate_size": 64, "d_inner": 64, "pad_token_id": 0, "d_head": 16}
-    if kind == "ConvBert":
-        sizes["embedding_size"] = 32
+    sizes |= {
+        "ConvBert": {"embedding_size": 32},
+        "MobileBert": {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+        "Nystromformer": {"conv_kernel_size": 9, "segment_means_seq_len": 64, "num_landmarks": 64},
+    }.get(kind, {})
     kind, _, _ = kind.partition(" ")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes)
     alone = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    if kind == "MobileBert":  # as in that of the Hub: an embedding of padding, which the last word sees beside it
+        alone.get_input_embeddings().weight.data[0].normal_(std=0.5)
     alone.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     texts = [sentence(i, 3 + 9 * i) for i in range(4)]
@@ -742,6 +750,36 @@ def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
         with torch.no_grad():
             expected = alone(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1).max()
         assert found[0]["score"] == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "QuestionAnswering"])
+def test_a_bart_that_sorts_texts_or_answers_is_no_summarizer(head, models, tmp_path):
+    """bart-large-mnli is one; its weights lack nothing of a summarizer's but what would be tied to the words' own."""
+    config = transformers.AutoConfig.from_pretrained(models / "bart")
+    tokenizer = AutoTokenizer.from_pretrained(models / "bart")
+    config.num_labels, config.eos_token_id = 3, tokenizer.sep_token_id  # its class is read there
+    torch.manual_seed(0)
+    alone = getattr(transformers, f"BartFor{head}")(config).eval()
+    for part in (alone, tokenizer):
+        part.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    if head == "QuestionAnswering":
+        assert model.task == "question-answering" and model.answer("the red house", sentence(1))["answer"]
+        return
+    texts = [sentence(i, 3 + 9 * i) for i in range(3)]
+    for text, found in zip(texts, model.classify(texts), strict=True):
+        with torch.no_grad():
+            expected = (
+                alone(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits[0].softmax(-1)
+            )
+        assert found[0]["score"] == pytest.approx(float(expected.max()), abs=1e-4)
+
+
+def test_led_reads_no_more_than_it_numbers(models):
+    """What it reads and what it writes have lengths of their own names."""
+    sizes = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 32}
+    tokenizer = AutoTokenizer.from_pretrained(models / "bart", model_max_length=int(1e30))
+    assert longest_input(transformers.LEDConfig(**sizes), tokenizer) == 128
 
 
 def test_a_model_without_segments_beside_a_tokenizer_that_tells_them(tiny_bert, tmp_path):
