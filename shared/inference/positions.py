@@ -31,10 +31,17 @@ def longest_input(config, tokenizer) -> int | None:
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         with torch.device("meta"):  # shapes only: no memory, no weights
             model = AutoModel.from_config(config, trust_remote_code=False)
-        for name, module in model.named_modules():
-            if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                limits.append(len(module.weight) - module.padding_idx - 1)
+        if first := first_position(model):
+            limits.append(getattr(config, "max_position_embeddings", first) - first)
     return min((limit for limit in limits if limit and 0 < limit < 1e9), default=None)  # -1: XLNet's, without end
+
+
+def first_position(model) -> int:
+    """The number of a row's first token: 0, but for RoBERTa and its kin."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def mixes_padding(config) -> bool:

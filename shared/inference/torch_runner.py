@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad as padded
 
 from shared import UserError
-from shared.inference.positions import switches_at
+from shared.inference.positions import first_position, switches_at
 from shared.inference.sampling import PROMPT_CHUNK, common_prefix, distinct, pad_left, positions_of
 from shared.publish.hub import pull
 
@@ -100,7 +100,7 @@ class TorchDecoding:
         self.model, self.cache, self.masked = model, None, not stateful  # Mamba would mask its state
         takes = inspect.signature(model.forward).parameters
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
-        self.switch = switches_at(model.config)
+        self.switch, self.counted = switches_at(model.config), first_position(model)
         pieces = mask.all() and not stateful and self.cached and not self.switch
         self.chunk = PROMPT_CHUNK if pieces else mask.shape[1]
         self.whole, self.mask, self.first = mask, mask[:, :0], None
@@ -144,7 +144,7 @@ class TorchDecoding:
     def _run(self, inputs: dict):
         length = next(iter(inputs.values())).shape[1]
         if self.positions:
-            inputs["position_ids"] = positions_of(self.mask)[:, -length:]
+            inputs["position_ids"] = positions_of(self.mask)[:, -length:] + self.counted
         if self.masked:
             inputs["attention_mask"] = self.mask
         if self.cached:
