@@ -57,7 +57,7 @@ def export(
 
     from shared.export.measure import WRITING, in_a_process, start_measuring, write_golden
     from shared.export.quantize import fewer_rounded, quantize
-    from shared.export.score import METRIC, golden_prompts, past_the_window, settled, too_different
+    from shared.export.score import METRIC, golden_prompts, no_numbers, past_the_window, settled, too_different
     from shared.export.score import test_rows as rows_of
     from shared.inference.model import task_of
     from shared.inference.torch_runner import load_torch
@@ -151,9 +151,11 @@ def export(
             found[each] = numbers
             if reason:
                 numbers["refused"] = reason
-                if not accept_loss:
+                if not accept_loss or no_numbers(numbers):
                     losers[each] = reason
                     shutil.rmtree(output / each)
+                if no_numbers(numbers):
+                    del found[each]  # nothing to be shown
     finally:
         for left in (whole, output / ".graphs"):
             shutil.rmtree(left, ignore_errors=True)

@@ -134,7 +134,11 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
 
 
 def _save_half(model, target: Path) -> None:
-    """fp16 weights, but for what transformers keeps in fp32: T5's feed-forward output overflows in fp16."""
+    """fp16 weights, but for what transformers keeps in fp32: T5's feed-forward output overflows in fp16.
+
+    Raises:
+        UserError: other weights do.
+    """
     import copy
 
     import torch
@@ -143,7 +147,9 @@ def _save_half(model, target: Path) -> None:
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in half.named_parameters():
         if not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.half()
+            whole, parameter.data = parameter.data, parameter.data.half()
+            if not torch.equal(parameter.isfinite(), whole.isfinite()):
+                raise UserError(f"{name} holds numbers that overflow in fp16")
     half.config.dtype = torch.float16
     half.save_pretrained(target)
 

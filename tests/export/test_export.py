@@ -594,6 +594,28 @@ def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, 
     assert load(tmp_path / "outputs" / "bert-export").artifact == "merged"
 
 
+def test_what_overflows_is_refused_and_the_others_stay(models, tmp_path, monkeypatch, capsys):
+    """Weights that fp16 does not hold; and scores that are no numbers, which no option keeps."""
+    model = load_torch(models / "gpt2", "text-generation")
+    with torch.no_grad():
+        model.transformer.wte.weight[7, 3] = 1e5  # of one token, which the test rows need not hold
+    with pytest.raises(UserError, match=r"wte\.weight holds numbers that overflow in fp16$"):
+        write("fp16", models / "gpt2", model, models / "gpt2", tmp_path / "fp16", "text-generation")
+
+    def overflown(model, target):
+        broken = transformers.AutoModelForCausalLM.from_pretrained(models / "gpt2")
+        broken.transformer.ln_f.weight.data.fill_(float("inf"))
+        broken.save_pretrained(target)
+
+    monkeypatch.setattr("shared.export.formats._save_half", overflown)
+    options = ["--to", "merged", "fp16", "--accept_loss", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([str(models / "gpt2"), *options])
+    assert "fp16: perplexity is no number any more" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "fp16").exists()
+    assert set(json.loads((tmp_path / "out" / "export.json").read_text())["artifacts"]) == {"original", "merged"}
+
+
 def test_formats_of_other_weights_are_removed_and_those_of_the_same_stay(models, tmp_path, capsys):
     """A folder that is exported into again, as after another training: what is left there would be taken for this model."""
     run, out = shutil.copytree(models / "bert", tmp_path / "run"), tmp_path / "out"
