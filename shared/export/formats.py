@@ -55,6 +55,9 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if reason := litert_file.cannot(config, task):
         found["litert"] = reason
+    if getattr(config, "attention_type", None) == "block_sparse":
+        reason = "its attention is another one for short texts than for long ones (block_sparse), and a graph has one"
+        found |= dict.fromkeys(("litert", *GRAPHS), reason)
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")

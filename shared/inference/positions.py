@@ -10,7 +10,7 @@ import torch
 from shared import UserError
 from shared.publish.vocabulary import check_vocabulary
 
-MIXES = ("fnet", "convbert", "funnel", "mobilebert", "nystromformer", "xlnet", "yoso")
+MIXES = ("big_bird", "fnet", "convbert", "funnel", "mobilebert", "nystromformer", "xlnet", "yoso")
 log = logging.getLogger("taskbook")
 
 
@@ -46,7 +46,8 @@ def first_position(model) -> int:
 
 def mixes_padding(config) -> bool:
     """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions, neighbours, means
-    over all places, the last place read for the whole row; or a class that looks for the end of a row and knows no padding.
+    over all places, attention by the longest row's length, the last place read for the whole row; or a class that looks for the
+    end of a row and knows no padding.
     """
     no_padding = getattr(config.get_text_config(), "pad_token_id", None) is None
     return no_padding or config.model_type in MIXES

@@ -53,12 +53,20 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
+        self._as_configured()
         ids = torch.tensor([row], device=self.device)
         return self.model(input_ids=ids).logits[0, -len(row) :].float().cpu().numpy()
+
+    def _as_configured(self):
+        """BigBird reads a text that is too short for its blocks with full attention, and then all later ones, too."""
+        for module in self.model.modules():
+            if hasattr(module, "set_attention_type") and hasattr(module, "encoder"):
+                module.set_attention_type(self.config.attention_type)
 
     @torch.inference_mode()
     def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs of an encoder for a padded batch, each (rows, tokens, ...)."""
+        self._as_configured()
         out = self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in batch.items()})
         names = ("logits", "start_logits", "end_logits")  # a decoder with a class gives its cache, too
         return tuple(out[name].float().cpu().numpy() for name in names if name in out)
@@ -66,6 +74,7 @@ class TorchRunner:
     @torch.inference_mode()
     def hidden_states(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """Last hidden states of the encoder below any head: (rows, tokens, width) fp32."""
+        self._as_configured()
         inputs = {name: torch.from_numpy(values).to(self.device) for name, values in batch.items()}
         return self.model.base_model(**inputs).last_hidden_state.float().cpu().numpy()
 

@@ -797,6 +797,26 @@ def test_a_bart_that_sorts_texts_or_answers_is_no_summarizer(head, models, tmp_p
         assert found[0]["score"] == pytest.approx(float(expected.max()), abs=1e-4)
 
 
+def test_bigbird_reads_a_long_text_alike_after_a_short_one(tiny_bert, tmp_path):
+    """It takes full attention for a text that is too short for its blocks, and of its own accord keeps it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "initializer_range": 0.5, "block_size": 8, "num_random_blocks": 1}
+    torch.manual_seed(0)
+    transformers.BigBirdForSequenceClassification(transformers.BigBirdConfig(**sizes, pad_token_id=0)).save_pretrained(
+        tmp_path
+    )
+    tokenizer.save_pretrained(tmp_path)
+    long, short = sentence(0, 90), sentence(1, 9)
+    first, second = load(tmp_path), load(tmp_path)
+    expected = [first.classify([long])[0], load(tmp_path).classify([short])[0]]
+    second.classify([short])
+    assert second.classify([long])[0] == expected[0] != first.classify([sentence(2, 90)])[0]
+    assert second.classify([long, short]) == expected
+    reason = impossible(tmp_path, "text-classification")["onnx"]
+    assert "another one for short texts" in reason
+
+
 def test_led_reads_no_more_than_it_numbers(models):
     """What it reads and what it writes have lengths of their own names."""
     sizes = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 32}
