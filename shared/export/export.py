@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from shared import UserError
-from shared.export.formats import FORMATS, HELP, impossible, write
+from shared.export.formats import FORMATS, GRAPHS, HELP, impossible, write
 from shared.inference.golden import GOLDEN
 from shared.publish.hub import EXPORT
 
@@ -57,7 +57,7 @@ def export(
 
     from shared.export.measure import WRITING, in_a_process, start_measuring, write_golden
     from shared.export.quantize import fewer_rounded, quantize
-    from shared.export.score import METRIC, golden_prompts, past_the_window, settled, too_different
+    from shared.export.score import METRIC, golden_prompts, no_numbers, past_the_window, settled, too_different
     from shared.export.score import test_rows as rows_of
     from shared.inference.model import task_of
     from shared.inference.torch_runner import load_torch
@@ -98,10 +98,14 @@ def export(
         tokenizer.save_pretrained(whole)
         prompts = golden_prompts(rows, tokenizer, task)
         rows, prompts = past_the_window(rows, prompts, tokenizer, model.config, task)
-        losers = {}
+        losers, untraced = {}, {}
         for each in sorted(formats, key=FORMATS.index):
-            say(f"{each}: writing")
             shutil.rmtree(output / each, ignore_errors=True)
+            # The three are of one graph, and tracing has changed the model
+            if each in GRAPHS and (reason := next((untraced[it] for it in GRAPHS if it in untraced), None)):
+                untraced[each] = reason
+                continue
+            say(f"{each}: writing")
             try:
                 write(each, whole, model, source, output / each, task)
             except OSError as error:
@@ -109,10 +113,10 @@ def export(
                 raise UserError(f"{output / each} could not be written: {error}.") from error
             except UserError as error:  # tracing tells
                 shutil.rmtree(output / each, ignore_errors=True)
-                losers[each] = str(error)
-        written = [each for each in sorted(formats, key=FORMATS.index) if each not in losers]
+                untraced[each] = str(error)
+        written = [each for each in sorted(formats, key=FORMATS.index) if each not in untraced]
         if not written:
-            raise UserError(f"{name} cannot become {_listed(losers)}.")
+            raise UserError(f"{name} cannot become {_listed(untraced)}.")
         del model
         say("original: measuring")
         found = {"original": in_a_process(str(source), None, task, rows, prompts, True)}
@@ -147,9 +151,11 @@ def export(
             found[each] = numbers
             if reason:
                 numbers["refused"] = reason
-                if not accept_loss:
+                if not accept_loss or no_numbers(numbers):
                     losers[each] = reason
                     shutil.rmtree(output / each)
+                if no_numbers(numbers):
+                    del found[each]  # nothing to be shown
     finally:
         for left in (whole, output / ".graphs"):
             shutil.rmtree(left, ignore_errors=True)
@@ -166,8 +172,11 @@ def export(
     (output / "README.md").write_text(card(result), encoding="utf8")
     print(table(found, task, test_data))
     say(f"done: {output / 'export.json'}, {output / 'README.md'}")
+    told = [f"{name} cannot become {_listed(untraced)}."] * bool(untraced)
     if losers:
-        raise UserError(f"refused and removed: {_listed(losers)}. --accept_loss keeps what loses that much.")
+        told.append(f"refused and removed: {_listed(losers)}. --accept_loss keeps what loses that much.")
+    if told:
+        raise UserError(" ".join(told))
     return result
 
 
@@ -213,7 +222,10 @@ def _layers(numbers: list[str]) -> str:
 
 
 def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
+    together = {}
+    for each, reason in reasons.items():
+        together.setdefault(reason, []).append(each)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in together.items())
 
 
 def table(found: dict, task: str, test_data: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shared import UserError
 
 FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "litert", "onnx", "onnx-int8", "int4")
+GRAPHS = ("onnx", "onnx-int8", "int4")  # are rounded from one
 HELP = {
     "merged": "safetensors in fp32, adapters merged in",
     "fp16": "safetensors of half the size",
@@ -54,6 +55,9 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if reason := litert_file.cannot(config, task):
         found["litert"] = reason
+    if getattr(config, "attention_type", None) == "block_sparse":
+        reason = "its attention is another one for short texts than for long ones (block_sparse), and a graph has one"
+        found |= dict.fromkeys(("litert", *GRAPHS), reason)
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")
@@ -62,7 +66,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), reason)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         reason = f"{config.model_type} has attention code of its own, which is not that of ONNX Runtime or LiteRT"
-        found |= dict.fromkeys(("litert", "onnx", "onnx-int8", "int4"), reason)
+        found |= dict.fromkeys(("litert", *GRAPHS), reason)
     return found
 
 
@@ -133,7 +137,11 @@ def write(name: str, folder: Path, model, source: Path, target: Path, task: str)
 
 
 def _save_half(model, target: Path) -> None:
-    """fp16 weights, but for what transformers keeps in fp32: T5's feed-forward output overflows in fp16."""
+    """fp16 weights, but for what transformers keeps in fp32: T5's feed-forward output overflows in fp16.
+
+    Raises:
+        UserError: other weights do.
+    """
     import copy
 
     import torch
@@ -142,7 +150,9 @@ def _save_half(model, target: Path) -> None:
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in half.named_parameters():
         if not any(part in kept for part in name.split(".")):
-            parameter.data = parameter.data.half()
+            whole, parameter.data = parameter.data, parameter.data.half()
+            if not torch.equal(parameter.isfinite(), whole.isfinite()):
+                raise UserError(f"{name} holds numbers that overflow in fp16")
     half.config.dtype = torch.float16
     half.save_pretrained(target)
 

@@ -51,7 +51,7 @@ def cannot(config, folder: Path) -> str | None:
     if name == "GPT2LMHeadModel" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
         return "llama.cpp scales GPT-2's attention in the usual way only"
     activation = getattr(config, "hidden_act", None) or config.activation_function
-    if activation not in ("silu", "gelu_new"):
+    if activation != ("gelu_new" if name == "GPT2LMHeadModel" else "silu"):
         return f"llama.cpp computes this architecture with another activation than {activation}"
     try:
         pre_tokenizer(folder)

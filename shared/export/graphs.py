@@ -381,6 +381,10 @@ def _write(module, examples, shapes, inputs: list[str], outputs: list[str], path
         except UserError:
             raise
         except Exception as error:  # whatever a model's own code raises
+            if "grouped_mm" in str(error) or "grouped_mm" in _cause(error):
+                raise UserError(
+                    "its layers choose among experts, by a product (grouped_mm) that ONNX has no word for; take merged or fp16"
+                ) from error
             raise UserError(f"PyTorch cannot trace it ({_cause(error)})") from error
     program.save(str(path), external_data=True)
 
@@ -394,9 +398,12 @@ def _cause(error: BaseException) -> str:
 
 def export(model, folder: Path, task: str, segments: bool) -> None:
     """Writes the graphs of a model; it is changed by that and of no further use. `segments`: see `export_encoder`."""
-    if task == "summarization":
-        export_encoder_decoder(model, folder)
-    elif task == "text-generation":
-        export_decoder(model, folder / "model.onnx")
-    else:
-        export_encoder(model, folder / "model.onnx", segments)
+    try:
+        if task == "summarization":
+            export_encoder_decoder(model, folder)
+        elif task == "text-generation":
+            export_decoder(model, folder / "model.onnx")
+        else:
+            export_encoder(model, folder / "model.onnx", segments)
+    except AttributeError as error:  # ProphetNet and FSMT name their heads and layers otherwise
+        raise UserError(f"{model.config.model_type} is built otherwise than what is traced here ({error})") from error

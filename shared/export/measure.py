@@ -44,6 +44,9 @@ def measure(folder: str, artifact: str | None, task: str, rows: list[dict], prom
         What `score` gives, `device`, `load_seconds`, `latency_ms` and `per_second` by batch size, `peak_memory_gb`, `outputs`,
         `input_ids` and `stop_ids` of the golden prompts.
     """
+    from shared.export.export import quiet_libraries
+
+    quiet_libraries()  # a process of its own: each call of a model whose settings hold a max_length would be warned of
     begun = time.perf_counter()
     model = load(folder, task=task) if artifact is None else Model(Path(folder), artifact, task)
     found = {"load_seconds": round(time.perf_counter() - begun, 2), "device": model.device.type}

@@ -290,15 +290,22 @@ SCORES: dict[str, Callable[[Model, list[dict], int], dict]] = {
 }
 
 
+def no_numbers(found: dict) -> list[str]:
+    """Names of the metrics that are infinite or none."""
+    return [name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)]
+
+
 def too_different(task: str, artifact: str, original: dict, found: dict) -> str | None:
     """Why an artifact is refused; None where it is within tolerance."""
+    if unreadable := no_numbers(found):
+        return f"{unreadable[0]} is no number any more; something in it overflows"
     names = ("accuracy", "macro_f1") if task == "text-classification" else (METRIC[task],)
     for name in names:
         before, after = original[name], found[name]
         if name == "perplexity":
             allowed = INT4_PERPLEXITY if artifact == "int4" else LOSSES[name]
             worse = after / before - 1
-            if worse > allowed or not math.isfinite(after):
+            if worse > allowed:
                 return (
                     f"perplexity {before:.2f} -> {after:.2f}, {100 * worse:+.1f} %; allowed is +{100 * allowed:.0f} %"
                 )

@@ -8,6 +8,7 @@ Beneath is PyTorch (safetensors, fp16, int8), ONNX Runtime (onnx, onnx-int8, int
 runs code that came with a model.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -83,16 +84,16 @@ def task_of(folder: Path) -> str:
         raise UserError(f"{folder}: no config.json, so no model; name a run, an exported model or org/name on the Hub.")
     import transformers
     from optimum.exporters.tasks import TasksManager
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
-    name = (config.get("architectures") or [""])[0]
-    try:
+    name, found = (config.get("architectures") or [""])[0], None
+    with contextlib.suppress(AttributeError, ValueError):
         found = TasksManager.infer_task_from_model(getattr(transformers, name))
-    except (AttributeError, ValueError):
-        found = None
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and found not in TASKS:
+    if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and found not in TASKS:
         found = "text-generation"  # Gemma 3 and its like, which see pictures too
-    if found is not None and config.get("is_encoder_decoder"):  # the manager takes a BART for a masked language model
+    # The manager takes a BART for a masked language model; one that sorts texts (bart-large-mnli) writes none
+    writes = name in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    if config.get("is_encoder_decoder") and (writes or found == "feature-extraction"):
         found = "summarization"
     if found not in TASKS:
         raise UserError(

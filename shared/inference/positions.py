@@ -10,6 +10,7 @@ import torch
 from shared import UserError
 from shared.publish.vocabulary import check_vocabulary
 
+MIXES = ("big_bird", "fnet", "convbert", "funnel", "mobilebert", "nystromformer", "xlnet", "yoso")
 log = logging.getLogger("taskbook")
 
 
@@ -24,22 +25,32 @@ def longest_input(config, tokenizer) -> int | None:
 
     # Of one that sees pictures too (Gemma 3) the part for text has it
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # LED numbers what it reads and what it writes apart
+    positions = getattr(config, "max_encoder_position_embeddings", None) or positions
     limits = [getattr(config, "max_position_embeddings", positions), tokenizer.model_max_length]
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         with torch.device("meta"):  # shapes only: no memory, no weights
             model = AutoModel.from_config(config, trust_remote_code=False)
-        for name, module in model.named_modules():
-            if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                limits.append(len(module.weight) - module.padding_idx - 1)
+        if first := first_position(model):
+            limits.append(getattr(config, "max_position_embeddings", first) - first)
     return min((limit for limit in limits if limit and 0 < limit < 1e9), default=None)  # -1: XLNet's, without end
 
 
+def first_position(model) -> int:
+    """The number of a row's first token: 0, but for RoBERTa and its kin."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
+
+
 def mixes_padding(config) -> bool:
-    """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions and means over all
-    places, the last place read for the whole row; or a class that looks for the end of a row and knows no padding.
+    """Whether what pads the rows of an encoder changes what it makes of them: Fourier transforms, convolutions, neighbours, means
+    over all places, attention by the longest row's length, the last place read for the whole row; or a class that looks for the
+    end of a row and knows no padding.
     """
     no_padding = getattr(config.get_text_config(), "pad_token_id", None) is None
-    return no_padding or config.model_type in ("fnet", "convbert", "funnel", "xlnet")
+    return no_padding or config.model_type in MIXES
 
 
 def switches_at(config) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad as padded
 
 from shared import UserError
-from shared.inference.positions import switches_at
+from shared.inference.positions import first_position, switches_at
 from shared.inference.sampling import PROMPT_CHUNK, common_prefix, distinct, pad_left, positions_of
 from shared.publish.hub import pull
 
@@ -53,12 +53,20 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, row: Sequence[int]) -> np.ndarray:
         """Scores of each next token of one row: (tokens, vocabulary) fp32."""
+        self._as_configured()
         ids = torch.tensor([row], device=self.device)
         return self.model(input_ids=ids).logits[0, -len(row) :].float().cpu().numpy()
+
+    def _as_configured(self):
+        """BigBird reads a text that is too short for its blocks with full attention, and then all later ones, too."""
+        for module in self.model.modules():
+            if hasattr(module, "set_attention_type") and hasattr(module, "encoder"):
+                module.set_attention_type(self.config.attention_type)
 
     @torch.inference_mode()
     def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs of an encoder for a padded batch, each (rows, tokens, ...)."""
+        self._as_configured()
         out = self.model(**{name: torch.from_numpy(values).to(self.device) for name, values in batch.items()})
         names = ("logits", "start_logits", "end_logits")  # a decoder with a class gives its cache, too
         return tuple(out[name].float().cpu().numpy() for name in names if name in out)
@@ -66,6 +74,7 @@ class TorchRunner:
     @torch.inference_mode()
     def hidden_states(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """Last hidden states of the encoder below any head: (rows, tokens, width) fp32."""
+        self._as_configured()
         inputs = {name: torch.from_numpy(values).to(self.device) for name, values in batch.items()}
         return self.model.base_model(**inputs).last_hidden_state.float().cpu().numpy()
 
@@ -100,7 +109,7 @@ class TorchDecoding:
         self.model, self.cache, self.masked = model, None, not stateful  # Mamba would mask its state
         takes = inspect.signature(model.forward).parameters
         self.positions, self.cached = "position_ids" in takes, "cache" in takes
-        self.switch = switches_at(model.config)
+        self.switch, self.counted = switches_at(model.config), first_position(model)
         pieces = mask.all() and not stateful and self.cached and not self.switch
         self.chunk = PROMPT_CHUNK if pieces else mask.shape[1]
         self.whole, self.mask, self.first = mask, mask[:, :0], None
@@ -144,7 +153,7 @@ class TorchDecoding:
     def _run(self, inputs: dict):
         length = next(iter(inputs.values())).shape[1]
         if self.positions:
-            inputs["position_ids"] = positions_of(self.mask)[:, -length:]
+            inputs["position_ids"] = positions_of(self.mask)[:, -length:] + self.counted
         if self.masked:
             inputs["attention_mask"] = self.mask
         if self.cached:
@@ -338,8 +347,30 @@ def whole(auto, folder: Path, options: dict):
 
 
 def _from_gguf(folder: Path, auto):
-    """The model of a GGUF file in plain fp32 layers."""
-    model = auto.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False)
+    """The model of a GGUF file in plain fp32 layers. transformers (5.24) looks there neither for the width of Qwen 3's heads nor
+    for GPT-2's sizes nor for biases, which it would leave out without a word.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig
+
+    config, file = (
+        AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False),
+        GGUFReader(folder / GGUF),
+    )
+    tensors, kind = {tensor.name for tensor in file.tensors}, file.get_field("general.architecture").contents()
+    sizes = {"attention.key_length": "head_dim"}
+    if config.model_type == "gpt2":
+        sizes = {"context_length": "n_positions", "feed_forward_length": "n_inner"}
+    for field, own in sizes.items():
+        if (found := file.get_field(f"{kind}.{field}")) is not None:
+            setattr(config, own, int(found.contents()))
+    config.attention_bias, config.mlp_bias = (f"blk.0.{part}.bias" in tensors for part in ("attn_output", "ffn_gate"))
+    options = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    model, loaded = auto.from_pretrained(folder, gguf_file=GGUF, config=config, **options)
+    if unread := sorted(loaded["unexpected_keys"]):
+        raise UserError(
+            f"{folder / GGUF}: {len(unread)} of its tensors are not read by transformers, {unread[0]} for one."
+        )
     model.is_quantized, model.hf_quantizer = False, None  # transformers marks it as quantized
     return model
 

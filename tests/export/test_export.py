@@ -29,6 +29,7 @@ from shared.export.export import card, export, main
 from shared.export.formats import FORMATS, impossible, write
 from shared.export.measure import in_a_process, start_measuring
 from shared.inference.model import Model, load, task_of
+from shared.inference.positions import longest_input
 from shared.inference.sampling import pick
 from shared.inference.torch_runner import load_torch
 
@@ -593,6 +594,28 @@ def test_a_format_that_loses_too_much_is_removed(models, tmp_path, monkeypatch, 
     assert load(tmp_path / "outputs" / "bert-export").artifact == "merged"
 
 
+def test_what_overflows_is_refused_and_the_others_stay(models, tmp_path, monkeypatch, capsys):
+    """Weights that fp16 does not hold; and scores that are no numbers, which no option keeps."""
+    model = load_torch(models / "gpt2", "text-generation")
+    with torch.no_grad():
+        model.transformer.wte.weight[7, 3] = 1e5  # of one token, which the test rows need not hold
+    with pytest.raises(UserError, match=r"wte\.weight holds numbers that overflow in fp16$"):
+        write("fp16", models / "gpt2", model, models / "gpt2", tmp_path / "fp16", "text-generation")
+
+    def overflown(model, target):
+        broken = transformers.AutoModelForCausalLM.from_pretrained(models / "gpt2")
+        broken.transformer.ln_f.weight.data.fill_(float("inf"))
+        broken.save_pretrained(target)
+
+    monkeypatch.setattr("shared.export.formats._save_half", overflown)
+    options = ["--to", "merged", "fp16", "--accept_loss", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([str(models / "gpt2"), *options])
+    assert "fp16: perplexity is no number any more" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "fp16").exists()
+    assert set(json.loads((tmp_path / "out" / "export.json").read_text())["artifacts"]) == {"original", "merged"}
+
+
 def test_formats_of_other_weights_are_removed_and_those_of_the_same_stay(models, tmp_path, capsys):
     """A folder that is exported into again, as after another training: what is left there would be taken for this model."""
     run, out = shutil.copytree(models / "bert", tmp_path / "run"), tmp_path / "out"
@@ -718,7 +741,9 @@ def test_a_row_in_eight_bits_does_not_depend_on_the_others(models, exports, arti
     assert model.summarize(contexts, 12) == alone and rows == [1] * 8, "these weights would write the same together"
 
 
-@pytest.mark.parametrize("kind", ["FNet", "ConvBert", "XLNet", "GPT2", "GPT2 without padding"])
+@pytest.mark.parametrize(
+    "kind", ["FNet", "ConvBert", "MobileBert", "Nystromformer", "XLNet", "GPT2", "GPT2 without padding"]
+)
 def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
     """Next to the model alone: padding would flow into the row, or be taken for its end; a decoder gives its cache, too."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "gpt2" if "GPT2" in kind else tiny_bert)
@@ -728,12 +753,17 @@ def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
         sizes["pad_token_id"] = None if "without" in kind else 5  # not the tokenizer's
     else:
         sizes |= {"intermediate_size": 64, "d_inner": 64, "pad_token_id": 0, "d_head": 16}
-    if kind == "ConvBert":
-        sizes["embedding_size"] = 32
+    sizes |= {
+        "ConvBert": {"embedding_size": 32},
+        "MobileBert": {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+        "Nystromformer": {"conv_kernel_size": 9, "segment_means_seq_len": 64, "num_landmarks": 64},
+    }.get(kind, {})
     kind, _, _ = kind.partition(" ")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes)
     alone = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    if kind == "MobileBert":  # as in that of the Hub: an embedding of padding, which the last word sees beside it
+        alone.get_input_embeddings().weight.data[0].normal_(std=0.5)
     alone.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     texts = [sentence(i, 3 + 9 * i) for i in range(4)]
@@ -742,6 +772,56 @@ def test_a_class_does_not_depend_on_padding(kind, tiny, tiny_bert, tmp_path):
         with torch.no_grad():
             expected = alone(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].softmax(-1).max()
         assert found[0]["score"] == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "QuestionAnswering"])
+def test_a_bart_that_sorts_texts_or_answers_is_no_summarizer(head, models, tmp_path):
+    """bart-large-mnli is one; its weights lack nothing of a summarizer's but what would be tied to the words' own."""
+    config = transformers.AutoConfig.from_pretrained(models / "bart")
+    tokenizer = AutoTokenizer.from_pretrained(models / "bart")
+    config.num_labels, config.eos_token_id = 3, tokenizer.sep_token_id  # its class is read there
+    torch.manual_seed(0)
+    alone = getattr(transformers, f"BartFor{head}")(config).eval()
+    for part in (alone, tokenizer):
+        part.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    if head == "QuestionAnswering":
+        assert model.task == "question-answering" and model.answer("the red house", sentence(1))["answer"]
+        return
+    texts = [sentence(i, 3 + 9 * i) for i in range(3)]
+    for text, found in zip(texts, model.classify(texts), strict=True):
+        with torch.no_grad():
+            expected = (
+                alone(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).logits[0].softmax(-1)
+            )
+        assert found[0]["score"] == pytest.approx(float(expected.max()), abs=1e-4)
+
+
+def test_bigbird_reads_a_long_text_alike_after_a_short_one(tiny_bert, tmp_path):
+    """It takes full attention for a text that is too short for its blocks, and of its own accord keeps it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "initializer_range": 0.5, "block_size": 8, "num_random_blocks": 1}
+    torch.manual_seed(0)
+    transformers.BigBirdForSequenceClassification(transformers.BigBirdConfig(**sizes, pad_token_id=0)).save_pretrained(
+        tmp_path
+    )
+    tokenizer.save_pretrained(tmp_path)
+    long, short = sentence(0, 90), sentence(1, 9)
+    first, second = load(tmp_path), load(tmp_path)
+    expected = [first.classify([long])[0], load(tmp_path).classify([short])[0]]
+    second.classify([short])
+    assert second.classify([long])[0] == expected[0] != first.classify([sentence(2, 90)])[0]
+    assert second.classify([long, short]) == expected
+    reason = impossible(tmp_path, "text-classification")["onnx"]
+    assert "another one for short texts" in reason
+
+
+def test_led_reads_no_more_than_it_numbers(models):
+    """What it reads and what it writes have lengths of their own names."""
+    sizes = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 32}
+    tokenizer = AutoTokenizer.from_pretrained(models / "bart", model_max_length=int(1e30))
+    assert longest_input(transformers.LEDConfig(**sizes), tokenizer) == 128
 
 
 def test_a_model_without_segments_beside_a_tokenizer_that_tells_them(tiny_bert, tmp_path):

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from shared import UserError
 from shared.export import gguf_file
 from shared.export.formats import impossible
+from shared.inference.torch_runner import load_torch
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 256}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96, "initializer_range": 0.2}
 TEXTS = ["people read 1234 books", "  it's HERE!!\n\n\n  naïve 東京 12\t x", "<|im_start|>user\nWhat?<|im_end|>\n"]
 TEMPLATE = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
@@ -64,10 +66,10 @@ def built(tiny, tmp_path):
         size = {"vocab_size": len(tokenizer) + 7, "eos_token_id": tokenizer.eos_token_id}  # more rows than tokens
         configs = {
             "llama": lambda: transformers.LlamaConfig(**SIZES, **size, tie_word_embeddings=True),
-            "llama3": lambda: transformers.LlamaConfig(**SIZES, **size, attention_bias=True),
+            "llama3": lambda: transformers.LlamaConfig(**SIZES, **size, attention_bias=True, mlp_bias=True),
             "qwen2": lambda: transformers.Qwen2Config(**SIZES, **size),
             "qwen3": lambda: transformers.Qwen3Config(**SIZES, **size, head_dim=32, tie_word_embeddings=True),
-            "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, initializer_range=0.2, **size),
+            "gpt2": lambda: transformers.GPT2Config(**GPT2, **size),
         }
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(configs[name]()).eval()
@@ -144,6 +146,16 @@ def test_llama_cpp_writes_what_pytorch_writes(built, tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2", "qwen3", "gpt2"])
+def test_pytorch_reads_the_file_back_whole(built, tmp_path, name):
+    """The gate does: with other heads than Qwen's own, other sizes than GPT-2's own, and biases."""
+    model, folder = built(name)
+    gguf_file.write(model, folder, tmp_path, quantized=False)
+    back, ids = load_torch(tmp_path, "text-generation"), torch.arange(3, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_eight_bits_stay_close(built, tmp_path):
     model, folder = built("llama")
     gguf_file.write(model, folder, tmp_path, quantized=True)
@@ -195,6 +207,7 @@ def test_what_has_not_been_seen_to_be_the_same_is_refused_by_name(tiny, tiny_ber
         llama, gpt2, **SIZES, rope_parameters={"rope_type": "linear", "factor": 2, "rope_theta": 1e4}
     )
     assert "another activation than gelu" in reason(llama, gpt2, **SIZES, hidden_act="gelu")
+    assert "another activation than gelu_new" in reason(llama, gpt2, **SIZES, hidden_act="gelu_new"), "GPT-2's"
     assert "FalconForCausalLM is none of" in reason(transformers.FalconConfig, gpt2)
     assert "none that llama.cpp is known to repeat" in reason(llama, tiny_bert, **SIZES)
     byte_pairs(tmp_path, gguf_file.LLAMA3, ignore_merges=True)

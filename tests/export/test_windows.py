@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from shared import UserError
 from shared.export import graphs, score
-from shared.export.export import export
+from shared.export.export import export, main
 from shared.export.formats import write
 from shared.inference.onnx_runner import OnnxRunner
 from shared.inference.sampling import pad_left, positions_of
@@ -118,6 +118,23 @@ def test_what_cannot_be_traced_is_one_line_and_not_its_graph(tmp_path, capfd):
     with pytest.raises(UserError, match=r"PyTorch cannot trace it \(.*\)$"):
         graphs.export(model, tmp_path, "text-generation", False)
     assert capfd.readouterr() == ("", "")
+
+
+def test_experts_are_refused_once_for_all_formats_of_a_graph(tiny, tmp_path, capsys):
+    """Tracing changes the model: it is not asked again for the next format, and another kind of format is written."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "llama")
+    sizes = DECODER | {"vocab_size": len(tokenizer), "sliding_window": None, "num_local_experts": 4}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat sat on the mat and looked at the dog"}\n' * 3)
+    options = ["--output", str(tmp_path / "out"), "--dataset", str(tmp_path / "rows.jsonl")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "model"), "--to", "onnx", "onnx-int8", "int4", "fp16", *options])
+    out, error = capsys.readouterr()
+    assert "model cannot become onnx, onnx-int8, int4: its layers choose among experts" in error
+    assert "--accept_loss" not in error, "which would not help"
+    assert error.count("\n") == 1 and "| fp16 |" in out
 
 
 def test_padding_is_hidden_however_large_scores_are(tmp_path):

@@ -44,6 +44,8 @@ KINDS = {
         "BloomConfig",
         {"vocab_size": 300, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
     ),
+    # Counts positions from the one after padding, which `generate` of transformers forgets
+    "roberta": ("RobertaConfig", SIZES | {"is_decoder": True, "pad_token_id": 1}),
 }
 
 
@@ -128,6 +130,22 @@ def test_the_same_tokens_as_alone(runner, name, monkeypatch):
     while batch.rows or batch.reading:
         batch.step()
     assert shared[0].written == shared[1].written == next(r.written for r, p, *_ in rows if p == wanted[1][1])
+
+
+def test_positions_are_those_of_the_model_itself(runner):
+    """Next to the model alone, which is given none and counts them."""
+    runner = runner("roberta")
+    rows = [Row(prompt, 8) for _, prompt, _ in requests(4)]
+    batch = Batch(runner, 1)
+    batch.add(rows)
+    while batch.rows or batch.reading:
+        batch.step()
+    for row in rows:
+        ids = torch.tensor([row.prompt])
+        with torch.no_grad():
+            for _ in range(8):
+                ids = torch.cat([ids, runner.model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        assert row.written == ids[0, len(row.prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
