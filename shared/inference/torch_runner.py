@@ -37,6 +37,8 @@ class TorchRunner:
         self.padded = task == "text-generation" and takes_padding(self.model)
         adapter = getattr(self.model, "active_peft_config", None)
         self.virtual = getattr(adapter, "num_virtual_tokens", 0)  # P-tuning's stand before each prompt
+        parts = self.model.modules()
+        self.switching = [part for part in parts if hasattr(part, "set_attention_type") and hasattr(part, "encoder")]
 
     @torch.inference_mode()
     def start(self, rows: Sequence[Sequence[int]], pad: int, most: int):
@@ -59,9 +61,8 @@ class TorchRunner:
 
     def _as_configured(self):
         """BigBird reads a text that is too short for its blocks with full attention, and then all later ones, too."""
-        for module in self.model.modules():
-            if hasattr(module, "set_attention_type") and hasattr(module, "encoder"):
-                module.set_attention_type(self.config.attention_type)
+        for part in self.switching:
+            part.set_attention_type(self.config.attention_type)
 
     @torch.inference_mode()
     def encode(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -353,10 +354,8 @@ def _from_gguf(folder: Path, auto):
     from gguf import GGUFReader
     from transformers import AutoConfig
 
-    config, file = (
-        AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False),
-        GGUFReader(folder / GGUF),
-    )
+    config = AutoConfig.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+    file = GGUFReader(folder / GGUF)
     tensors, kind = {tensor.name for tensor in file.tensors}, file.get_field("general.architecture").contents()
     sizes = {"attention.key_length": "head_dim"}
     if config.model_type == "gpt2":
