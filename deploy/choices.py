@@ -108,6 +108,7 @@ def task_of(folder: Path) -> str | None:
         "ForSequenceClassification": "text-classification",
         # One without an encoder sees pictures too, as Gemma 3, and chats
         "ForConditionalGeneration": "summarization" if config.get("is_encoder_decoder") else "text-generation",
+        "MTModel": "summarization",  # Marian's
         "LMHeadModel": "text-generation",
         "ForCausalLM": "text-generation",
     }

@@ -131,8 +131,8 @@ class Model:
             ) from error
         self.config, self.generation = self._runner.config, self._runner.generation
         self.device = getattr(self._runner, "device", torch.device("cpu"))
-        # T5's positions are relative; it was trained on 512 tokens
-        self.context = longest_input(self.config, self.tokenizer) or 512
+        # Of positions without an end what most were trained on: T5, and texts of BLOOM and Mamba
+        self.context = longest_input(self.config, self.tokenizer) or (2048 if self.task == "text-generation" else 512)
         self.context -= getattr(self._runner, "virtual", 0)
         self.context = min(self.context, getattr(self._runner, "length", self.context))
         ends = self.generation.eos_token_id if self.generation else None

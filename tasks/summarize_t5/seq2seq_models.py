@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from warm_start import bart_from_bert
 
-from shared import UserError
+from shared import UserError, metrics
 from shared.inference.positions import check_settings
 from shared.publish import vocabulary
 from shared.training.losses import finite, log_evaluation
@@ -171,17 +171,17 @@ class SummaryTrainer(Seq2SeqTrainer):
     the mean of the batches' means, and leaves defaults of its own in the generation settings of a model that writes.
 
     Args:
-        validate: finds other measures of the model by name, or None.
+        more_measures: finds other measures of the model by name, see `written_scores`; or None.
     """
 
-    def __init__(self, *args, validate=None, **kwargs):
+    def __init__(self, *args, more_measures=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.validate = validate
+        self.more_measures = more_measures
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss over all tokens of the validation split's summaries, and what `validate` finds."""
+        """Loss over all tokens of the validation split's summaries, and what `more_measures` finds."""
         rows = score_summaries(self.model, eval_dataset or self.eval_dataset, self.data_collator, self.args)
-        more = self.validate(self.model) if self.validate else {}
+        more = self.more_measures(self.model) if self.more_measures else {}
         return log_evaluation(self, rows, metric_key_prefix, **more)
 
 
@@ -200,6 +200,13 @@ def score_summaries(model, rows, collator, args) -> dict[str, list[float]]:
 
     scored = score_rows(model, rows["length"], score_batch, args, "loss")
     return dict(zip(("nll", "tokens"), map(list, zip(*scored, strict=True)), strict=True))
+
+
+def written_scores(model, tokenizer, rows, script_args, args) -> dict:
+    """ROUGE of the validation split, for `--predict_with_generate` and `--metric_for_best_model rougeL`."""
+    written = summarize(model, tokenizer, list(rows["document"]), script_args, args, "summaries, validation")
+    found = metrics.load("rouge").compute(predictions=written, references=list(rows["summaries"]))
+    return {name: value for name, value in found.items() if not name.endswith("_ci95")}
 
 
 def summarize(model, tokenizer, documents: list[str], script_args, args, title: str = "summaries") -> list[str]:

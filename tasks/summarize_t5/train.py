@@ -110,6 +110,7 @@ def main(script_args, args, run_args) -> None:
         summarize,
         token_loss,
         usage,
+        written_scores,
     )
     from transformers import DataCollatorForSeq2Seq
     from transformers.trainer_utils import set_seed
@@ -167,14 +168,9 @@ def main(script_args, args, run_args) -> None:
     stopper = StopOnSignal()
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8 if args.fp16 else None)
     set_seed(args.seed)
-
-    def validate(model) -> dict:
-        """ROUGE of the validation split, for `--metric_for_best_model rougeL`."""
-        rows = splits["validation"]
-        written = summarize(model, tokenizer, list(rows["document"]), script_args, args, "summaries, validation")
-        found = shared_metrics.load("rouge").compute(predictions=written, references=list(rows["summaries"]))
-        return {name: value for name, value in found.items() if not name.endswith("_ci95")}
-
+    measure = partial(
+        written_scores, tokenizer=tokenizer, rows=splits["validation"], script_args=script_args, args=args
+    )
     trainer = SummaryTrainer(
         model=model,
         args=args,
@@ -184,7 +180,7 @@ def main(script_args, args, run_args) -> None:
         processing_class=tokenizer,
         compute_loss_func=partial(token_loss, label_smoothing=args.label_smoothing_factor),
         callbacks=[CompleteCheckpoints(identity), stopper],
-        validate=validate if args.predict_with_generate else None,
+        more_measures=measure if args.predict_with_generate else None,
     )
     train(trainer, checkpoint)
     stopper.exit_if_stopped()

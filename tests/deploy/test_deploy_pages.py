@@ -344,9 +344,16 @@ def test_files_the_server_takes_are_as_large_as_the_page_says():
     assert f"maxUploadSize = {uploads.LARGEST_MB} " in config
 
 
-@pytest.mark.parametrize(("encoder", "task"), [(True, "summarization"), (False, "text-generation")])
-def test_a_model_that_sees_pictures_too_is_offered_for_chat(encoder, task, tmp_path):
-    """Gemma 3 is "for conditional generation" as T5 is, without an encoder."""
-    config = {"architectures": ["SomeForConditionalGeneration"], "is_encoder_decoder": encoder}
+@pytest.mark.parametrize(
+    ("name", "encoder", "task"),
+    [
+        ("SomeForConditionalGeneration", True, "summarization"),
+        ("SomeForConditionalGeneration", False, "text-generation"),
+        ("MarianMTModel", True, "summarization"),
+    ],
+)
+def test_what_a_model_is_offered_for(name, encoder, task, tmp_path):
+    """Gemma 3, which sees pictures, too, is "for conditional generation" as T5 is, without an encoder."""
+    config = {"architectures": [name], "is_encoder_decoder": encoder}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert task_of(tmp_path) == task

@@ -8,6 +8,7 @@ import transformers
 
 from shared.export import graphs, quantize
 from shared.inference.batch import Batch, Row
+from shared.inference.model import load
 from shared.inference.onnx_runner import OnnxRunner
 from shared.inference.torch_runner import TorchRunner
 
@@ -71,6 +72,15 @@ def runner(tmp_path_factory):
         return made[name]
 
     return of
+
+
+def test_positions_without_an_end_are_read_as_far_as_trained(tiny, tmp_path):
+    """Prompts of a BLOOM were refused from 512 tokens on, which T5 was trained with."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "gpt2", model_max_length=int(1e30))
+    tokenizer.save_pretrained(tmp_path)
+    config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=8, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    assert load(str(tmp_path)).context == 2048
 
 
 def requests(count):
