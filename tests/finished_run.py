@@ -19,7 +19,7 @@ def make_run(
     write_json(folder / "all_results.json", results)
     (folder / "run.yaml").write_text(settings)
     (folder / "tokenizer.json").write_text(tokenizer)
-    (folder / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
     if scores:
         write_json(folder / "scores.json", {"metric": "perplexity", "score": scores, "weight": [2] * len(scores)})
     samples = [{"prompt": "What <is>?", "base": "so it goes", "trained": f"so {folder.name} goes", "reference": None}]
