@@ -62,7 +62,8 @@ def prepare(folder: Path, rows: int) -> tuple[int, int]:
     train, rest = Dataset.from_list(chosen[:rows]), Dataset.from_list(chosen[rows : rows + 8])
     DatasetDict(train=train, validation=rest, test=rest).save_to_disk(str(folder / "ours"))
     (folder / "trl").mkdir()
-    train.to_json(str(folder / "trl" / "train.jsonl"))
+    # A task draws the order of an official split before the trainer does
+    train.shuffle(seed=COMMON["seed"]).to_json(str(folder / "trl" / "train.jsonl"))
     labels = [chat.tokenize(row, 384)["labels"] for row in train]
     return sum(map(len, labels)), sum(label != -100 for row in labels for label in row[1:])
 

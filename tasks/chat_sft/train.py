@@ -150,8 +150,8 @@ def main(script_args, args, run_args) -> None:
     lora = (script_args.lora_r, script_args.lora_alpha, script_args.lora_dropout, script_args.virtual_tokens)
     seen = {"rows": [list(tokenized["train"][name]) for name in ("input_ids", "labels")]}
     seen["chat_template"] = tokenizer.chat_template
-    base = " in 4 bits" if script_args.load_in_4bit and method != "qlora" else ""
-    identity = run_identity(args, run_args, **seen, method=method + base, adapter=lora)
+    rounded = " in 4 bits" if script_args.load_in_4bit and method != "qlora" else ""
+    identity = run_identity(args, run_args, **seen, method=method + rounded, adapter=lora)
     checkpoint = begin(args, run_args, {**facts, "cleaning": cleaning}, identity)
     stopper = StopOnSignal()
     implementation, padded = attention(source, method)
