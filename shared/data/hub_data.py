@@ -26,8 +26,7 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
 
         repo = HfApi().dataset_info(repo, revision=revision).id
     where = {"data_dir": config} if revision == PARQUET else {"name": config}
-    where |= {"path": repo, "revision": revision}
-    builder = datasets.load_dataset_builder(**where)
+    builder, where = _builder(where | {"path": repo, "revision": revision})
     if not isinstance(builder, Csv):
         found = _read(builder, stream)
         return found.filter(_not_blank) if isinstance(builder, Text) else found
@@ -40,6 +39,45 @@ def read(repo: str, revision: str | None, config: str | None, stream: bool = Fal
             builder.config.data_files = datasets.data_files.DataFilesDict(kept)
         data |= _read(builder, stream)
     return (datasets.IterableDatasetDict if stream else datasets.DatasetDict)(data)
+
+
+def _builder(where: dict) -> tuple:
+    """What reads a data set, and the arguments that made it. Without the Hub `datasets` looks for what it made of it before,
+    under other names than tables have here: their files lie in the Hub's cache, and are read again.
+    """
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.csv.csv import Csv
+
+    builder = refused = None
+    try:
+        builder = datasets.load_dataset_builder(**where)
+    except ValueError as error:
+        if "Couldn't find cache" not in str(error):
+            raise
+        refused = error
+    if refused or isinstance(builder, Cache):
+        if folder := _kept(where["path"], where["revision"]):
+            kept = where | {"path": folder, "revision": None}
+            found = datasets.load_dataset_builder(**kept)
+            if isinstance(found, Csv):
+                return found, kept
+        if refused:
+            raise refused
+    return builder, where
+
+
+def _kept(repo: str, revision: str | None) -> str | None:
+    """The folder in the Hub's cache with the files of a data set that were read last."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repos = [each for each in scan_cache_dir().repos if (each.repo_type, each.repo_id) == ("dataset", repo)]
+    except CacheNotFound:
+        return None
+    states = [state for each in repos for state in each.revisions]
+    named = [state for state in states if revision in (None, state.commit_hash, *state.refs)]
+    return str(max(named, key=lambda state: state.last_modified).snapshot_path) if named else None
 
 
 def _not_blank(row: dict) -> bool:

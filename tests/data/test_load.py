@@ -107,7 +107,8 @@ def write_sounds(path, columns):
 
 @pytest.fixture
 def found(hub, tmp_path):
-    """What whole and streamed loading of each WANTED name gives, in one program, to a user who was not let in."""
+    """What whole and streamed loading of each WANTED name gives, in one program, to a user who was not let in; tables once more
+    without the Hub."""
     hub.create("datasets/alice/gated", gated="manual")
     hub.create("datasets/alice/films")
     hub.moved["datasets/films"] = "alice/films"
@@ -129,13 +130,21 @@ def found(hub, tmp_path):
     (tmp_path / "lines" / "train.txt").write_text("a\n\n  \nb\n")
     hub.upload("datasets/alice/lines", tmp_path / "lines")
     (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(list(WANTED)))))
-    done = task_runs.command(tmp_path / "program.py", **hub.env_for("other", home=tmp_path / "home"))
+    environment = hub.env_for("other", home=tmp_path / "home")
+    done = task_runs.command(tmp_path / "program.py", **environment)
+    tables = [wanted for wanted in WANTED if wanted[1] in CELLS]
+    (tmp_path / "program.py").write_text(PROGRAM.replace("NAMES", repr(json.dumps(tables))))
+    offline = task_runs.command(tmp_path / "program.py", **environment | {"HF_HUB_OFFLINE": "1"})
     for name in ("gated", "films", "tables", "lines", "sounds", "sounds-alone"):
         del hub.repos[f"datasets/alice/{name}"]
     del hub.moved["datasets/films"]
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
-    return dict(zip(WANTED, zip(answers[::2], answers[1::2], strict=True), strict=True))
+    found = {wanted: [] for wanted in WANTED}
+    for names, program in ((list(WANTED), done), (tables, offline)):
+        assert program.returncode == 0, program.stderr
+        answers = iter(json.loads(program.stdout.splitlines()[-1]))
+        for wanted in names:
+            found[wanted] += [next(answers), next(answers)]
+    return found
 
 
 def test_names_of_the_hub_load_or_say_why_not(found):
