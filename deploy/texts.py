@@ -239,7 +239,7 @@ SENTENCES_OF_RUNS = {
     r"better on (\S+) % of (\S+) rows": r"tốt hơn ở \1 % trong số \2 dòng",
     r"among the first (\d+)(?: passages)?": r"nằm trong \1 đoạn đầu",
 }
-WORDS_OF_RUNS = {
+WORDS_OF_RUNS = {  # in lower case
     "yes": "có",
     "no": "không",
     "not clearly": "chưa rõ",
@@ -247,10 +247,10 @@ WORDS_OF_RUNS = {
     "better than": "tốt hơn",
     "worse than": "kém hơn",
     "and": "và",
-    "The interval includes zero.": "Khoảng này chứa số 0.",
-    "Fewer than 10 rows show nothing.": "Ít hơn 10 dòng thì chưa kết luận được gì.",
-    "Both models score the same in every row: nothing was learned, or the adapter is not active.": (
-        "Hai mô hình có điểm bằng nhau ở mọi dòng: mô hình chưa học được gì, hoặc adapter không hoạt động."
+    "the interval includes zero.": "khoảng này chứa số 0.",
+    "fewer than 10 rows show nothing.": "ít hơn 10 dòng thì chưa kết luận được gì.",
+    "both models score the same in every row: nothing was learned, or the adapter is not active.": (
+        "hai mô hình có điểm bằng nhau ở mọi dòng: mô hình chưa học được gì, hoặc adapter không hoạt động."
     ),
     "untrained": "mô hình chưa huấn luyện",
     "linear classifier": "bộ phân loại tuyến tính",
@@ -276,7 +276,7 @@ WORDS_OF_RUNS = {
     "right passage first": "đoạn đúng đứng đầu",
     "right document": "tài liệu đúng",
     "right document first": "tài liệu đúng đứng đầu",
-    "together with BM25": "kết hợp với BM25",
+    "together with bm25": "kết hợp với BM25",
     "margin": "khoảng cách điểm",
     "margin of chosen over rejected replies (nats per token)": (
         "khoảng cách điểm giữa câu trả lời được chọn và bị loại (nat mỗi token)"
@@ -285,20 +285,24 @@ WORDS_OF_RUNS = {
 }
 
 
+# The longest first: some begin as others do
+A_WORD_OF_RUNS = re.compile(
+    rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(WORDS_OF_RUNS, key=len, reverse=True)))})(?!\w)", re.IGNORECASE
+)
+
+
 def of_run(text: str) -> str:
     """What a run wrote down, in the language of the session; a name that nobody foresaw stays as it is."""
     if st.session_state.get("language") != "vi":
         return text
     for pattern, words in SENTENCES_OF_RUNS.items():
         text = re.sub(pattern, words, text)
-    known = {english.lower(): words for english, words in WORDS_OF_RUNS.items()}
 
     def translated(found: re.Match) -> str:
-        words = known[found[0].lower()]
+        words = WORDS_OF_RUNS[found[0].lower()]
         return words[0].upper() + words[1:] if found[0][0].isupper() else words
 
-    longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-    return re.sub(rf"(?<!\w)(?:{longest_first})(?!\w)", translated, text, flags=re.IGNORECASE)
+    return A_WORD_OF_RUNS.sub(translated, text)
 
 
 def t(key: str, *values) -> str:

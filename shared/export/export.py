@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from shared import UserError
-from shared.export.formats import FORMATS, GRAPHS, HELP, impossible, write
+from shared.export.formats import FORMATS, HELP, OF_ONE_GRAPH, impossible, write
 from shared.inference.golden import GOLDEN
 from shared.publish.hub import EXPORT
 
@@ -102,7 +102,7 @@ def export(
         for each in sorted(formats, key=FORMATS.index):
             shutil.rmtree(output / each, ignore_errors=True)
             # The three are of one graph, and tracing has changed the model
-            if each in GRAPHS and (reason := next((untraced[it] for it in GRAPHS if it in untraced), None)):
+            if each in OF_ONE_GRAPH and (reason := next((untraced[it] for it in OF_ONE_GRAPH if it in untraced), None)):
                 untraced[each] = reason
                 continue
             say(f"{each}: writing")

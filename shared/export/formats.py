@@ -10,7 +10,7 @@ from pathlib import Path
 from shared import UserError
 
 FORMATS = ("merged", "fp16", "int8", "gguf", "gguf-q8_0", "litert", "onnx", "onnx-int8", "int4")
-GRAPHS = ("onnx", "onnx-int8", "int4")  # are rounded from one
+OF_ONE_GRAPH = ("onnx", "onnx-int8", "int4")
 HELP = {
     "merged": "safetensors in fp32, adapters merged in",
     "fp16": "safetensors of half the size",
@@ -57,7 +57,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
         found["litert"] = reason
     if getattr(config, "attention_type", None) == "block_sparse":
         reason = "its attention is another one for short texts than for long ones (block_sparse), and a graph has one"
-        found |= dict.fromkeys(("litert", *GRAPHS), reason)
+        found |= dict.fromkeys(("litert", *OF_ONE_GRAPH), reason)
     if task != "text-generation":
         found["int4"] = "four bits are measured for decoders only, whose speed is that of reading their weights"
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), "llama.cpp is asked to continue texts only")
@@ -66,7 +66,7 @@ def impossible(folder: Path, task: str) -> dict[str, str]:
         found |= dict.fromkeys(("gguf", "gguf-q8_0"), reason)
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
         reason = f"{config.model_type} has attention code of its own, which is not that of ONNX Runtime or LiteRT"
-        found |= dict.fromkeys(("litert", *GRAPHS), reason)
+        found |= dict.fromkeys(("litert", *OF_ONE_GRAPH), reason)
     return found
 
 

@@ -228,7 +228,7 @@ def setup(training_args, run_args) -> None:
         "%s, %d process%s, %s, seed %d, %d rows a step (%d at once x %d accumulated x %d)",
         *(hardware(), processes, "es" * (processes > 1), precision, training_args.seed, math.prod(share), *share),
     )
-    if device_type() == "cpu" and multiplies_bf16() is not None and multiplies_bf16() != training_args.bf16:
+    if device_type() == "cpu" and multiplies_bf16() == (not training_args.bf16):
         log.info("%s", EMULATED if training_args.bf16 else FASTER)
     for line in run_args.set_aside:
         log.info("%s", line)
